@@ -1,0 +1,177 @@
+"""The stages composed: analyze, plan, prune, apply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+
+from .capture import capture
+from .coupling.graph import CouplingGraph
+from .coupling.groups import Group
+from .errors import ExampleInputsError, PlanError, RewriteError
+from .importance import Importance, score
+from .inputs import describe, normalize, restore, to_meta
+from .passes import Rewritten, rewrite
+from .planning.plan import PruningPlan
+from .planning.selection import check_ratio, select
+
+_ATTEMPTS = 100
+
+
+def analyze(model: nn.Module, example_inputs: Any) -> CouplingGraph:
+    """Find out what can be removed from ``model`` together, and what cannot be removed.
+
+    Runs on shapes alone: the model may live on the meta device.
+
+    Args:
+        model: any module that can be captured; it is not changed.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+
+    Raises:
+        CaptureError: if the model cannot be turned into a graph.
+        ExampleInputsError: if the inputs do not fit it.
+    """
+    args, kwargs = normalize(example_inputs)
+    return _analyze(model, to_meta(args), to_meta(kwargs))
+
+
+def _analyze(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CouplingGraph:
+    captured = capture(model, args, kwargs)
+    try:
+        inputs = captured.program.bind(args, kwargs)
+    except TypeError as error:
+        raise ExampleInputsError(f"the captured {captured.class_name} {error}.") from error
+    return CouplingGraph(captured, inputs)
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Any,
+    ratio: float = 0.5,
+    importance: Importance = "l2",
+    where: Callable[[Group], bool] | None = None,
+    seed: int = 0,
+) -> PruningPlan:
+    """Decide what to remove. The same arguments give the same plan.
+
+    Args:
+        model: the model to prune; it is not changed.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+        ratio: share of units to remove from every group, ``0 <= ratio < 1``; each group keeps one.
+        importance: ``"l1"``, ``"l2"``, ``"random"``, or a function ``group -> scores`` that returns one
+            number for each of ``group.size`` units; the lowest go first.
+        where: only groups for which this is true are narrowed, ``lambda group: group.exact`` say.
+        seed: for ``importance="random"``.
+
+    Raises:
+        RatioError, ImportanceError, CaptureError, ExampleInputsError: for bad arguments.
+    """
+    return _plan(model, example_inputs, ratio, importance, where, seed)[0]
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Any,
+    ratio: float = 0.5,
+    importance: Importance = "l2",
+    where: Callable[[Group], bool] | None = None,
+    seed: int = 0,
+) -> fx.GraphModule:
+    """A narrower copy of ``model``; arguments as for :func:`plan`.
+
+    The result's ``meta["fxprune"]`` holds the :class:`~fxprune.planning.plan.PruningPlan`.
+    """
+    made, rewritten = _plan(model, example_inputs, ratio, importance, where, seed)
+    return _finish(made, rewritten)
+
+
+def apply(made: PruningPlan, model: nn.Module) -> fx.GraphModule:
+    """See :meth:`PruningPlan.apply`."""
+    inputs = {name: restore(description) for name, description in made.inputs.items()}
+    _check_architecture(made, model)
+    graph = _analyze(model, (), inputs)
+    if made.held:
+        graph = graph.hold(set(made.held))
+    sizes = {group.name: group.size for group in graph.groups}
+    for name, gone in made.removed.items():
+        if sizes.get(name) != made.sizes.get(name):
+            raise PlanError(
+                f"the plan has {made.sizes.get(name)} units in the group {name!r}, this model has "
+                f"{sizes.get(name, 'no such group')}. Plan again for this model."
+            )
+        wrong = [unit for unit in gone if not 0 <= unit < sizes[name]]
+        if wrong or len(set(gone)) == sizes[name]:
+            what = f"names units {wrong}" if wrong else "removes every unit"
+            raise PlanError(f"the plan {what} of the group {name!r}, which has {sizes[name]} units.")
+    rewritten = rewrite(graph, made.removed)
+    if rewritten.violations:
+        first = rewritten.violations[0]
+        raise PlanError(
+            f"the plan cannot be carried out: node {first.node}: {first.reason}. If it was edited, see that "
+            f"all rows of a balanced set lose equally many units; otherwise plan again for this model."
+        )
+    return _finish(made, rewritten)
+
+
+def _plan(
+    model: nn.Module,
+    example_inputs: Any,
+    ratio: float,
+    importance: Importance,
+    where: Callable[[Group], bool] | None,
+    seed: int,
+) -> tuple[PruningPlan, Rewritten]:
+    ratio = check_ratio(ratio)
+    graph = analyze(model, example_inputs)
+    scores = score(graph, importance, seed)
+    for _ in range(_ATTEMPTS):
+        removed = select(graph, ratio, scores, where)
+        rewritten = rewrite(graph, removed)
+        if not rewritten.violations:
+            break
+        graph = graph.hold({rewritten.violations[0].node})
+    else:
+        first = rewritten.violations[0]
+        raise RewriteError(f"the graph could not be rewritten at node {first.node}: {first.reason}.")
+    program = graph.captured.program
+    names = [str(node.target) for node in program.placeholders()]
+    made = PruningPlan(
+        model=graph.captured.class_name,
+        inputs={name: describe(value) for name, value in zip(names, graph.inputs, strict=True)},
+        shapes=graph.tensor_names(),
+        sizes={group.name: group.size for group in graph.groups},
+        removed=removed,
+        held=graph.held,
+        settings={
+            "ratio": ratio,
+            "importance": importance if isinstance(importance, str) else getattr(importance, "__name__", "custom"),
+            "seed": seed,
+        },
+    )
+    return made, rewritten
+
+
+def _finish(made: PruningPlan, rewritten: Rewritten) -> fx.GraphModule:
+    module = rewritten.materialize()
+    module.meta["fxprune"] = made
+    return module
+
+
+def _check_architecture(made: PruningPlan, model: nn.Module) -> None:
+    """Refuse a model whose parameters and buffers are not those that the plan was made for."""
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"a plan is applied to a torch.nn.Module, got {type(model).__name__}.")
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    shapes = {name: list(tensor.shape) for name, tensor in tensors}
+    for name in [*made.shapes, *shapes]:
+        if made.shapes.get(name) != shapes.get(name):
+            had, has = (
+                f"shape {tuple(table[name])}" if name in table else "no such tensor"
+                for table in (made.shapes, shapes)
+            )
+            raise PlanError(
+                f"the plan was made for another architecture ({made.model}): for {name!r} it has {had}, "
+                f"{type(model).__name__} has {has}. Plan again for this model."
+            )

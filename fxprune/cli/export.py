@@ -1,0 +1,138 @@
+"""Writing a network as ``.pt2``: checked before the work starts, and never half written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..errors import OutputError
+
+__all__ = ["Exported", "check_output", "export", "write"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported program.
+
+    Attributes:
+        program: what ``torch.export.save`` writes.
+        batch: what it says about the batch size, for people.
+    """
+
+    program: ExportedProgram
+    batch: str
+
+
+def check_output(path: Path) -> None:
+    """Make sure, before any work is done, that a ``.pt2`` file can be written at ``path``.
+
+    Raises:
+        OutputError: the suffix is another, ``path`` is a folder, or its folder is missing or not writable.
+    """
+    if path.suffix != ".pt2":
+        raise OutputError(
+            f"cannot write {path}: an exported program is a .pt2 file; try --out {path.with_suffix('.pt2')}"
+        )
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder; name a file in it")
+    folder = path.parent
+    if not folder.is_dir():
+        raise OutputError(f"cannot write {path}: there is no folder {folder.absolute()}; make it first")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: the folder {folder.absolute()} takes no files ({error.strerror}); name "
+            "another one"
+        ) from error
+
+
+def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Exported:
+    """Export ``model``, with a free batch size where it allows that.
+
+    The batch is taken to be the first dimension of every input tensor that has the same first size as the
+    first one. A program with a free batch size is kept only if it gives the model's own output on the
+    example inputs; otherwise their sizes are built in.
+
+    Raises:
+        OutputError: ``torch.export`` refuses the model with fixed sizes, too.
+    """
+    try:
+        return Exported(_export_dynamic(model, args, kwargs), "any batch size")
+    except Exception as error:  # noqa: BLE001 - torch.export has no error class of its own
+        reason = _line(error)
+    try:
+        program = torch.export.export(model, args, dict(kwargs))
+    except Exception as error:
+        raise OutputError(
+            f"torch.export refuses the pruned model: {_line(error)}. The model itself is sound: in Python, "
+            "fxprune.prune returns it, and its state_dict can be saved"
+        ) from error
+    return Exported(program, f"the example's batch size only; a free one was refused ({reason})")
+
+
+def write(exported: Exported, path: Path) -> int:
+    """Save to a temporary file beside ``path``, read it back, and only then move it there.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        OutputError: writing or reading back fails; ``path`` is as it was before.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fxprune-") as folder:
+            draft = Path(folder) / path.name
+            torch.export.save(exported.program, draft)
+            torch.export.load(draft)
+            size = draft.stat().st_size
+            os.replace(draft, path)
+    except Exception as error:
+        raise OutputError(f"writing {path} failed: {type(error).__name__}: {_line(error)}") from error
+    return size
+
+
+def _export_dynamic(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportedProgram:
+    tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor) and leaf.dim()]
+    if not tensors:
+        raise ValueError("no input tensor has a batch dimension")
+    size = tensors[0].shape[0]
+    batch = Dim("batch")
+
+    def batched(leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
+
+    def grown(leaf: Any) -> Any:
+        # torch.export builds a size of 1 in, so it is shown a larger batch.
+        return torch.cat([leaf, leaf]) if batched(leaf) else leaf
+
+    def spec(leaf: Any) -> Any:
+        return {0: batch} if batched(leaf) else None
+
+    large_args, large_kwargs = tree_map(grown, (args, dict(kwargs)))
+    arg_specs, kwarg_specs = tree_map(spec, (args, dict(kwargs)))
+    program = torch.export.export(
+        model, large_args, large_kwargs, dynamic_shapes=(*arg_specs, *kwarg_specs.values())
+    )
+    with torch.no_grad():
+        expected, found = model(*args, **kwargs), program.module()(*args, **kwargs)
+    for one, other in zip(tree_leaves(expected), tree_leaves(found), strict=True):
+        if isinstance(one, Tensor):
+            torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5, equal_nan=True)
+    return program
+
+
+def _line(error: BaseException) -> str:
+    """First line of an error's message, without a final full stop."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

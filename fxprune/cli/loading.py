@@ -1,0 +1,362 @@
+"""From the command line's words to a model: ``MODEL``, ``--weights``, ``--checkpoint``, ``--input-shape``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import pickle
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, ExampleInputsError, ModelSpecError
+
+__all__ = ["Loaded", "load", "load_checkpoint", "parse_shape"]
+
+_SHAPE_HINT = "write the sizes with commas, for example --input-shape 1,3,224,224"
+# How other programs wrap a state dict in a checkpoint.
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode, with what to run it on.
+
+    Attributes:
+        model: the model, on the device where its maker put it.
+        inputs: example inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+        weights: where the weights come from, for people.
+        inputs_from: where the example inputs come from, for people.
+    """
+
+    model: nn.Module
+    inputs: Any
+    weights: str
+    inputs_from: str
+
+
+def load(
+    spec: str,
+    *,
+    weights: str | None = None,
+    checkpoint: Path | None = None,
+    shapes: Sequence[tuple[int, ...]] = (),
+    seed: int = 0,
+) -> Loaded:
+    """Make the model that ``spec`` names, with its weights and example inputs.
+
+    Args:
+        spec: ``torchvision:NAME`` or ``package.module:factory``.
+        weights: name of one of torchvision's pretrained weights, for example ``DEFAULT``.
+        checkpoint: file with a state dict, which must fit the model exactly.
+        shapes: shape of each positional input, which then is random; none asks the model's maker.
+        seed: of random weights and inputs.
+
+    Raises:
+        ModelSpecError: there is no such model or weights, or they cannot be made.
+        CheckpointError: the checkpoint cannot be read or does not fit.
+        ExampleInputsError: nobody says what the model's inputs look like.
+    """
+    kind, colon, name = spec.partition(":")
+    if not (colon and kind and name):
+        raise ModelSpecError(
+            f"cannot read the model name {spec!r}: write torchvision:NAME, for example torchvision:resnet18, "
+            "or package.module:factory, for example mynets.resnet:build"
+        )
+    own_inputs: Any = None
+    shape: tuple[int, ...] | None = None
+    torch.manual_seed(seed)
+    if kind == "torchvision":
+        model, shape = _torchvision_model(name, weights)
+    else:
+        if weights is not None:
+            raise ModelSpecError(
+                f"--weights {weights} is for torchvision: models only; {spec} gets its weights from its own "
+                "factory or from --checkpoint FILE"
+            )
+        module = _import(kind)
+        torch.manual_seed(seed)  # the import may have drawn numbers, and happens only once
+        model, own_inputs = _factory_model(module, kind, name)
+    model.eval()
+    empty = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    if empty:
+        raise ModelSpecError(
+            f"{spec} gives a model without weights ({_few(empty)} on the meta device); build it on the CPU, "
+            "or use the Python interface (fxprune.analyze), which needs no weights"
+        )
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
+        origin = f"from {checkpoint}"
+    elif weights is not None:
+        origin = f"torchvision's {weights}"
+    elif kind == "torchvision":
+        origin = "random (for real ones use --weights DEFAULT or --checkpoint FILE)"
+    else:
+        origin = f"as {spec} makes them (--checkpoint FILE loads others)"
+
+    torch.manual_seed(seed)  # the inputs do not depend on how the weights were made
+    if shapes:
+        return Loaded(model, _random_inputs(model, shapes), origin, "random, of --input-shape")
+    if own_inputs is not None:
+        return Loaded(model, own_inputs, origin, f"example_inputs of {kind}")
+    if shape is not None:
+        return Loaded(model, _random_inputs(model, [shape]), origin, "random, of the model's default size")
+    advice = (
+        "" if kind == "torchvision" else f", or let {kind} define `example_inputs` (a tensor, tuple or dict)"
+    )
+    raise ExampleInputsError(
+        f"{spec} does not say what its inputs look like: add --input-shape (one for each input in order, "
+        f"for example --input-shape 1,3,224,224){advice}"
+    )
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """Read sizes such as ``1,3,224,224`` or ``1x3x224x224``.
+
+    Raises:
+        ExampleInputsError: the text is something else, or a size is not positive.
+    """
+    words = text.lower().replace("x", ",").split(",")
+    try:
+        shape = tuple(int(word) for word in words)
+    except ValueError:
+        raise ExampleInputsError(f"cannot read --input-shape {text!r}: {_SHAPE_HINT}") from None
+    if min(shape) < 1:
+        raise ExampleInputsError(f"--input-shape {text!r} has a size below 1: {_SHAPE_HINT}")
+    return shape
+
+
+def _random_inputs(model: nn.Module, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
+    """Normally distributed inputs, with the type and device of the model's first floating parameter."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return tuple(torch.randn(shape, dtype=like.dtype, device=like.device) for shape in shapes)
+
+
+# torchvision
+
+
+def _torchvision_model(name: str, weights: str | None) -> tuple[nn.Module, tuple[int, ...] | None]:
+    """Build one of torchvision's models; also gives the input shape of an image classifier, else None."""
+    from torchvision import models
+
+    known = models.list_models()
+    if name not in known:
+        close = difflib.get_close_matches(name.lower(), known, n=4)
+        advice = f"did you mean {' or '.join(close)}?" if close else f"it has {len(known)}, such as resnet18"
+        raise ModelSpecError(f"torchvision has no model {name!r}; {advice}")
+    choices = models.get_model_weights(name)
+    if weights is not None and weights not in choices.__members__:
+        raise ModelSpecError(
+            f"torchvision:{name} has no weights {weights!r}; it has {', '.join(choices.__members__)}"
+        )
+    options: dict[str, Any] = {"weights": weights}
+    builder = inspect.signature(models.get_model_builder(name)).parameters
+    if weights is None and "weights_backbone" in builder:
+        options["weights_backbone"] = None  # by default it downloads a backbone even for random weights
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # GoogLeNet and Inception announce a change of initialisation
+            model: nn.Module = models.get_model(name, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        if weights is None:
+            raise ModelSpecError(f"torchvision cannot build {name}: {_line(error)}") from error
+        raise ModelSpecError(
+            f"cannot load the weights {weights} of torchvision:{name}: {_line(error)}; check the network, or "
+            "load a file with --checkpoint FILE"
+        ) from error
+
+    transforms = choices["DEFAULT"].transforms() if "DEFAULT" in choices.__members__ else None
+    if weights is not None:
+        transforms = choices[weights].transforms()
+    crop = getattr(transforms, "crop_size", None)
+    if type(transforms).__name__ != "ImageClassification" or not crop:
+        return model, None
+    # A model that is built for one size says so; its best weights may be for another (ViT-H/14).
+    size = getattr(model, "image_size", crop[0])
+    return model, (1, 3, size, size)
+
+
+# package.module:factory
+
+
+def _factory_model(module: ModuleType, module_name: str, path: str) -> tuple[nn.Module, Any]:
+    """Call ``path`` of the module; also gives the module's own example inputs, or None."""
+    target: Any = module
+    for attribute in path.split("."):
+        if not hasattr(target, attribute):
+            names = [n for n, v in vars(target).items() if callable(v) and not n.startswith("_")]
+            close = difflib.get_close_matches(attribute, names, n=3) or sorted(names)[:5]
+            raise ModelSpecError(
+                f"{module_name} ({_file(module)}) has no {path!r}"
+                + (f"; it has {', '.join(close)}" if close else "")
+            )
+        target = getattr(target, attribute)
+    spec = f"{module_name}:{path}"
+    model = target if isinstance(target, nn.Module) else _call(target, spec, "make a model")
+    if not isinstance(model, nn.Module):
+        raise ModelSpecError(
+            f"{spec} gave a {type(model).__name__}, not a torch.nn.Module; name a function without arguments "
+            "that returns a module, a module class, or a module"
+        )
+    inputs = getattr(module, "example_inputs", None)
+    if inputs is not None and callable(inputs):
+        inputs = _call(inputs, f"{module_name}:example_inputs", "make example inputs")
+    if inputs is not None and not isinstance(inputs, (Tensor, tuple, dict)):
+        raise ExampleInputsError(
+            f"{module_name}:example_inputs is a {type(inputs).__name__}; it should be a tensor, a tuple of "
+            "positional inputs, a dict of keyword inputs, or a function that returns one of these"
+        )
+    return model, inputs
+
+
+def _import(name: str) -> ModuleType:
+    """Import a module; the current directory comes first, as with ``python -m``."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if name == missing or name.startswith(f"{missing}."):
+            raise ModelSpecError(
+                f"there is no module {missing!r} (looked in {here} and in the Python environment); run "
+                "fxprune where `import` finds it, or write torchvision:NAME"
+            ) from error
+        raise ModelSpecError(f"importing {name} failed: {_line(error)}; install it first") from error
+    except Exception as error:
+        raise ModelSpecError(f"importing {name} failed: {type(error).__name__}: {_line(error)}") from error
+
+
+def _call(target: Any, spec: str, purpose: str) -> Any:
+    if not callable(target):
+        raise ModelSpecError(f"{spec} is a {type(target).__name__}, which cannot {purpose}; name a function")
+    try:
+        required = [
+            p.name
+            for p in inspect.signature(target).parameters.values()
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
+    except (TypeError, ValueError):  # some builtins have no signature
+        required = []
+    if required:
+        raise ModelSpecError(
+            f"{spec} needs arguments ({', '.join(required)}), and fxprune calls it without any; name a "
+            "function without required arguments"
+        )
+    try:
+        return target()
+    except Exception as error:
+        raise ModelSpecError(f"{spec} failed to {purpose}: {type(error).__name__}: {_line(error)}") from error
+
+
+# Checkpoints
+
+
+def load_checkpoint(model: nn.Module, path: Path) -> None:
+    """Load a state dict into ``model``, in place; every name and shape must agree.
+
+    A state dict inside a usual wrapper (``{"state_dict": ...}``) is found, and a name that is missing because
+    the tensor is tied to one that is there (as safetensors stores it) is no error.
+
+    Args:
+        model: the model to fill.
+        path: a ``.safetensors`` file, or a file that ``torch.load(weights_only=True)`` opens.
+
+    Raises:
+        CheckpointError: the file cannot be read, holds something else, or does not fit the model.
+    """
+    state = _read_checkpoint(path)
+    own = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    present = {id(own[name]) for name in state if name in own}
+    missing = [name for name, tensor in own.items() if name not in state and id(tensor) not in present]
+    unexpected = [name for name in state if name not in own]
+    problems = []
+    if missing:
+        problems.append(f"it lacks {_few(missing)}")
+    if unexpected:
+        problems.append(f"the model has no {_few(unexpected)}")
+    misshapen = [
+        f"{name} (file {list(tensor.shape)}, model {list(own[name].shape)})"
+        for name, tensor in state.items()
+        if name in own and tensor.shape != own[name].shape
+    ]
+    if misshapen:
+        problems.append(f"shapes differ: {_few(misshapen)}")
+    if problems:
+        advice = "load a checkpoint of this very architecture, or name a factory that builds the right one"
+        if unexpected and all(name.startswith("module.") for name in unexpected):
+            advice = (
+                "it was saved from DataParallel: strip the prefix 'module.' from its names and save it again"
+            )
+        raise CheckpointError(
+            f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}. What to do: {advice}"
+        )
+    model.load_state_dict(state, strict=False)  # strictly checked above, with better words
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            found: Any = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is not a file of plain tensors, and fxprune runs no code from checkpoints "
+            f"({_line(error)}); save one with torch.save(model.state_dict(), ...) or safetensors"
+        ) from error
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error).__name__}: {_line(error)}); it may be cut short, damaged, "
+            "or of another kind: write it again with torch.save(model.state_dict(), ...) or safetensors"
+        ) from error
+    for key in _WRAPPERS:
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+            break
+    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+        raise CheckpointError(
+            f"{path} holds a {type(found).__name__}, not a state dict (names and tensors); save one with "
+            "torch.save(model.state_dict(), ...)"
+        )
+    others = [name for name, value in found.items() if not isinstance(value, Tensor)]
+    if others or not found:
+        what = f"{_few(others)}, which are no tensors" if others else "no tensors"
+        raise CheckpointError(
+            f"{path} is not a state dict: it holds {what}; save one with torch.save(model.state_dict(), ...)"
+        )
+    return dict(found)
+
+
+# Wording
+
+
+def _few(names: Iterable[str], most: int = 3) -> str:
+    """Name the first few, and say how many more there are."""
+    listed = list(names)
+    rest = len(listed) - most
+    return ", ".join(listed[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _line(error: BaseException) -> str:
+    """First line of an error's message, without a final full stop."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _file(module: ModuleType) -> str:
+    return getattr(module, "__file__", None) or "built in"

@@ -1,0 +1,172 @@
+"""What a network costs: parameters, multiply-accumulates, bytes, and measured latency.
+
+Parameters, MACs and bytes are counted on the meta device: no weight is copied and no activation is
+computed, so counting a network costs its graph, whatever its size. Latency is measured on the real
+network, because nothing else tells it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils.flop_counter import FlopCounterMode
+
+from .errors import ExampleInputsError
+from .inputs import normalize, to_meta
+
+__all__ = ["Count", "count", "latency_ratio", "measure_latency"]
+
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Count:
+    """What one forward pass over given inputs costs.
+
+    Attributes:
+        params: number of parameter entries; a tied parameter counts once.
+        macs: multiply-accumulates of one forward pass over the whole batch, in convolutions, matrix
+            products and attention (pointwise work is not counted).
+        bytes: size of all parameters and of the buffers that a ``state_dict`` holds, as stored on disk.
+    """
+
+    params: int
+    macs: int
+    bytes: int
+
+
+def count(model: nn.Module, example_inputs: Any) -> Count:
+    """Count parameters, MACs and bytes of ``model``; it is neither run nor touched.
+
+    Args:
+        model: any module; it may live on the meta device. It is counted as in eval mode.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. Their values
+            do not matter, their shapes do: MACs are those of the whole batch.
+
+    Raises:
+        ExampleInputsError: the model does not run on inputs of these shapes, or has lazy parameters whose
+            shapes are not known yet.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+            raise ExampleInputsError(
+                f"the shape of {name!r} is not known yet (a lazy module); "
+                "run the model once on real inputs, then count it"
+            )
+    # keep_vars: the tensors themselves, so that a tied one is recognised.
+    saved = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
+    args, kwargs = normalize(example_inputs)
+    return Count(
+        params=sum(p.numel() for p in model.parameters()),
+        macs=_macs(model, to_meta(args), to_meta(kwargs)),
+        bytes=sum(t.numel() * t.element_size() for t in saved.values()),
+    )
+
+
+def measure_latency(
+    models: Mapping[str, nn.Module],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    min_run_time: float = 1.0,
+) -> dict[str, float]:
+    """Median seconds of one forward pass of each model, without gradients.
+
+    The models take turns over several rounds, so that a machine that slows down or speeds up does so for
+    all of them. Train and eval modes are used as they are found.
+
+    Args:
+        models: what to measure, by name.
+        args: positional inputs of every model.
+        kwargs: keyword inputs of every model.
+        min_run_time: seconds to spend on each model, all rounds together; a pass always runs to its end.
+    """
+    from torch.utils.benchmark import Timer  # slow to import, and it warns where CUDA is half installed
+
+    times: dict[str, list[float]] = {name: [] for name in models}
+    timers = {
+        name: Timer(
+            "model(*args, **kwargs)",
+            globals={"model": model, "args": args, "kwargs": dict(kwargs or {})},
+            num_threads=torch.get_num_threads(),
+        )
+        for name, model in models.items()
+    }
+    with torch.no_grad():
+        for _ in range(_ROUNDS):
+            for name, timer in timers.items():
+                times[name] += timer.blocked_autorange(min_run_time=min_run_time / _ROUNDS).times
+    return {name: median(seconds) for name, seconds in times.items()}
+
+
+def latency_ratio(
+    a: nn.Module,
+    b: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    min_run_time: float = 1.0,
+) -> float:
+    """Latency of ``b`` as a share of the latency of ``a``: 0.5 says that ``b`` takes half the time."""
+    seconds = measure_latency({"a": a, "b": b}, args, kwargs, min_run_time)
+    return seconds["b"] / seconds["a"]
+
+
+def _macs(model: nn.Module, args: Any, kwargs: Any) -> int:
+    """Multiply-accumulates of one forward pass over meta inputs."""
+    twin = _meta_copy(model).eval()
+    counter = FlopCounterMode(display=False)
+    # The default device catches tensors that the forward makes itself, such as a mask.
+    with _slow_attention(), torch.no_grad(), torch.device("meta"), counter:
+        try:
+            twin(*args, **kwargs)
+        except Exception as error:
+            raise ExampleInputsError(
+                f"{type(model).__name__} does not run on the example inputs with shapes only (meta tensors), "
+                f"which counting its MACs needs: {type(error).__name__}: {error}"
+            ) from error
+    # FlopCounterMode counts a multiplication and an addition as two.
+    return int(counter.get_total_flops()) // 2
+
+
+@contextmanager
+def _slow_attention() -> Iterator[None]:
+    """Switch off the fused attention path, whose single call hides its matrix products."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _meta_copy(model: nn.Module) -> nn.Module:
+    """Deep-copy ``model`` with every tensor that it holds replaced by a meta tensor; ties are kept."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in _tensors(vars(module).values(), set()):
+            memo.setdefault(id(tensor), _meta_twin(tensor))
+    return copy.deepcopy(model, memo)
+
+
+def _meta_twin(tensor: Tensor) -> Tensor:
+    twin = torch.empty_like(tensor, device="meta", requires_grad=False)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(twin, requires_grad=tensor.requires_grad)
+    return twin
+
+
+def _tensors(values: Iterable[Any], seen: set[int]) -> Iterator[Tensor]:
+    """Tensors among ``values``, also inside nested dicts, lists, tuples and sets, but not inside modules."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (Mapping, list, tuple, set)) and id(value) not in seen:
+            seen.add(id(value))  # containers may hold themselves
+            yield from _tensors(value.values() if isinstance(value, Mapping) else value, seen)

@@ -1,0 +1,484 @@
+"""The vocabulary in which operator rules speak: unify, take, reshape, freeze.
+
+A rule never touches the union-find; it says what an operator does to dimensions in these few words. All
+index algebra is done by numpy on arrays of unit numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from .units import FIXED, Axis, Event, Ids, Label, Rectangle, State, Take, Units, Value, aligned
+
+ZeroRule = Callable[[list[bool]], bool]
+"""From "operand i is zero at removed indices" to "the result is"."""
+
+
+class Coupler:
+    """The state of one analysis, and the operations that rules are made of."""
+
+    def __init__(self, units: Units | None = None) -> None:
+        self.units = units or Units()
+        self.node: fx.Node | None = None
+        self.operator = ""
+        self.edges: list[tuple[Axis, Axis, fx.Node | None]] = []
+        self.rectangles: list[Rectangle] = []
+        self.frozen: list[Event] = []
+        self.inexact: list[Event] = []
+        self.collisions: list[fx.Node | None] = []
+        self.takes: dict[fx.Node, Take | None] = {}
+        """Nodes that pick indices other than by a plain slice; None where one node picks twice."""
+
+    # -- values ---------------------------------------------------------------------------------
+
+    def value(self, tensor: torch.Tensor) -> Value:
+        """What is known of ``tensor``; a tensor never seen before has no labels."""
+        value = getattr(tensor, "_fxprune_value", None)
+        if value is None:
+            value = Value(tuple(tensor.shape), [None] * tensor.dim())
+            tensor._fxprune_value = value  # type: ignore[attr-defined]
+        return value
+
+    def put(self, tensor: torch.Tensor, labels: Iterable[Label | None]) -> None:
+        """Record the labels of an operator's result."""
+        labels = [
+            label if label is None or label.ids.shape[-1] > 1 else None
+            for label in labels
+        ]
+        value = getattr(tensor, "_fxprune_value", None)
+        if value is not None and value.state is None:  # an in-place operator returned its input
+            value.labels = labels
+        elif value is None:
+            tensor._fxprune_value = Value(tuple(tensor.shape), labels)  # type: ignore[attr-defined]
+
+    def put_view(self, tensor: torch.Tensor, source: Value, labels: Iterable[Label | None]) -> None:
+        """As :meth:`put`, for a result that shares memory with ``source``."""
+        self.put(tensor, labels)
+        self.value(tensor).storage = source.storage
+
+    def constant(self, tensor: torch.Tensor) -> None:
+        """Record a constant made in the graph, whose axes are free to follow what they meet."""
+        name = self.node.name if self.node is not None else "constant"
+        shape = tuple(tensor.shape)
+        state = State(name, shape, None, [None] * len(shape), self.node)
+        value = Value(shape, [], state, tuple(range(len(shape))))
+        tensor._fxprune_value = value  # type: ignore[attr-defined]
+
+    def materialize(self, value: Value) -> None:
+        """Give every open axis of a state units of its own."""
+        for dim in range(len(value.shape)):
+            if value.is_open(dim):
+                self.adopt(value, dim, self.units.fresh(value.shape[dim]), ())
+
+    def adopt(self, value: Value, dim: int, ids: Ids, over: tuple[int, ...], axis: Axis | None = None) -> Label:
+        """Label an open axis with ``ids``; ``over`` are dimensions of ``value``."""
+        state = value.state
+        assert state is not None
+        own = Axis(state.name, value.dims[dim])
+        label = Label(ids, tuple(value.dims[d] for d in over), own, zero=state.tensor is not None)
+        state.axes[value.dims[dim]] = label
+        if axis is not None:
+            self.edges.append((axis, own, self.node))
+        return label
+
+    # -- units ----------------------------------------------------------------------------------
+
+    def merge(self, a: Ids, b: Ids, a_axis: Axis, b_axis: Axis, reason: str = "") -> None:
+        """Make units live and die together."""
+        if a is b:
+            return
+        met, collided = self.units.merge(a, b)
+        if collided:
+            self.collisions.append(self.node)
+        if met.size:
+            reason = reason or f"meets an axis that cannot be narrowed ({a_axis} with {b_axis})"
+            self.frozen.append(Event(met, a_axis, self.node, reason))
+        if a_axis != b_axis:
+            self.edges.append((a_axis, b_axis, self.node))
+
+    def tie(self, label: Label, dims: Sequence[int]) -> Label:
+        """Make ``label`` independent of ``dims``: each column is removed in all rows or in none."""
+        ids, over = label.ids, list(label.over)
+        for dim in dims:
+            if dim in over:
+                at = over.index(dim)
+                first = ids.take([0], axis=at)
+                self.merge(first, ids, label.axis, label.axis)
+                ids = first.squeeze(at)
+                del over[at]
+        return Label(ids, tuple(over), label.axis, label.zero, label.row)
+
+    def freeze(self, label: Label, reason: str, remedy: str = "") -> None:
+        """The dimension keeps its extent: no index goes, or only whole rows where the label has rows."""
+        if label.over:
+            self.merge(label.ids[..., :1], label.ids, label.axis, label.axis)
+        else:
+            self.frozen.append(Event(label.ids, label.axis, self.node, reason, remedy))
+
+    def freeze_dim(self, value: Value, dim: int, reason: str, remedy: str = "") -> None:
+        """Freeze whatever labels dimension ``dim``."""
+        if value.shape[dim] == 1:
+            return
+        if value.is_open(dim):
+            self.adopt(value, dim, self.units.fresh(value.shape[dim]), ())
+        label = value.label(dim)
+        if label is not None:
+            self.freeze(label, reason, remedy)
+
+    def freeze_value(self, value: Value, reason: str, remedy: str = "") -> None:
+        for dim in range(len(value.shape)):
+            self.freeze_dim(value, dim, reason, remedy)
+
+    def mark_inexact(self, label: Label, reason: str) -> None:
+        self.inexact.append(Event(label.ids, label.axis, self.node, reason))
+
+    def rectangle(self, rows: Ids, cells: Ids) -> None:
+        """Require equally many cells in every row; leading dimensions of both are rows."""
+        flat = cells.reshape(-1, cells.shape[-1])
+        if flat.shape[0] > 1:
+            self.rectangles.append(Rectangle(rows.reshape(-1), flat, self.node))
+
+    # -- meeting: pointwise operators, contractions, normalisations -----------------------------
+
+    def unify(
+        self,
+        operands: Sequence[tuple[Value, Sequence[Any]]],
+        out: Sequence[Any],
+        zero: ZeroRule = all,
+    ) -> tuple[list[Label | None], dict[Any, tuple[Label, bool]]]:
+        """Couple dimensions that carry the same index name, as in an einsum.
+
+        Args:
+            operands: values with an index name for each dimension. Dimensions of size 1 broadcast.
+            out: index names of the result.
+            zero: how zeros at removed indices carry over.
+
+        Returns:
+            Labels of the result (``over`` its dimensions), and for every labelled index name that is not
+            in ``out`` its label and whether some operand is zero at removed indices.
+        """
+        uses: dict[Any, list[tuple[Value, int, Sequence[Any]]]] = {}
+        for value, names in operands:
+            for dim, name in enumerate(names):
+                if value.shape[dim] != 1:
+                    uses.setdefault(name, []).append((value, dim, names))
+        result: dict[Any, tuple[Ids, tuple[Any, ...], Axis, bool, list[bool]]] = {}
+        for name, used in uses.items():
+            met = self._meet(used)
+            if met is not None:
+                zeros = [
+                    any(n == name and v.shape[d] != 1 and v.is_zero(d) for d, n in enumerate(names))
+                    for v, names in operands
+                ]
+                result[name] = (*met, zeros)
+        labels: list[Label | None] = []
+        position = {name: dim for dim, name in enumerate(out)}
+        for name in out:
+            if name not in result:
+                labels.append(None)
+                continue
+            ids, over, axis, row, zeros = result[name]
+            lost = [o for o in over if o not in position]
+            if lost:
+                ids, over = self._drop(ids, over, lost, axis)
+            labels.append(Label(ids, tuple(position[o] for o in over), axis, zero(zeros), row))
+        gone = {}
+        for name, (ids, _, axis, row, zeros) in result.items():
+            if name not in position:
+                gone[name] = (Label(ids, (), axis, False, row), any(zeros))
+        return labels, gone
+
+    def _meet(
+        self, used: list[tuple[Value, int, Sequence[Any]]]
+    ) -> tuple[Ids, tuple[Any, ...], Axis, bool] | None:
+        """Couple the uses of one index name; its units, the index names they are over, its axis."""
+        labelled: list[tuple[Label, tuple[Any, ...]]] = []
+        opened: list[tuple[Value, int, Sequence[Any]]] = []
+        plain = False
+        for value, dim, names in used:
+            label = value.label(dim)
+            if label is not None:
+                labelled.append((label, tuple(names[d] for d in label.over)))
+            elif value.is_open(dim):
+                opened.append((value, dim, names))
+            else:
+                plain = True
+        if plain:
+            reason = "meets an axis of the inputs, or one that an operator made unprunable"
+            for label, _ in labelled:
+                self.freeze(label, reason)
+            for value, dim, _ in opened:
+                self.freeze_dim(value, dim, reason)
+            return None
+        if not labelled:
+            if not opened:
+                return None
+            value, dim, _ = opened.pop(0)
+            labelled.append((self.adopt(value, dim, self.units.fresh(value.shape[dim]), ()), ()))
+        labelled.sort(key=lambda item: len(item[1]))
+        (first, over), others = labelled[0], labelled[1:]
+        ids, axis, row = first.ids, first.axis, first.row
+        for label, over_other in others:
+            if ids is not label.ids or over != over_other:
+                both = (*over, *(o for o in over_other if o not in over))
+                self.merge(aligned(ids, over, both), aligned(label.ids, over_other, both), axis, label.axis)
+                lost = [o for o in over if o not in over_other]
+                if lost:
+                    ids, over = self._drop(ids, over, lost, axis)
+            row = row and label.row
+        for value, dim, names in opened:
+            lost = [o for o in over if o not in names or value.shape[list(names).index(o)] == 1]
+            if lost:
+                ids, over = self._drop(ids, over, lost, axis)
+            self.adopt(value, dim, ids, tuple(list(names).index(o) for o in over), axis)
+        return ids, over, axis, row
+
+    def _drop(
+        self, ids: Ids, over: tuple[Any, ...], lost: Sequence[Any], axis: Axis
+    ) -> tuple[Ids, tuple[Any, ...]]:
+        """:meth:`tie` for a label whose rows go by index names."""
+        tied = self.tie(
+            Label(ids, tuple(range(len(over))), axis), [i for i, o in enumerate(over) if o in lost]
+        )
+        return tied.ids, tuple(over[i] for i in tied.over)
+
+    # -- moving: views, permutations, slices ----------------------------------------------------
+
+    def permute(self, out: torch.Tensor, value: Value, order: Sequence[int]) -> None:
+        """Dimension ``i`` of the result is dimension ``order[i]`` of ``value``; -1 is a new one of size 1."""
+        if value.state is not None and -1 not in order and len(order) == len(value.shape):
+            dims = tuple(value.dims[d] for d in order)
+            out._fxprune_value = Value(  # type: ignore[attr-defined]
+                tuple(out.shape), [], value.state, dims, value.storage
+            )
+            return
+        self.materialize(value)
+        place = {old: new for new, old in enumerate(order)}
+        labels: list[Label | None] = []
+        for old in order:
+            label = value.label(old) if old >= 0 else None
+            if label is not None:
+                over = tuple(place[o] for o in label.over)
+                label = Label(label.ids, over, label.axis, label.zero, label.row)
+            labels.append(label)
+        self.put_view(out, value, labels)
+
+    def take(self, value: Value, dim: int, index: Ids) -> list[Label | None]:
+        """Labels after picking indices ``index`` along ``dim`` (slice, flip, roll, tile, index_select)."""
+        self.materialize(value)
+        labels: list[Label | None] = []
+        for own in range(len(value.shape)):
+            label = value.label(own)
+            if label is not None and own == dim:
+                ids = label.ids[..., index]
+                if label.over:
+                    self.rectangle(self._rows(value, label), ids)
+                label = self._moved(label, ids, label.over, own)
+            elif label is not None and dim in label.over:
+                ids = label.ids.take(index, axis=label.over.index(dim))
+                label = Label(ids, label.over, label.axis, label.zero, label.row)
+            labels.append(label)
+        return labels
+
+    def pick(self, value: Value, dim: int, index: Ids) -> list[Label | None]:
+        """:meth:`take`, remembered because a rewritten node may have to pick by number."""
+        labels = self.take(value, dim, index)
+        if self.node is not None and labels[dim] is not None:
+            self.takes[self.node] = None if self.node in self.takes else Take(value, dim, index)
+        return labels
+
+    def select(self, value: Value, dim: int, index: int) -> list[Label | None]:
+        """Labels after picking one index along ``dim`` and dropping the dimension."""
+        self.materialize(value)
+        own = value.label(dim)
+        if own is not None and own.over:
+            self.freeze(own, "one column of a rectangle is selected")
+        elif own is not None:
+            event = Event(own.ids[index : index + 1], own.axis, self.node, "this index is selected by its number")
+            self.frozen.append(event)
+        labels: list[Label | None] = []
+        for d in range(len(value.shape)):
+            label = value.label(d)
+            if d == dim:
+                continue
+            if label is not None:
+                ids, over = label.ids, list(label.over)
+                if dim in over:
+                    ids = ids.take(index, axis=over.index(dim))
+                    over.remove(dim)
+                shifted = tuple(o - (o > dim) for o in over)
+                label = Label(ids, shifted, label.axis, label.zero, label.row)
+            labels.append(label)
+        return labels
+
+    def cat(self, values: Sequence[Value], dim: int) -> list[Label | None]:
+        """Labels after concatenating along ``dim``; other dimensions are coupled."""
+        for value in values:
+            self.materialize(value)
+        rank = len(values[0].shape)
+        names = [[i if i != dim else ("part", k) for i in range(rank)] for k in range(len(values))]
+        others = [i for i in range(rank) if i != dim]
+        shared, _ = self.unify(list(zip(values, names, strict=True)), others)
+        parts = [value.label(dim) for value in values]
+        own: Label | None = None
+        if any(part is not None for part in parts):
+            over = tuple(sorted({o for part in parts if part is not None for o in part.over}))
+            sizes = tuple(max(value.shape[o] for value in values) for o in over)
+            pieces = []
+            for value, part in zip(values, parts, strict=True):
+                ids = np.full(value.shape[dim], FIXED) if part is None else part.ids
+                ids = aligned(ids, part.over if part is not None else (), over)
+                pieces.append(np.broadcast_to(ids, (*sizes, value.shape[dim])))
+            zero = all(v.is_zero(dim) for v, part in zip(values, parts, strict=True) if part is not None)
+            axis = self._here(dim)
+            own = Label(np.concatenate(pieces, axis=-1), over, axis, zero)
+            self.edges += [(part.axis, axis, self.node) for part in parts if part is not None]
+        labels: list[Label | None] = []
+        for i in range(rank):
+            label = own if i == dim else shared[others.index(i)]
+            if label is not None and label is not own:
+                over = tuple(others[o] for o in label.over)
+                if dim in over:
+                    label = self.tie(Label(label.ids, over, label.axis, label.zero, label.row), [dim])
+                else:
+                    label = Label(label.ids, over, label.axis, label.zero, label.row)
+            labels.append(label)
+        return labels
+
+    def reshape(self, value: Value, shape: Sequence[int]) -> list[Label | None]:
+        """Labels after a row-major reshape to ``shape``.
+
+        The shapes are factored into groups of dimensions with equal products. Within a group the same
+        reshape is run on the units. Where units then differ along several dimensions, the inner ones
+        become columns over the outer ones (see :class:`~fxprune.coupling.units.Rectangle`).
+        """
+        self.materialize(value)
+        labels: list[Label | None] = [None] * len(shape)
+        old = [value.label(d) for d in range(len(value.shape))]
+        if not any(label is not None for label in old):
+            return labels
+        groups = _factor(value.shape, shape)
+        group_of = {d: group for group in groups for d in group[0]}
+        for ins, outs in groups:
+            inside = [d for d in ins if old[d] is not None]
+            if not inside:
+                continue
+            dim, label = self._innermost(inside, old)
+            blocks: list[tuple[list[int], list[int]]] = []
+            for o in label.over:
+                if group_of[o] not in blocks and group_of[o] != (ins, outs):
+                    blocks.append(group_of[o])
+            n_outer = len({o for _, o_outs in blocks for o in o_outs})
+            blocks.append((ins, outs))
+            in_order = [d for block, _ in blocks for d in block]
+            names = [*label.over, dim]
+            array = label.ids
+            if names != in_order:
+                array = array.transpose([names.index(d) for d in in_order if d in names])
+                array = array[tuple(slice(None) if d in names else None for d in in_order)]
+            array = np.broadcast_to(array, [value.shape[d] for d in in_order])
+            out_order = [d for _, block in blocks for d in block]
+            array = array.reshape([shape[d] for d in out_order])
+            self._place(labels, label, array, out_order, n_outer)
+        return labels
+
+    def _innermost(self, inside: list[int], old: Sequence[Label | None]) -> tuple[int, Label]:
+        """The label that a group of dimensions keeps when they are flattened; others are absorbed."""
+        dim = inside[-1]
+        label = old[dim]
+        assert label is not None
+        for other in reversed(inside[:-1]):
+            outer = old[other]
+            assert outer is not None
+            if other in label.over:
+                continue  # the rows of this very rectangle
+            if dim in outer.over:
+                outer = self.tie(outer, [dim])
+            reason = "two independently prunable axes are flattened into one"
+            if label.row and not outer.row:
+                self.freeze(label, reason)
+                dim, label = other, outer
+            else:
+                self.freeze(outer, reason)
+        # The group is flattened in row-major order: rows must come before their columns.
+        late = [o for o in label.over if o in inside and o > dim]
+        return dim, self.tie(label, late) if late else label
+
+    def _place(
+        self,
+        labels: list[Label | None],
+        label: Label,
+        array: Ids,
+        out_order: list[int],
+        n_outer: int,
+    ) -> None:
+        """Distribute the reshaped units of one label over the dimensions along which they differ."""
+        roots = self.units.find(array)
+        varying = []
+        for at in range(array.ndim):
+            if array.shape[at] > 1 and (roots != roots.take([0], axis=at)).any():
+                varying.append(at)
+        constant = [at for at in range(array.ndim) if at not in varying]
+        array = array[tuple(0 if at in constant else slice(None) for at in range(array.ndim))]
+        dims = [out_order[at] for at in varying]
+        own = [at for at in varying if at >= n_outer]
+        if not own:
+            if not label.over:
+                self.freeze(label, "all indices of the axis form one unit")
+            return
+        outer = len(varying) - len(own)
+        cells = array
+        for level in range(len(varying) - 1, outer - 1, -1):
+            dim, over = dims[level], tuple(dims[:level])
+            axis = self._here(dim)
+            row = label.row if level == len(varying) - 1 else True
+            labels[dim] = Label(cells, over, axis, label.zero, row)
+            self.edges.append((label.axis, axis, self.node))
+            if level > outer:
+                rows = self.units.fresh(*cells.shape[:-1])
+                self.rectangle(rows, cells)
+                cells = rows
+
+    def _rows(self, value: Value, label: Label) -> Ids:
+        """Row units of a label that is over other dimensions; fresh ones where those differ in shape."""
+        inner = value.label(label.over[-1])
+        if inner is not None and inner.over == label.over[:-1]:
+            return inner.ids
+        return self.units.fresh(*label.ids.shape[:-1])
+
+    def _moved(self, label: Label, ids: Ids, over: tuple[int, ...], dim: int) -> Label:
+        axis = self._here(dim)
+        self.edges.append((label.axis, axis, self.node))
+        return Label(ids, over, axis, label.zero, label.row)
+
+    def _here(self, dim: int) -> Axis:
+        return Axis(self.node.name if self.node is not None else "?", dim)
+
+
+def _factor(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Split two shapes of equal product into the finest groups of dimensions with equal products.
+
+    Dimensions of size 1 are left out.
+    """
+    ins = [d for d, size in enumerate(before) if size != 1]
+    outs = [d for d, size in enumerate(after) if size != 1]
+    groups = []
+    i = j = 0
+    while i < len(ins) and j < len(outs):
+        a, b = [ins[i]], [outs[j]]
+        p, q = before[ins[i]], after[outs[j]]
+        i, j = i + 1, j + 1
+        while p != q:
+            if p < q:
+                a.append(ins[i])
+                p, i = p * before[ins[i]], i + 1
+            else:
+                b.append(outs[j])
+                q, j = q * after[outs[j]], j + 1
+        groups.append((a, b))
+    return groups

@@ -1,0 +1,263 @@
+"""The result of the analysis: groups, the ``networkx`` graph of couplings, and explanations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+import numpy as np
+
+from ..capture import Captured
+from ..errors import PlanError
+from ..program import describe_source
+from .groups import Group, Grouping, form_groups
+from .interpreter import Run, interpret
+from .units import Axis, Event, Ids, State, Value
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """An axis that cannot be narrowed.
+
+    Attributes:
+        axis: name of the parameter and dimension.
+        reason: why.
+        node: name of the graph node that froze it.
+        source: ``file:line in function`` of that node, or empty.
+        remedy: what would free it, or empty.
+    """
+
+    axis: Axis
+    reason: str
+    node: str
+    source: str
+    remedy: str
+
+    def __str__(self) -> str:
+        at = f" at {self.node}" if self.node else ""
+        source = f" ({self.source})" if self.source else ""
+        remedy = f"; {self.remedy}" if self.remedy else ""
+        return f"{self.axis}: {self.reason}{at}{source}{remedy}"
+
+
+@dataclass(frozen=True)
+class Link:
+    """One step of an explanation: ``axis`` goes with ``via`` because of a graph node."""
+
+    axis: Axis
+    via: Axis
+    node: str
+    source: str
+
+    def __str__(self) -> str:
+        source = f" ({self.source})" if self.source else ""
+        return f"{self.axis} <- {self.via} through {self.node}{source}"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What goes with an axis, and why. ``str()`` of it is meant to be read.
+
+    Attributes:
+        axis: the axis asked for.
+        groups: the groups that its indices belong to.
+        paths: for each other axis that goes with it, the steps that lead there.
+        frozen: why (part of) the axis cannot go, or None.
+    """
+
+    axis: Axis
+    groups: tuple[Group, ...]
+    paths: Mapping[Axis, tuple[Link, ...]]
+    frozen: Frozen | None
+
+    def __str__(self) -> str:
+        lines = [str(self.axis)]
+        lines += [f"  in {group!r}" for group in self.groups]
+        if self.frozen is not None:
+            lines.append(f"  frozen: {self.frozen.reason} at {self.frozen.node} {self.frozen.source}".rstrip())
+        for axis, path in self.paths.items():
+            lines.append(f"  {axis} goes with it")
+            lines += [f"    {link}" for link in path]
+        return "\n".join(lines)
+
+
+class CouplingGraph:
+    """What can be removed from a network together, and what cannot be removed at all.
+
+    Iterating gives the groups. Made by :func:`fxprune.analyze`.
+    """
+
+    def __init__(self, captured: Captured, inputs: list[Any], held: tuple[str, ...] = ()) -> None:
+        """``held`` are names of graph nodes around which nothing is to be narrowed."""
+        self.captured = captured
+        self.inputs = inputs
+        self.held = held
+        self._run: Run = interpret(captured.program, inputs)
+        self._regroup()
+
+    def _regroup(self) -> None:
+        run, program = self._run, self.captured.program
+        order = {name: i for i, name in enumerate(program.skeleton.names)}
+        states = sorted(run.states.values(), key=lambda state: order.get(state.name, len(order)))
+        self._states = {state.name: state for state in states}
+        trainable = {name: name not in program.skeleton.buffers for name in self._states}
+        extra = tuple(event for name in self.held for event in self._hold(name))
+        self._grouping: Grouping = form_groups(run.coupler, states, trainable, extra)
+        self.__dict__.pop("frozen", None)
+
+    def hold(self, names: set[str]) -> CouplingGraph:
+        """The same analysis with nothing narrowed around the nodes ``names``."""
+        other = object.__new__(CouplingGraph)
+        other.captured, other.inputs, other._run = self.captured, self.inputs, self._run
+        other.held = tuple(sorted({*self.held, *names}))
+        other._regroup()
+        return other
+
+    def _hold(self, name: str) -> Iterator[Event]:
+        node = next((n for n in self.captured.program.graph.nodes if n.name == name), None)
+        if node is None:
+            raise PlanError(f"the plan holds the graph node {name!r}, which this model does not have.")
+        for near in (node, *node.all_input_nodes):
+            for value in tree_values(self._run.values.get(near)):
+                for dim in range(len(value.shape)):
+                    label = value.label(dim)
+                    if label is not None:
+                        yield Event(label.ids.reshape(-1), label.axis, node, "this node could not be rewritten")
+
+    # -- what users read ------------------------------------------------------------------------
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """All groups, in the order of their first axis in the state dict."""
+        return self._grouping.groups
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __repr__(self) -> str:
+        units = sum(group.size for group in self.groups)
+        exact = sum(group.exact for group in self.groups)
+        return (
+            f"CouplingGraph({self.captured.class_name}: {len(self.groups)} groups ({exact} exact) of {units} "
+            f"units, {len(self.frozen)} frozen axes)"
+        )
+
+    @cached_property
+    def networkx(self) -> nx.Graph:
+        """Axes and their couplings; edge attribute ``nodes`` lists the graph nodes that cause one."""
+        graph = nx.Graph()
+        for state in self._states.values():
+            for dim, label in enumerate(state.axes):
+                if label is not None:
+                    graph.add_node(Axis(state.name, dim), parameter=True, size=state.shape[dim])
+        for a, b, node in self._run.coupler.edges:
+            if a == b:
+                continue
+            if not graph.has_edge(a, b):
+                graph.add_edge(a, b, nodes=[])
+            if node is not None and node not in graph.edges[a, b]["nodes"]:
+                graph.edges[a, b]["nodes"].append(node)
+        return graph
+
+    @cached_property
+    def frozen(self) -> tuple[Frozen, ...]:
+        """Axes of parameters of which no index can be removed, each with the reason."""
+        grouping = self._grouping
+        first = np.full(grouping.roots.size, -1, dtype=np.int64)
+        for number in range(len(grouping.events) - 1, -1, -1):
+            first[grouping.roots[grouping.events[number].ids]] = number
+        found = []
+        for state in self._states.values():
+            if state.name in self.captured.program.skeleton.buffers:
+                continue
+            for dim, label in enumerate(state.axes):
+                if label is None:
+                    continue
+                classes = grouping.roots[label.ids]
+                if grouping.prunable[classes].any():
+                    continue
+                numbers = first[classes]
+                numbers = numbers[numbers >= 0]
+                axis = Axis(state.name, dim)
+                if numbers.size:
+                    event = grouping.events[int(np.bincount(numbers).argmax())]
+                    name = event.node.name if event.node is not None else ""
+                    found.append(Frozen(axis, event.reason, name, describe_source(event.node), event.remedy))
+                else:
+                    found.append(Frozen(axis, "meets an axis that cannot be narrowed", "", "", ""))
+        return tuple(found)
+
+    def explain(self, name: str, dim: int) -> Explanation:
+        """What goes with axis ``dim`` of the parameter ``name``, and which graph nodes cause it.
+
+        Raises:
+            KeyError: if the graph uses no such parameter; suggests names that it does use.
+        """
+        import difflib
+
+        aliases = {id(state.tensor): state.name for state in self._states.values()}
+        tensor = self.captured.program.tensors.get(name)
+        known = aliases.get(id(tensor)) if tensor is not None else None
+        if known is None:
+            close = difflib.get_close_matches(name, self._states, n=3)
+            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            raise KeyError(f"no parameter or buffer named {name!r} is used by the graph{hint}")
+        state = self._states[known]
+        if not -len(state.shape) <= dim < len(state.shape):
+            raise KeyError(f"{name} has {len(state.shape)} axes, so there is no axis {dim}")
+        axis = Axis(known, dim % len(state.shape))
+        groups = tuple(g for g in self.groups if any(m.axis == axis for m in g.members))
+        paths: dict[Axis, tuple[Link, ...]] = {}
+        reach = nx.single_source_shortest_path(self.networkx, axis) if axis in self.networkx else {}
+        for group in groups:
+            for member in group.members:
+                if member.axis != axis and member.axis not in paths:
+                    paths[member.axis] = self._links(reach.get(member.axis, []))
+        frozen = next((f for f in self.frozen if f.axis == axis), None)
+        return Explanation(axis, groups, paths, frozen)
+
+    def _links(self, path: list[Axis]) -> tuple[Link, ...]:
+        links = []
+        for a, b in zip(path, path[1:], strict=False):
+            nodes = self.networkx.edges[a, b]["nodes"]
+            node = nodes[0] if nodes else None
+            links.append(Link(b, a, node.name if node is not None else "", describe_source(node)))
+        return tuple(links)
+
+    # -- what the later stages read -------------------------------------------------------------
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    @property
+    def states(self) -> Mapping[str, State]:
+        """Parameters and buffers that the graph uses, by their first name."""
+        return self._states
+
+    def classes(self, ids: Ids) -> Ids:
+        """The class of each unit."""
+        found: Ids = self._grouping.roots[ids]
+        return found
+
+    def tensor_names(self) -> dict[str, list[int]]:
+        """Shape of every parameter and buffer, by name: the architecture as plain data."""
+        return {name: list(tensor.shape) for name, tensor in self.captured.program.tensors.items()}
+
+
+def tree_values(tree: Any) -> Iterator[Value]:
+    """All :class:`Value` leaves of a node's outputs."""
+    from torch.utils import _pytree as pytree
+
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Value):
+            yield leaf
+
+
+__all__ = ["CouplingGraph", "Explanation", "Frozen", "Link", "tree_values"]

@@ -1,0 +1,277 @@
+"""Runs a program on meta tensors and applies a rule to every ATen call that comes out of it.
+
+The three dialects of FX graphs (modules, functions, ATen) meet here: each node, whatever its dialect,
+dissolves into ATen calls under a ``TorchDispatchMode``. No weight and no activation is ever computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import CaptureError, ExampleInputsError
+from ..inputs import meta_like
+from ..program import Program, clone_module, describe_source
+from .coupler import Coupler
+from .registry import rule_for
+from .units import Label, State, Units, Value
+
+from . import rules as _rules  # noqa: F401  isort: skip  (registers the rules)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The outcome of one interpretation.
+
+    Attributes:
+        coupler: units, couplings, rectangles and events.
+        states: parameters and buffers by (first) name.
+        values: for each node the tree of its outputs: tensors as :class:`Value`, numbers as they are.
+        scalars: for each node the numbers that its pointwise ATen calls were given.
+    """
+
+    coupler: Coupler
+    states: Mapping[str, State]
+    values: Mapping[fx.Node, Any]
+    scalars: Mapping[fx.Node, tuple[Any, ...]]
+
+
+def interpret(
+    program: Program,
+    inputs: list[Any],
+    units: Units | None = None,
+    seeds: Mapping[str, list[Label | None]] | None = None,
+) -> Run:
+    """Run ``program`` on meta ``inputs`` (one for each placeholder) and collect labels.
+
+    ``seeds`` gives labels for the axes of parameters and buffers beforehand; with a :class:`Units` that
+    has anchors this turns the analysis into a check.
+
+    Raises:
+        ExampleInputsError: where a node fails on the inputs' shapes; names the node and its source.
+    """
+    interpreter = _Interpreter(program, Coupler(units), seeds or {})
+    with _slow_paths(), torch.no_grad(), interpreter:
+        interpreter.run(inputs)
+    return Run(interpreter.coupler, interpreter.states, interpreter.values, interpreter.scalars)
+
+
+@contextlib.contextmanager
+def _slow_paths() -> Iterator[None]:
+    """Attention layers must dissolve, not vanish into one fused operator."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+class _Interpreter(TorchDispatchMode):
+    def __init__(
+        self, program: Program, coupler: Coupler, seeds: Mapping[str, list[Label | None]]
+    ) -> None:
+        super().__init__()
+        self.program = program
+        self.coupler = coupler
+        self.seeds = seeds
+        self.states: dict[str, State] = {}
+        self.values: dict[fx.Node, Any] = {}
+        self.scalars: dict[fx.Node, tuple[Any, ...]] = {}
+        self._numbers: list[Any] = []
+        self._metas: dict[int, torch.Tensor] = {}
+        self._detours: dict[fx.Node, tuple[fx.Node, int, Any]] = {}
+        self._interior: set[fx.Node] = set()
+        self._quiet = False
+
+    # -- ATen calls -----------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if self._quiet:
+            return out
+        coupler = self.coupler
+        rule = rule_for(func)
+        coupler.operator = func._schema.name.partition("::")[2]
+        if rule is None:
+            self._unknown(func, args, kwargs)
+        else:
+            rule.apply(coupler, args, kwargs, out)
+            if rule.family == "pointwise":
+                numbers = [a for a in args if isinstance(a, (int, float)) and not isinstance(a, bool)]
+                if numbers:
+                    self._numbers.append((coupler.operator, *numbers))
+        return out
+
+    def _unknown(self, func: Any, args: Any, kwargs: Any) -> None:
+        reason = f"used by {func}, an operator without a rule"
+        for tensor in pytree.tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor):
+                self.coupler.freeze_value(self.coupler.value(tensor), reason, "register a rule for it")
+
+    # -- graph nodes ----------------------------------------------------------------------------
+
+    def run(self, inputs: list[Any]) -> None:
+        env: dict[fx.Node, Any] = {}
+        supply = iter(inputs)
+        modules: dict[str, torch.nn.Module] = {}
+        for node in self.program.graph.nodes:
+            self.coupler.node = node
+            if node.op == "placeholder":
+                result = next(supply)
+            elif node.op == "get_attr":
+                result = self._tensor(node.target)
+            elif node.op == "output":
+                for tensor in pytree.tree_leaves(map_arg(node.args[0], env.__getitem__)):
+                    if isinstance(tensor, torch.Tensor):
+                        self.coupler.freeze_value(self.coupler.value(tensor), "output of the model")
+                continue
+            else:
+                args = map_arg(node.args, env.__getitem__)
+                kwargs = map_arg(node.kwargs, env.__getitem__)
+                self._numbers = []
+                self._find_detour(node, env)
+                try:
+                    if node.op == "call_module":
+                        if node.target not in modules:
+                            modules[node.target] = self._module(node.target)
+                        result = modules[node.target](*args, **kwargs)
+                    elif node.op == "call_method":
+                        result = getattr(args[0], node.target)(*args[1:], **kwargs)
+                    else:
+                        result = node.target(*args, **kwargs)
+                except Exception as error:  # noqa: BLE001 - whatever a user's node raises
+                    raise _failed(node, error) from error
+                if self._numbers:
+                    self.scalars[node] = tuple(self._numbers)
+            env[node] = result
+            if node in self._detours:
+                self._finish_detour(node, env)
+            self.values[node] = self._describe(result)
+
+    # -- views that amount to a permutation -----------------------------------------------------
+
+    def _find_detour(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> None:
+        """Look ahead from a view for a chain of movements that only permutes one dimension.
+
+        A channel shuffle written as view, transpose, view would tie channels across rows although all it
+        does is to permute them. Such a chain is labelled as one movement from its source to its end.
+        """
+        self._quiet = node in self._interior or node in self._detours
+        if self._quiet or not _is_movement(node, _VIEWS) or not isinstance(node.args[0], fx.Node):
+            return
+        source = env.get(node.args[0])
+        if not isinstance(source, torch.Tensor) or source.dim() < 2:
+            return
+        chain = [node]
+        while len(chain[-1].users) == 1:
+            (following,) = chain[-1].users
+            known = all(n is chain[-1] or n in env for n in following.all_input_nodes)
+            if not _is_movement(following, _MOVEMENTS) or following.args[0] is not chain[-1] or not known:
+                break
+            chain.append(following)
+        while len(chain) > 2 and not _is_movement(chain[-1], _VIEWS):
+            chain.pop()
+        if len(chain) < 3 or not any(_is_movement(n, _PERMUTATIONS) for n in chain):
+            return
+        self._quiet = True
+        try:
+            probe = torch.arange(source.numel()).reshape(source.shape)
+            place: dict[fx.Node, Any] = {**env, node.args[0]: probe}
+            for step in chain:
+                args, kwargs = (map_arg(a, place.__getitem__) for a in (step.args, step.kwargs))
+                call = getattr(args[0], str(step.target)) if step.op == "call_method" else step.target
+                place[step] = call(*args[1:], **kwargs) if step.op == "call_method" else call(*args, **kwargs)  # type: ignore[operator]
+            found = _permutation(probe, place[chain[-1]])
+        except (RuntimeError, TypeError, IndexError):
+            found = None
+        finally:
+            self._quiet = False
+        if found is not None:
+            self._interior.update(chain[:-1])
+            self._detours[chain[-1]] = (node.args[0], *found)
+            self._quiet = True
+
+    def _finish_detour(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> None:
+        source, dim, index = self._detours[node]
+        self._quiet = False
+        self.coupler.put(env[node], self.coupler.pick(self.coupler.value(env[source]), dim, index))
+
+    def _describe(self, result: Any) -> Any:
+        if isinstance(result, torch.Tensor):
+            return self.coupler.value(result)
+        if isinstance(result, (list, tuple, dict)):
+            return pytree.tree_map_only(torch.Tensor, self.coupler.value, result)
+        return result
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        """The meta stand-in of a parameter or buffer, one for all names that it has."""
+        original = self.program.tensors.get(name)
+        if original is None:
+            original = self.program.extras[name]
+        if id(original) not in self._metas:
+            meta = meta_like(original)
+            axes: list[Label | None] = list(self.seeds.get(name, [None] * original.dim()))
+            state = State(name, tuple(meta.shape), original, axes)
+            self.states[name] = state
+            meta._fxprune_value = Value(state.shape, [], state, tuple(range(meta.dim())))  # type: ignore[attr-defined]
+            self._metas[id(original)] = meta
+        return self._metas[id(original)]
+
+    def _module(self, path: str) -> torch.nn.Module:
+        return clone_module(self.program.modules[path], lambda name, _: self._tensor(f"{path}.{name}"))
+
+
+_VIEWS = frozenset(["view", "reshape", "flatten", "unflatten", "_unsafe_view"])
+_PERMUTATIONS = frozenset(["transpose", "permute", "movedim", "swapaxes", "swapdims", "moveaxis"])
+_MOVEMENTS = _VIEWS | _PERMUTATIONS | {"contiguous", "clone"}
+
+
+def _is_movement(node: fx.Node, names: frozenset[str]) -> bool:
+    if node.op == "call_method":
+        return node.target in names
+    if node.op != "call_function":
+        return False
+    schema = getattr(node.target, "_schema", None)
+    name = schema.name.partition("::")[2] if schema is not None else getattr(node.target, "__name__", "")
+    return name in names and getattr(node.target, "__module__", "").startswith(("torch", "_operator"))
+
+
+def _permutation(probe: torch.Tensor, result: Any) -> tuple[int, Any] | None:
+    """The one dimension along which ``result`` permutes ``probe``, and how; None if it is anything else."""
+    if not isinstance(result, torch.Tensor) or result.shape != probe.shape:
+        return None
+    for dim in range(probe.dim()):
+        if probe.shape[dim] > 1:
+            line = result[tuple(slice(None) if d == dim else 0 for d in range(probe.dim()))]
+            index = line // probe.stride(dim) % probe.shape[dim]
+            if torch.equal(probe.index_select(dim, index), result):
+                return dim, index.numpy()
+    return None
+
+
+def _failed(node: fx.Node, error: Exception) -> Exception:
+    where = describe_source(node)
+    what = f"{node.op} {node.target}" if node.op != "call_function" else getattr(node.target, "__name__", node.target)
+    message = f"node {node.name} ({what}{', ' + where if where else ''}) failed: {type(error).__name__}: {error}"
+    if isinstance(error, NotImplementedError) or "meta" in str(error).lower():
+        failure: CaptureError | ExampleInputsError = CaptureError(
+            f"{message}\nThe analysis runs on shapes alone; this node needs the values of a tensor. Next: "
+            f"compute it outside of the model, or prune the submodules around it."
+        )
+    else:
+        failure = ExampleInputsError(
+            f"{message}\nThe example inputs do not fit the model, or the model does not run. Next: call "
+            f"model(...) with the same inputs and compare shapes and dtypes."
+        )
+    failure.node = node  # type: ignore[union-attr]
+    return failure

@@ -1,0 +1,229 @@
+"""Matrix products and convolutions: contracted dimensions are coupled, outer ones pass on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..coupler import Coupler, ZeroRule
+from ..registry import rule
+from ..units import Ids, Label, Value
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+def _contract(
+    c: Coupler,
+    operands: Sequence[tuple[Value, Sequence[Any]]],
+    result: Sequence[Any],
+    out: torch.Tensor,
+    zero: ZeroRule = any,
+) -> None:
+    """Unify; a contracted index at which no operand is zero when masked makes the result inexact."""
+    labels, gone = c.unify(operands, result, zero)
+    for label, zeroed in gone.values():
+        if not zeroed:
+            c.mark_inexact(label, "summed over an axis whose removed entries are not zero")
+    c.put(out, labels)
+
+
+def _biased(zeros: list[bool]) -> bool:
+    """``bias + a @ b`` is zero where the bias is, and one of the factors."""
+    return zeros[0] and any(zeros[1:])
+
+
+@rule("mm")
+def mm(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
+    a, b = (c.value(t) for t in args)
+    _contract(c, [(a, "mk"), (b, "kn")], "mn", out)
+
+
+@rule("bmm")
+def bmm(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
+    a, b = (c.value(t) for t in args)
+    _contract(c, [(a, "bmk"), (b, "bkn")], "bmn", out)
+
+
+@rule("mv")
+def mv(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
+    a, b = (c.value(t) for t in args)
+    _contract(c, [(a, "mk"), (b, "k")], "m", out)
+
+
+@rule("dot", "vdot")
+def dot(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
+    a, b = (c.value(t) for t in args)
+    _contract(c, [(a, "k"), (b, "k")], "", out)
+
+
+@rule("addmm", "baddbmm", "addmv", "addbmm")
+def addmm(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
+    bias, a, b = (c.value(t) for t in args[:3])
+    names = {"addmm": ("mk", "kn", "mn"), "baddbmm": ("bmk", "bkn", "bmn"), "addmv": ("mk", "k", "m"),
+             "addbmm": ("bmk", "bkn", "mn")}  # fmt: skip
+    left, right, result = names[c.operator.rstrip("_")]
+    operands = [(bias, result[len(result) - len(bias.shape) :]), (a, left), (b, right)]
+    _contract(c, operands, result, out, _biased)
+
+
+@rule("linear")
+def linear(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
+    x, weight = c.value(args[0]), c.value(args[1])
+    names = list(range(len(x.shape) - 1))
+    operands: list[tuple[Value, Sequence[Any]]] = [(x, [*names, "k"]), (weight, "nk")]
+    zero: ZeroRule = any
+    if len(args) > 2 and args[2] is not None:
+        operands.insert(0, (c.value(args[2]), "n"))
+        zero = _biased
+    _contract(c, operands, [*names, "n"], out, zero)
+
+
+@rule("convolution", "_convolution")
+def convolution(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
+    """``x: (N, C_in, *)``, ``weight: (C_out, C_in/g, *k)``, transposed ``(C_in, C_out/g, *k)``."""
+    x, weight = c.value(args[0]), c.value(args[1])
+    bias = c.value(args[2]) if args[2] is not None else None
+    transposed, groups = args[6], args[8]
+    if args[0].dtype != args[1].dtype:
+        raise RuntimeError(f"input of dtype {args[0].dtype} meets a weight of dtype {args[1].dtype}")
+    for dim in range(2, len(x.shape)):
+        c.freeze_dim(x, dim, "spatial axis of a convolution")
+        if weight.state is None or not weight.is_open(dim):
+            c.freeze_dim(weight, dim, "kernel axis of a convolution")
+    space = [("space", d) for d in range(2, out.dim())]
+    kernel = [("kernel", d) for d in range(2, out.dim())]
+    into, outof = (0, 1) if transposed else (1, 0)
+    if groups == 1:
+        names = ["o", "c"]
+        if transposed:
+            names.reverse()
+        # Open kernel axes stay open: they are no channels.
+        flat = Value((weight.shape[0], weight.shape[1]), weight.labels[:2], weight.state, weight.dims[:2])
+        operands: list[tuple[Value, Sequence[Any]]] = [(flat, names), (Value(x.shape[:2], _first(c, x)), "nc")]
+        zero: ZeroRule = any
+        if bias is not None:
+            operands.insert(0, (bias, "o"))
+            zero = _biased
+        _contract(c, operands, ["n", "o", *space], out, zero)
+        return
+    del kernel
+    _grouped(c, x, weight, bias, groups, into, outof, out)
+
+
+def _first(c: Coupler, x: Value) -> list[Label | None]:
+    """Labels of batch and channel, independent of the spatial dimensions."""
+    c.materialize(x)
+    labels = []
+    for dim in (0, 1):
+        label = x.label(dim)
+        late = [o for o in label.over if o > 1] if label is not None else []
+        labels.append(c.tie(label, late) if label is not None and late else label)
+    return labels
+
+
+def _grouped(
+    c: Coupler,
+    x: Value,
+    weight: Value,
+    bias: Value | None,
+    groups: int,
+    into: int,
+    outof: int,
+    out: torch.Tensor,
+) -> None:
+    """A grouped convolution: rows are groups, columns the channels of a group.
+
+    Input and output channels of a group form two rectangles with the same rows. Each group chooses its
+    own columns, so the in-group axis of the weight is labelled over the grouped axis.
+    """
+    n_in, n_out = x.shape[1] // groups, out.shape[1] // groups
+    batch, channels = _first(c, x)
+    if channels is not None and channels.over:
+        channels = c.tie(channels, [0])
+    if channels is None:
+        ids: Ids = np.zeros((groups, n_in), dtype=np.int64)
+        rows = ids[:, 0]
+        axis = c._here(1)
+    else:
+        ids, axis = channels.ids.reshape(groups, n_in), channels.axis
+        if n_in > 1 and n_out == 1:
+            c.merge(ids[:, :1], ids, axis, axis)
+        if n_in == 1 or n_out == 1:
+            rows = ids[:, 0]
+        else:
+            rows = c.units.fresh(groups)
+            c.rectangle(rows, ids)
+    # The weight's grouped axis: output channels, or input channels when transposed.
+    grouped_in = into == 0
+    cells = _open_cells(c, weight, outof, groups, n_out, rows, n_in, grouped_in)
+    if n_out > 1 and n_in > 1:
+        c.rectangle(rows, cells)
+    inner, inner_cells, repeats = (outof, cells, n_in) if grouped_in else (into, ids, n_out)
+    outer_flat = (ids if grouped_in else cells).reshape(-1)
+    outer = into if grouped_in else outof
+    c.unify([(_column(weight, outer), "c"), (Value((outer_flat.size,), [Label(outer_flat, (), axis, True)]), "c")], "")
+    if weight.shape[inner] > 1:
+        per_index = np.repeat(inner_cells, repeats, axis=0)
+        if (n_in == 1 or n_out == 1) and weight.shape[inner] > 1:
+            pass  # the in-group axis goes with its row as a whole
+        elif weight.is_open(inner):
+            c.adopt(weight, inner, per_index, (outer,), axis)
+        else:
+            label = weight.label(inner)
+            if label is not None:
+                other = label.ids if label.over else label.ids[None]
+                c.merge(per_index, other, axis, label.axis)
+            else:
+                c.freeze(Label(inner_cells.reshape(-1), (), axis), "meets a weight that cannot be narrowed")
+    flat = Label(cells.reshape(-1), (), axis, True)
+    labels: list[Label | None] = [batch, flat]
+    zero = True
+    if bias is not None:
+        c.unify([(bias, "c"), (Value((flat.ids.size,), [flat]), "c")], "")
+        zero = bias.is_zero(0)
+    if not (flat.ids != 0).any():
+        labels[1] = None
+    else:
+        labels[1] = Label(flat.ids, (), axis, zero)
+    c.put(out, [*labels, *[None] * (out.dim() - 2)])
+
+
+def _column(weight: Value, dim: int) -> Value:
+    """One axis of a weight as a value of its own."""
+    if weight.state is not None:
+        return Value((weight.shape[dim],), [], weight.state, (weight.dims[dim],))
+    return Value((weight.shape[dim],), [weight.labels[dim]])
+
+
+def _open_cells(
+    c: Coupler, weight: Value, outof: int, groups: int, n_out: int, rows: Ids, n_in: int, grouped_in: bool
+) -> Ids:
+    """Units of the output channels, ``(groups, n_out)``."""
+    if n_in == 1 or n_out == 1:  # an output channel lives and dies with its group
+        return np.repeat(rows[:, None], n_out, axis=1)
+    if grouped_in:
+        label = weight.label(outof)
+        if label is not None and label.over:
+            return label.ids[::n_in].copy()
+        return c.units.fresh(groups, n_out)
+    if weight.is_open(outof):
+        return c.adopt(weight, outof, c.units.fresh(groups * n_out), ()).ids.reshape(groups, n_out)
+    label = weight.label(outof)
+    if label is None:
+        return np.zeros((groups, n_out), dtype=np.int64)
+    return label.ids.reshape(groups, n_out)
+
+
+@rule("embedding")
+def embedding(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
+    """``weight: (entries, features)``: entries are looked up by number, features pass on."""
+    weight, index = c.value(args[0]), c.value(args[1])
+    c.freeze_dim(weight, 0, "entries of an embedding are looked up by number")
+    c.freeze_value(index, "used as an index")
+    names = list(range(len(index.shape)))
+    labels, _ = c.unify([(weight, ["entry", "feature"])], [*names, "feature"])
+    c.put(out, labels)

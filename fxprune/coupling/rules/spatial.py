@@ -1,0 +1,54 @@
+"""Pooling and resampling: batch and channels pass on, the spatial dimensions are computed over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..coupler import Coupler
+from ..registry import rule
+from ..units import Label
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+_RANK = {"1d": 1, "2d": 2, "3d": 3}
+
+
+@rule(
+    "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
+    "adaptive_max_pool2d", "adaptive_max_pool3d", "fractional_max_pool2d", "max_pool1d", "max_pool2d",
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d",
+    "_upsample_bilinear2d_aa", "upsample_bicubic2d", "_upsample_bicubic2d_aa", "upsample_trilinear3d",
+)  # fmt: skip
+def pooling(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
+    x = c.value(args[0])
+    n = next((rank for suffix, rank in _RANK.items() if suffix in c.operator), 2)
+    lead = len(x.shape) - n
+    for dim in range(lead, len(x.shape)):
+        c.freeze_dim(x, dim, "spatial axis of a pooling or resampling")
+    names: list[Any] = [*range(lead), *(("in", d) for d in range(n))]
+    labels, _ = c.unify([(x, names)], [*range(lead), *(("out", d) for d in range(n))])
+    for result in [out] if isinstance(out, torch.Tensor) else out:
+        c.put(result, labels)
+
+
+@rule("im2col")
+def im2col(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
+    """``(N, C, H, W) -> (N, C kH kW, L)``."""
+    x = c.value(args[0])
+    c.materialize(x)
+    for dim in range(len(x.shape) - 2, len(x.shape)):
+        c.freeze_dim(x, dim, "spatial axis of an unfold")
+    at = len(x.shape) - 3
+    label = x.label(at)
+    labels: list[Label | None] = [None] * out.dim()
+    if label is not None:
+        label = c.tie(label, label.over)
+        ids = np.repeat(label.ids, out.shape[at] // x.shape[at])
+        labels[at] = Label(ids, (), label.axis, label.zero)
+    c.put(out, labels)

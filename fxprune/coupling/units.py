@@ -1,0 +1,235 @@
+"""Units, labels and values: what the coupling analysis computes with.
+
+A **unit** is a number. A **label** says which units the indices of one dimension belong to. Merging
+units is a union-find over numpy arrays, so that no operation loops over channels in Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx
+
+Ids = NDArray[np.int64]
+
+FIXED = 0
+"""The unit of every index that is known to stay; it belongs to no group."""
+
+
+class Axis(NamedTuple):
+    """One dimension of one tensor: a parameter, a buffer, or the value of a graph node.
+
+    Attributes:
+        name: dotted name of the parameter or buffer, or name of the graph node.
+        dim: index of the dimension.
+    """
+
+    name: str
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.name}[{self.dim}]"
+
+
+class Units:
+    """Union-find over unit numbers ``0 .. count-1``; unit 0 is :data:`FIXED`.
+
+    With ``anchors > 0`` the units ``1 .. anchors`` are known to be different; merging two of them, or one
+    with :data:`FIXED`, is a collision. Collisions are how a rewritten graph is caught.
+    """
+
+    def __init__(self, anchors: int = 0) -> None:
+        self.anchors = anchors
+        self.count = anchors + 1
+        self._parent: Ids = np.arange(max(4096, 2 * self.count), dtype=np.int64)
+
+    def fresh(self, *shape: int) -> Ids:
+        """New units, as an array of the given shape."""
+        start, self.count = self.count, self.count + int(np.prod(shape))
+        if self.count > self._parent.size:
+            more = np.arange(self._parent.size, 2 * self.count, dtype=np.int64)
+            self._parent = np.concatenate([self._parent, more])
+        return np.arange(start, self.count, dtype=np.int64).reshape(shape)
+
+    def find(self, ids: Ids) -> Ids:
+        """The representative (smallest member) of each unit's class; shape as ``ids``."""
+        parent = self._parent
+        root = parent[ids]
+        while True:
+            above = parent[root]
+            if np.array_equal(above, root):
+                break
+            root = above
+        parent[ids] = root
+        return root
+
+    def roots(self) -> Ids:
+        """The representative of every unit, ``(count,)``."""
+        return self.find(np.arange(self.count, dtype=np.int64))
+
+    def merge(self, a: Ids, b: Ids) -> tuple[Ids, bool]:
+        """Merge units pairwise (arrays broadcast against each other).
+
+        Returns the units that met :data:`FIXED` (they are not merged with it: the caller freezes them),
+        and whether two anchors collided.
+        """
+        if a is b:
+            return _NONE, False
+        a, b = (x.ravel() for x in np.broadcast_arrays(a, b))
+        fixed = (a == FIXED) != (b == FIXED)
+        met = np.maximum(a, b)[fixed] if fixed.any() else _NONE
+        both = (a != FIXED) & (b != FIXED)
+        if not both.all():
+            a, b = a[both], b[both]
+        collided = False
+        while True:
+            ra, rb = self.find(a), self.find(b)
+            differ = ra != rb
+            if not differ.any():
+                break
+            high, low = np.maximum(ra, rb)[differ], np.minimum(ra, rb)[differ]
+            if self.anchors and (high <= self.anchors).any():
+                collided = True
+                keep = high > self.anchors
+                if not keep.any():
+                    break
+                self._parent[high[keep]] = low[keep]
+                break
+            self._parent[high] = low
+        return met, collided
+
+
+_NONE: Ids = np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Label:
+    """The units of one dimension.
+
+    Attributes:
+        ids: ``(*sizes of over, size of the dimension)``; :data:`FIXED` where an index always stays.
+        over: dimensions of the same value that choose the row of ``ids``: after
+            ``view(B, N, heads, head_dim)`` the label of ``head_dim`` is ``over`` that of ``heads``.
+        axis: where the label comes from, for explanations.
+        zero: the masked original holds zeros at removed indices.
+        row: the units stand for whole rows of a rectangle, not for indices of a parameter.
+    """
+
+    ids: Ids
+    over: tuple[int, ...]
+    axis: Axis
+    zero: bool = False
+    row: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class State:
+    """A tensor whose axes take their labels from what they meet: parameter, buffer or constant.
+
+    Attributes:
+        name: name of the parameter or buffer; of the graph node for a constant.
+        shape: sizes of the axes.
+        tensor: the tensor behind it, None for a constant computed in the graph.
+        axes: a label for each axis, None while nothing was met.
+        node: the graph node that creates a constant.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    tensor: torch.Tensor | None
+    axes: list[Label | None]
+    node: fx.Node | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Value:
+    """What is known of a tensor on a graph edge.
+
+    A value is either computed (``labels``) or a view of a state with permuted axes (``state`` and
+    ``dims``: the state's axis for each dimension).
+    """
+
+    shape: tuple[int, ...]
+    labels: list[Label | None]
+    state: State | None = None
+    dims: tuple[int, ...] = ()
+    storage: list[bool] = field(default_factory=lambda: [False])
+    """One mutable flag shared by all views: written with something that is not zero when masked."""
+
+    def label(self, dim: int) -> Label | None:
+        if self.state is None:
+            return self.labels[dim]
+        label = self.state.axes[self.dims[dim]]
+        if label is None or not label.over:
+            return label
+        over = tuple(self.dims.index(d) for d in label.over)
+        return Label(label.ids, over, label.axis, label.zero, label.row)
+
+    def is_open(self, dim: int) -> bool:
+        """Whether the dimension is an axis of a state that has met nothing yet."""
+        return self.state is not None and self.state.axes[self.dims[dim]] is None and self.shape[dim] > 1
+
+    def is_zero(self, dim: int) -> bool:
+        if self.is_open(dim):
+            return self.state is not None and self.state.tensor is not None
+        label = self.label(dim)
+        return label is not None and label.zero and not self.storage[0]
+
+    def tracked(self) -> bool:
+        """Whether any dimension is labelled or open."""
+        return self.state is not None or any(label is not None for label in self.labels)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rectangle:
+    """Cells in rows: a removal takes whole rows, or equally many cells from every row that remains.
+
+    Attributes:
+        rows: ``(R,)`` a unit for each row; it dies exactly when all cells of its row die.
+        cells: ``(R, columns)``.
+        node: the graph node that needs the rectangle.
+    """
+
+    rows: Ids
+    cells: Ids
+    node: fx.Node | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Event:
+    """Something that happened to units at a node: they were frozen, tied, or met an inexact operator."""
+
+    ids: Ids
+    axis: Axis
+    node: fx.Node | None
+    reason: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Take:
+    """How a node picks indices along one dimension.
+
+    Attributes:
+        value: what is picked from; the output of another node.
+        dim: the dimension.
+        index: ``(size of the result along dim,)`` positions in ``value``.
+    """
+
+    value: Value
+    dim: int
+    index: Ids
+
+
+def aligned(ids: Ids, over: Sequence[object], target: Sequence[object]) -> Ids:
+    """View ``ids`` with axes ``(*over, own)`` as ``(*target, own)``; missing axes have size 1."""
+    if tuple(over) == tuple(target):
+        return ids
+    order = [over.index(name) for name in target if name in over]
+    ids = ids.transpose([*order, ids.ndim - 1])
+    return ids[tuple([slice(None) if name in over else None for name in target] + [slice(None)])]

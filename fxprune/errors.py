@@ -1,0 +1,55 @@
+"""Every error that a user can cause, one class a kind.
+
+A message says what went wrong, where, why, and what to do next. Anything else that escapes the
+library is a defect of the library.
+"""
+
+from __future__ import annotations
+
+
+class FxpruneError(Exception):
+    """Base class of all errors that fxprune raises on purpose."""
+
+
+class CaptureError(FxpruneError):
+    """The model could not be turned into a graph."""
+
+
+class ExampleInputsError(FxpruneError):
+    """The example inputs do not fit the model."""
+
+
+class RatioError(FxpruneError, ValueError):
+    """A ratio lies outside ``0 <= ratio < 1``."""
+
+
+class ImportanceError(FxpruneError, ValueError):
+    """An importance is unknown, or returned something that is no score."""
+
+
+class PlanError(FxpruneError):
+    """A plan is malformed, or does not belong to the model that it is applied to."""
+
+
+class RewriteError(FxpruneError):
+    """A graph could not be rewritten although every offending axis was frozen."""
+
+
+class VerificationError(FxpruneError):
+    """A pruned network does not compute what the masked original computes."""
+
+
+class RuleError(FxpruneError, ValueError):
+    """An operator rule was registered twice, or for something that is no operator."""
+
+
+class CheckpointError(FxpruneError):
+    """A checkpoint could not be read, or does not fit the model."""
+
+
+class ModelSpecError(FxpruneError):
+    """The name of a model on the command line could not be resolved."""
+
+
+class OutputError(FxpruneError):
+    """A result could not be written."""

@@ -1,0 +1,91 @@
+"""Example inputs: how the user may give them, and how they are described in a plan.
+
+Only shapes, dtypes and the values of non-tensors matter to the analysis, so example inputs travel
+through the library as trees of meta tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from .errors import ExampleInputsError, PlanError
+
+_SCALARS = (type(None), bool, int, float, str)
+
+
+def normalize(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Split ``example_inputs`` into positional and keyword arguments of the model.
+
+    A tensor is the only positional argument, a tuple holds positional arguments, a dict holds keyword
+    arguments. Arguments may nest tensors in lists, tuples and dicts.
+
+    Raises:
+        ExampleInputsError: for anything else.
+    """
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, tuple) and not hasattr(example_inputs, "_fields"):
+        return example_inputs, {}
+    if isinstance(example_inputs, dict):
+        if not all(isinstance(key, str) for key in example_inputs):
+            raise ExampleInputsError(
+                "example_inputs is a dict, which holds keyword arguments, but some keys are no strings. "
+                "To pass a dict as the first positional argument, wrap it in a tuple: (inputs,)."
+            )
+        return (), dict(example_inputs)
+    raise ExampleInputsError(
+        f"example_inputs must be a tensor, a tuple of positional inputs or a dict of keyword inputs; got "
+        f"{type(example_inputs).__name__}. To pass a {type(example_inputs).__name__} as one positional "
+        f"argument, wrap it in a tuple: (inputs,)."
+    )
+
+
+def to_meta(tree: Any) -> Any:
+    """The same tree with every tensor replaced by a meta tensor of its shape, stride and dtype."""
+    return pytree.tree_map_only(torch.Tensor, meta_like, tree)
+
+
+def meta_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A meta tensor of the shape, strides and dtype of ``tensor``, without its values."""
+    if tensor.layout is not torch.strided:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def describe(tree: Any) -> Any:
+    """A JSON-serialisable description of a tree of inputs; the inverse of :func:`restore`."""
+    if isinstance(tree, torch.Tensor):
+        return {"tensor": list(tree.shape), "dtype": str(tree.dtype).removeprefix("torch.")}
+    if isinstance(tree, tuple):
+        return {"tuple": [describe(item) for item in tree]}
+    if isinstance(tree, list):
+        return [describe(item) for item in tree]
+    if isinstance(tree, dict):
+        return {"dict": {key: describe(item) for key, item in tree.items()}}
+    if isinstance(tree, _SCALARS):
+        return {"value": tree}
+    raise ExampleInputsError(
+        f"example inputs may hold tensors, numbers, strings, None, lists, tuples and dicts; found "
+        f"{type(tree).__name__}."
+    )
+
+
+def restore(description: Any) -> Any:
+    """Meta tensors and values from what :func:`describe` wrote."""
+    if isinstance(description, list):
+        return [restore(item) for item in description]
+    if isinstance(description, dict):
+        if "tensor" in description:
+            dtype = getattr(torch, str(description.get("dtype")), None)
+            if isinstance(dtype, torch.dtype):
+                return torch.empty(description["tensor"], dtype=dtype, device="meta")
+        elif "tuple" in description:
+            return tuple(restore(item) for item in description["tuple"])
+        elif "dict" in description:
+            return {key: restore(item) for key, item in description["dict"].items()}
+        elif "value" in description:
+            return description["value"]
+    raise PlanError(f"the plan's description of the example inputs is malformed at {description!r}.")

@@ -1,0 +1,135 @@
+"""Small modules that a rewritten graph may contain beside those of the original model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class TrainingFlag(nn.Module):
+    """Returns its own ``training`` flag.
+
+    Symbolic tracing would burn ``F.dropout(x, p, self.training)`` into the graph as a constant. With
+    this module in the graph, functional dropout follows ``train()`` and ``eval()`` as it did in the model.
+    """
+
+    def forward(self) -> bool:
+        return self.training
+
+
+class MultiheadAttention(nn.Module):
+    """Multi-head attention whose inner widths and scale are free.
+
+    ``torch.nn.MultiheadAttention`` ties the width of its input to ``num_heads * head_dim`` and its scale
+    to ``head_dim``; a narrowed one has neither tie. Parameter names, call signature and results are those
+    of the module that it replaces (https://docs.pytorch.org/docs/stable/generated/torch.nn.MultiheadAttention.html).
+
+    Parameters (``E_*``: widths of query, key and value; ``I``: inner width, ``V``: inner width of values):
+        in_proj_weight: ``(I + I + V, E_q)``, or q/k/v_proj_weight: ``(I, E_q)``, ``(I, E_k)``, ``(V, E_v)``.
+        in_proj_bias: ``(I + I + V)`` or None.
+        bias_k, bias_v: ``(1, 1, I)``, ``(1, 1, V)`` or None.
+        out_proj: linear ``V -> E_out``.
+    """
+
+    def __init__(self, source: nn.MultiheadAttention, qk_width: int, v_width: int, scale: float) -> None:
+        super().__init__()
+        self.num_heads = source.num_heads
+        self.dropout = source.dropout
+        self.batch_first = source.batch_first
+        self.add_zero_attn = source.add_zero_attn
+        self.qk_width = qk_width
+        self.v_width = v_width
+        self.scale = scale
+        self.training = source.training
+        for name, parameter in source.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name in ("in_proj_weight", "in_proj_bias", "q_proj_weight", "bias_k", "bias_v"):
+            if name not in self._parameters:
+                self.register_parameter(name, None)
+        self.out_proj = source.out_proj
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, qk_width={self.qk_width}, v_width={self.v_width}, "
+            f"scale={self.scale:g}, dropout={self.dropout}, batch_first={self.batch_first}"
+        )
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        widths = [self.qk_width, self.qk_width, self.v_width]
+        weights = (
+            self.in_proj_weight.split(widths)
+            if self.in_proj_weight is not None
+            else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        )
+        biases = self.in_proj_bias.split(widths) if self.in_proj_bias is not None else (None, None, None)
+        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+        return q, k, v
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        batched = query.dim() == 3
+        if not batched:
+            query, key, value = (x.unsqueeze(0 if self.batch_first else 1) for x in (query, key, value))
+            if key_padding_mask is not None:
+                key_padding_mask = key_padding_mask.unsqueeze(0)
+        if not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        batch, heads = query.shape[0], self.num_heads
+        q, k, v = self._project(query, key, value)
+        if self.bias_k is not None and self.bias_v is not None:
+            k = torch.cat([k, self.bias_k.expand(batch, 1, -1)], dim=1)
+            v = torch.cat([v, self.bias_v.expand(batch, 1, -1)], dim=1)
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        q, k, v = (x.unflatten(-1, (heads, x.shape[-1] // heads)).transpose(1, 2) for x in (q, k, v))
+        mask = self._mask(attn_mask, key_padding_mask, batch, k.shape[2], q)
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = (q * self.scale) @ k.transpose(-2, -1)
+            weights = F.softmax(scores if mask is None else scores + mask, dim=-1)
+            weights = F.dropout(weights, dropout) if dropout else weights
+            out = weights @ v
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        if not self.batch_first:
+            out = out.transpose(0, 1)
+        if not batched:
+            out = out.squeeze(0 if self.batch_first else 1)
+            weights = weights.squeeze(0) if weights is not None else None
+        return out, weights
+
+    def _mask(
+        self,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        batch: int,
+        keys: int,
+        like: Tensor,
+    ) -> Tensor | None:
+        """One additive mask of shape ``(batch or 1, heads or 1, queries or 1, keys)``, or None."""
+        masks = []
+        if attn_mask is not None:
+            shape = (1, 1) if attn_mask.dim() == 2 else (batch, self.num_heads)
+            masks.append(attn_mask.reshape(*shape, *attn_mask.shape[-2:]))
+        if key_padding_mask is not None:
+            masks.append(key_padding_mask[:, None, None, :])
+        total: Tensor | None = None
+        for mask in masks:
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
+            mask = F.pad(mask, (0, keys - mask.shape[-1]))
+            total = mask if total is None else total + mask
+        return total

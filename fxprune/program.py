@@ -1,0 +1,185 @@
+"""The form in which a network travels from stage to stage: a graph, its leaf modules, its tensors.
+
+A ``Program`` is immutable by convention: no stage writes into one that it was given. Tensors are kept
+apart from the modules that use them, so that analysis and rewriting run on shapes alone (meta tensors)
+and weights are touched once, when the final module is assembled.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What of a module tree is neither a leaf of the graph nor a tensor.
+
+    Attributes:
+        training: train/eval flag of every submodule, by path, in the order of the original.
+        leaves: paths of the modules that stay whole; all others become bare containers.
+        aliases: path of a module -> path under which the same module object was first seen.
+        buffers: names of buffers -> whether they belong to the state dict.
+        names: every name of every parameter and buffer, in the order of the original's state dict.
+    """
+
+    training: Mapping[str, bool]
+    leaves: frozenset[str]
+    aliases: Mapping[str, str]
+    buffers: Mapping[str, bool]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured or rewritten network.
+
+    Attributes:
+        graph: the ``torch.fx`` graph. Node metadata ``"source"`` holds ``(file, line, function)``.
+        modules: leaf modules by path. Their own tensors are ignored: ``tensors`` counts.
+        tensors: parameters and buffers by name. Tied tensors are one object under several names.
+        skeleton: the rest of the module tree.
+        extras: tensors that the rewriter added; they are no part of the state dict.
+    """
+
+    graph: fx.Graph
+    modules: Mapping[str, nn.Module]
+    tensors: Mapping[str, torch.Tensor]
+    skeleton: Skeleton
+    extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def placeholders(self) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Values for the placeholders, in order. Raises TypeError as a Python call would."""
+        names = [str(node.target) for node in self.placeholders()]
+        if len(args) > len(names):
+            raise TypeError(f"takes {len(names)} positional inputs ({', '.join(names)}), got {len(args)}")
+        given = dict(zip(names, args, strict=False))
+        for key, value in kwargs.items():
+            if key not in names:
+                raise TypeError(f"has no input named {key!r}; its inputs are {', '.join(names)}")
+            if key in given:
+                raise TypeError(f"got two values for the input {key!r}")
+            given[key] = value
+        values = []
+        for node in self.placeholders():
+            name = str(node.target)
+            if name not in given and not node.args:
+                raise TypeError(f"misses the input {name!r}")
+            values.append(given.get(name, node.args[0] if node.args else None))
+        return values
+
+    def module(self, class_name: str = "GraphModule") -> fx.GraphModule:
+        """Assemble a module that owns ``tensors`` (they are not copied)."""
+        root = assemble(self)
+        module = fx.GraphModule(root, self.graph, class_name)
+        # fx keeps only what the graph refers to, in its order; the state dict is to be the original's.
+        for registry in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            module.__dict__[registry] = root.__dict__[registry]
+        module.training = root.training
+        return module
+
+
+def clone_module(module: nn.Module, tensor: Callable[[str, torch.Tensor], torch.Tensor | None]) -> nn.Module:
+    """A copy of ``module`` and its children that shares nothing mutable with it.
+
+    ``tensor(name, original)`` supplies each parameter and buffer of the copy, by its dotted name.
+    """
+    return _clone(module, "", tensor, {})
+
+
+def _clone(
+    module: nn.Module,
+    prefix: str,
+    tensor: Callable[[str, torch.Tensor], torch.Tensor | None],
+    memo: dict[int, nn.Module],
+) -> nn.Module:
+    if id(module) in memo:
+        return memo[id(module)]
+    new = module.__class__.__new__(module.__class__)
+    memo[id(module)] = new
+    state = new.__dict__
+    for key, value in module.__dict__.items():
+        # Registries and hook tables are dicts, options are lists and tuples: a shallow copy of each.
+        state[key] = copy.copy(value) if type(value) in _CONTAINERS else value
+    for registry in ("_parameters", "_buffers"):
+        table = state[registry]
+        for name, value in table.items():
+            if value is not None:
+                table[name] = tensor(prefix + name, value)
+    for name, child in module._modules.items():
+        if child is not None:
+            state["_modules"][name] = _clone(child, f"{prefix}{name}.", tensor, memo)
+    if hasattr(module, "_flat_weights"):  # recurrent layers keep a second list of their parameters
+        state["_flat_weights"] = [getattr(new, name, None) for name in module._flat_weights_names]
+    return new
+
+
+_CONTAINERS = (dict, list, set, type(nn.Module()._modules), type(nn.Module()._forward_hooks))
+
+
+def assemble(program: Program) -> nn.Module:
+    """The module tree of ``program``: leaves as they are, everything else a bare container."""
+    skeleton = program.skeleton
+    root = nn.Module()
+    root.training = skeleton.training.get("", False)
+    built: dict[str, nn.Module] = {"": root}
+    inside_leaf: set[str] = set()
+
+    def place(path: str, module: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        container(parent)._modules[name] = module
+        built[path] = module
+
+    def container(path: str) -> nn.Module:
+        if path not in built:
+            module = nn.Module()
+            module.training = skeleton.training.get(path, root.training)
+            place(path, module)
+        return built[path]
+
+    def leaf(path: str) -> None:
+        def owned(name: str, _: torch.Tensor) -> torch.Tensor | None:
+            return program.tensors.get(f"{path}.{name}")
+
+        place(path, clone_module(program.modules[path], owned))
+
+    paths = [*skeleton.training, *(path for path in program.modules if path not in skeleton.training)]
+    for path in paths:
+        if not path or path.rpartition(".")[0] in inside_leaf:
+            inside_leaf.update({path} - {""})
+        elif path in skeleton.aliases:
+            place(path, container(skeleton.aliases[path]))
+        elif path in program.modules:
+            leaf(path)
+            inside_leaf.add(path)
+        else:
+            container(path)
+    for name in skeleton.names:
+        parent, _, attribute = name.rpartition(".")
+        if parent not in inside_leaf and parent not in skeleton.aliases:
+            owner = container(parent)
+            if name in skeleton.buffers:
+                owner.register_buffer(attribute, program.tensors[name], persistent=skeleton.buffers[name])
+            else:
+                owner.register_parameter(attribute, program.tensors[name])  # type: ignore[arg-type]
+    for name, tensor in program.extras.items():
+        parent, _, attribute = name.rpartition(".")
+        container(parent).register_buffer(attribute, tensor, persistent=False)
+    return root
+
+
+def describe_source(node: fx.Node | None) -> str:
+    """``file.py:12 in forward`` for a node, or an empty string where the source is unknown."""
+    source = node.meta.get("source") if node is not None else None
+    if not source:
+        return ""
+    file, line, function = source
+    return f"{file}:{line} in {function}"

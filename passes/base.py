@@ -1,0 +1,135 @@
+"""What every pass is, and what it may ask: which indices survive."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import fx
+
+from ..coupling.graph import CouplingGraph
+from ..coupling.units import Label, Take, Value
+from ..errors import RewriteError
+from ..program import Program
+
+Mask = NDArray[np.bool_]
+
+
+class Narrowing:
+    """Which units survive, and what follows for every value of the original graph.
+
+    Nodes are named, not referred to, so that the same narrowing serves every stage of the rewriting.
+    """
+
+    def __init__(self, graph: CouplingGraph, removed: Mapping[str, Sequence[int]]) -> None:
+        self.graph = graph
+        self._alive: Mask = np.ones(graph.run.coupler.units.count, dtype=bool)
+        for group in graph.groups:
+            if group.name in removed:
+                self._alive[group.units[list(removed[group.name])]] = False
+        self._values = {node.name: value for node, value in graph.run.values.items()}
+        self._takes = {node.name: take for node, take in graph.run.coupler.takes.items()}
+        self._origin = {id(value): name for name, value in self._values.items()}
+
+    def alive(self, label: Label) -> Mask:
+        """For each index of ``label.ids`` whether it survives."""
+        mask: Mask = self._alive[self.graph.classes(label.ids)]
+        return mask
+
+    def narrows(self, label: Label | None) -> bool:
+        return label is not None and not bool(self.alive(label).all())
+
+    def row(self, label: Label) -> Mask:
+        """Survivors along the dimension itself; of the first surviving row where there are several."""
+        mask = self.alive(label).reshape(-1, label.ids.shape[-1])
+        if mask.shape[0] > 1:
+            rows = mask.any(axis=1)
+            mask = mask[int(rows.argmax())][None]
+        return mask[0]
+
+    def size(self, value: Value, dim: int) -> int:
+        """Extent of a dimension after narrowing."""
+        label = value.label(dim)
+        return value.shape[dim] if label is None else int(self.row(label).sum())
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        return tuple(self.size(value, dim) for dim in range(len(value.shape)))
+
+    def tree(self, name: str) -> Any:
+        """Outputs of a node of the original graph; None for a node that it does not have."""
+        return self._values.get(name)
+
+    def value(self, node: Any) -> Value | None:
+        """The value of a node with one tensor as its output, else None."""
+        value = self._values.get(node.name) if isinstance(node, fx.Node) else None
+        return value if isinstance(value, Value) else None
+
+    def changed(self, node: Any) -> bool:
+        """Whether the node's (single tensor) output becomes narrower."""
+        value = self.value(node)
+        return value is not None and any(self.narrows(value.label(d)) for d in range(len(value.shape)))
+
+    def take(self, node: fx.Node) -> tuple[str, Take] | None:
+        """How the node picks indices along a dimension, and from which node's output, if it does."""
+        take = self._takes.get(node.name)
+        origin = self._origin.get(id(take.value)) if take is not None else None
+        return (origin, take) if take is not None and origin is not None else None
+
+
+@dataclass(frozen=True)
+class Pass(abc.ABC):
+    """One rewrite. Subclasses are frozen dataclasses whose fields are their options."""
+
+    @abc.abstractmethod
+    def requires(self, program: Program, narrowing: Narrowing) -> Sequence[Any]:
+        """The sites (nodes, module paths, tensor names) that must be rewritten; may be empty."""
+
+    @abc.abstractmethod
+    def run(self, program: Program, narrowing: Narrowing, sites: Sequence[Any]) -> Program:
+        """A new program in which the sites are rewritten."""
+
+    def ensures(self, before: Program, after: Program) -> None:
+        """Raise :class:`RewriteError` if the pass broke the contract that all passes share."""
+        if after.skeleton != before.skeleton:
+            raise RewriteError(f"{self} changed the module tree or a training flag.")
+        if list(after.tensors) != list(before.tensors):
+            raise RewriteError(f"{self} added, dropped or reordered parameters.")
+        if after.graph is not before.graph:
+            after.graph.lint()
+
+    def __call__(self, program: Program, narrowing: Narrowing) -> Program:
+        sites = self.requires(program, narrowing)
+        if not sites:
+            return program
+        after = self.run(program, narrowing, sites)
+        self.ensures(program, after)
+        return after
+
+
+def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[str, fx.Node]]:
+    """A copy of a graph with the same node names, and its nodes by name."""
+    new = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    result = new.graph_copy(graph, mapping)
+    for old in graph.nodes:
+        if old.op == "output":
+            new.output(result, old.type)
+    new._codegen = graph._codegen
+    return new, {node.name: node for node in new.nodes}
+
+
+def operator_name(node: fx.Node) -> str:
+    """``view`` for ``x.view``, ``torch.Tensor.view`` and ``aten.view.default`` alike."""
+    target = node.target
+    if node.op == "call_method":
+        return str(target)
+    if node.op != "call_function":
+        return ""
+    schema = getattr(target, "_schema", None)
+    if schema is not None:
+        return str(schema.name).partition("::")[2]
+    return str(getattr(target, "__name__", target))

@@ -1,0 +1,90 @@
+"""Numbers computed from narrowed sizes that are no sizes: ``q * C ** -0.5`` keeps the original ``C``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+from torch.fx.node import map_arg
+
+from ..program import Program
+from .base import Narrowing, Pass, copy_graph, operator_name
+
+_NUMBERS = (int, float)
+
+
+@dataclass(frozen=True)
+class KeepConstants(Pass):
+    """Burn in numbers that would change because an axis became narrower.
+
+    Touches arguments of nodes that compute with tensors element by element; numbers that serve as sizes
+    are meant to change.
+    """
+
+    def requires(self, program: Program, narrowing: Narrowing) -> Sequence[Any]:
+        stale = _stale(program, narrowing)
+        if not stale:
+            return []
+        scalars = {node.name for node in narrowing.graph.run.scalars}
+        return [
+            (node.name, [n.name for n in node.all_input_nodes if n.name in stale])
+            for node in program.graph.nodes
+            if (node.name in scalars or operator_name(node) == "scaled_dot_product_attention")
+            and any(n.name in stale for n in node.all_input_nodes)
+        ]
+
+    def run(self, program: Program, narrowing: Narrowing, sites: Sequence[Any]) -> Program:
+        graph, nodes = copy_graph(program.graph)
+        for name, stale in sites:
+            node = nodes[name]
+            values = {nodes[s]: narrowing.tree(s) for s in stale}
+            node.args = map_arg(node.args, lambda n: values.get(n, n))  # noqa: B023
+            node.kwargs = map_arg(node.kwargs, lambda n: values.get(n, n))  # noqa: B023
+        return replace(program, graph=graph)
+
+
+def _stale(program: Program, narrowing: Narrowing) -> set[str]:
+    """Nodes that are numbers, depend on narrowed sizes, and on no size that varies between runs."""
+    sizes: dict[str, tuple[str, ...]] = {}  # per node: for each entry "narrowed", "fixed" or "free"
+    stale: set[str] = set()
+    for node in program.graph.nodes:
+        result = narrowing.tree(node.name)
+        kinds = _of_shape(node, narrowing)
+        if kinds is not None:
+            sizes[node.name] = kinds
+        elif isinstance(result, _NUMBERS) and not isinstance(result, bool):
+            inputs = node.all_input_nodes
+            if operator_name(node) == "getitem" and inputs and inputs[0].name in sizes and isinstance(node.args[1], int):
+                kind: tuple[str, ...] = (sizes[inputs[0].name][node.args[1]],)
+            else:
+                kind = tuple(k for n in inputs for k in sizes.get(n.name, ("free",)))
+            sizes[node.name] = kind
+        if isinstance(result, _NUMBERS) and node.name in sizes:
+            kinds = sizes[node.name]
+            if "narrowed" in kinds and "free" not in kinds:
+                stale.add(node.name)
+    return stale
+
+
+def _of_shape(node: fx.Node, narrowing: Narrowing) -> tuple[str, ...] | None:
+    """What the sizes that a node reads off a tensor depend on."""
+    name = operator_name(node)
+    if name not in ("size", "getattr", "numel", "len") or not node.args:
+        return None
+    value = narrowing.value(node.args[0])
+    if value is None or (name == "getattr" and node.args[1] != "shape"):
+        return None
+    kinds = []
+    for dim in range(len(value.shape)):
+        label = value.label(dim)
+        kinds.append("free" if label is None else "narrowed" if narrowing.narrows(label) else "fixed")
+    if name == "size" and len(node.args) > 1 and isinstance(node.args[1], int):
+        return (kinds[node.args[1]],)
+    if name == "len":
+        return (kinds[0],)
+    return tuple(kinds)
+
+
+__all__ = ["KeepConstants"]

@@ -1,0 +1,292 @@
+"""Numbers that are written into the graph: sizes of views, bounds of slices, parts of splits.
+
+The narrowed shapes are known from the labels, so literals are read off, not guessed. Each function below
+takes a node of one operator and returns its new ``(args, kwargs)``, or None to leave it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from ..coupling.units import Label, Value
+from ..program import Program
+from .base import Narrowing, Pass, copy_graph, operator_name
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Edit = Callable[[fx.Node, Narrowing], Call | None]
+_EDITS: dict[str, Edit] = {}
+
+
+@dataclass(frozen=True)
+class RewriteLiterals(Pass):
+    """Replace literals that no longer hold."""
+
+    def requires(self, program: Program, narrowing: Narrowing) -> Sequence[Any]:
+        return [node.name for node in program.graph.nodes if _edited(node, narrowing) is not None]
+
+    def run(self, program: Program, narrowing: Narrowing, sites: Sequence[Any]) -> Program:
+        graph, nodes = copy_graph(program.graph)
+        for name in sites:
+            node = nodes[name]
+            edited = _edited(node, narrowing)
+            if edited is None:
+                continue
+            node.args, node.kwargs = edited
+            if operator_name(node) == "chunk":  # parts of unequal width are a split
+                node.target = "split" if node.op == "call_method" else torch.split
+        return replace(program, graph=graph)
+
+
+def _edited(node: fx.Node, narrowing: Narrowing) -> Call | None:
+    edit = _EDITS.get(operator_name(node))
+    if edit is None:
+        return None
+    call = edit(node, narrowing)
+    return None if call is None or call == (node.args, dict(node.kwargs)) else call
+
+
+def _edits(*names: str) -> Callable[[Edit], Edit]:
+    def register(edit: Edit) -> Edit:
+        for name in names:
+            _EDITS[name] = edit
+        return edit
+
+    return register
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _with(node: fx.Node, position: int, name: str, value: Any) -> Call:
+    """The node's call with one argument replaced (given by position or by name)."""
+    if len(node.args) > position:
+        return (*node.args[:position], value, *node.args[position + 1 :]), dict(node.kwargs)
+    return node.args, {**node.kwargs, name: value}
+
+
+def _sizes(old: Sequence[Any], value: Value, narrowing: Narrowing, first: int = 0) -> list[Any]:
+    """``old`` with the extent of every narrowed dimension of ``value`` filled in; -1 stays."""
+    new = list(old)
+    for place, size in enumerate(old):
+        if size != -1 and narrowing.narrows(value.label(first + place)):
+            new[place] = narrowing.size(value, first + place)
+    return new
+
+
+@_edits("view", "reshape", "expand", "_unsafe_view", "broadcast_to", "view_copy")
+def _view(node: fx.Node, narrowing: Narrowing) -> Call | None:
+    value = narrowing.value(node)
+    if value is None or not narrowing.changed(node):
+        return None
+    packed = len(node.args) == 2 and isinstance(node.args[1], (list, tuple))
+    named = next((key for key in ("shape", "size") if key in node.kwargs), None)
+    sizes = node.kwargs[named] if named else (node.args[1] if packed else node.args[1:])
+    if not isinstance(sizes, (list, tuple)) or len(sizes) != len(value.shape):
+        return None  # a torch.Size or a dtype: follows by itself
+    new = _sizes(sizes, value, narrowing)
+    if named:
+        return node.args, {**node.kwargs, named: tuple(new)}
+    return ((node.args[0], tuple(new)) if packed else (node.args[0], *new)), dict(node.kwargs)
+
+
+@_edits("unflatten")
+def _unflatten(node: fx.Node, narrowing: Narrowing) -> Call | None:
+    value = narrowing.value(node)
+    source = narrowing.value(node.args[0])
+    dim, sizes = _argument(node, 1, "dim"), _argument(node, 2, "sizes")
+    if value is None or source is None or not isinstance(sizes, (list, tuple)) or not isinstance(dim, int):
+        return None
+    return _with(node, 2, "sizes", tuple(_sizes(sizes, value, narrowing, dim % len(source.shape))))
+
+
+@_edits("zeros", "ones", "empty", "rand", "randn", "new_zeros", "new_ones", "new_empty", "full", "new_full")
+def _factory(node: fx.Node, narrowing: Narrowing) -> Call | None:
+    value = narrowing.value(node)
+    if value is None or not narrowing.changed(node):
+        return None
+    at = 1 if node.op == "call_method" or operator_name(node).startswith("new_") else 0
+    sizes = _argument(node, at, "size")
+    if isinstance(sizes, (list, tuple)):
+        return _with(node, at, "size", tuple(_sizes(sizes, value, narrowing)))
+    count = len(value.shape)
+    new = _sizes(node.args[at : at + count], value, narrowing)
+    return (*node.args[:at], *new, *node.args[at + count :]), dict(node.kwargs)
+
+
+@_edits("split", "chunk", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split")
+def _split(node: fx.Node, narrowing: Narrowing) -> Call | None:
+    source, parts = narrowing.value(node.args[0]), narrowing.tree(node.name)
+    if source is None or not isinstance(parts, (list, tuple)):
+        return None
+    dim = _argument(node, 2, "dim", 0)
+    if not isinstance(dim, int) or not narrowing.narrows(source.label(dim % len(source.shape))):
+        return None
+    sizes = [narrowing.size(part, dim % len(source.shape)) for part in parts]
+    name = next((k for k in ("split_size_or_sections", "split_size", "split_sizes", "chunks", "sections",
+                             "indices_or_sections") if k in node.kwargs), "split_size")  # fmt: skip
+    if operator_name(node) == "tensor_split":
+        return _with(node, 1, name, tuple(np.cumsum(sizes)[:-1].tolist()))
+    if operator_name(node) == "chunk":
+        return (node.args[0], sizes), {"dim": dim}
+    return _with(node, 1, name, sizes)
+
+
+def _before(narrowing: Narrowing, label: Label | None, index: int) -> int:
+    """How many indices before ``index`` survive."""
+    if label is None:
+        return index
+    return int(narrowing.row(label)[:index].sum())
+
+
+def _bounds(narrowing: Narrowing, value: Value, dim: int, item: slice) -> slice:
+    label = value.label(dim)
+    if not narrowing.narrows(label) or item.step not in (None, 1):
+        return item
+    if isinstance(item.start, fx.Node) or isinstance(item.stop, fx.Node):
+        numbers = [narrowing.tree(b.name) if isinstance(b, fx.Node) else b for b in (item.start, item.stop)]
+        item = slice(*numbers)
+    start, stop, _ = item.indices(value.shape[dim])
+    new_start = None if item.start is None else _before(narrowing, label, start)
+    new_stop = None if item.stop is None else _before(narrowing, label, max(stop, start))
+    return slice(new_start, new_stop, item.step)
+
+
+@_edits("getitem", "setitem")
+def _getitem(node: fx.Node, narrowing: Narrowing) -> Call | None:
+    value = narrowing.value(node.args[0])
+    if value is None:
+        return None
+    index = node.args[1]
+    items = list(index) if isinstance(index, tuple) else [index]
+    used = sum(_consumes(item, narrowing) for item in items)
+    dim = 0
+    new: list[Any] = []
+    for item in items:
+        if item is Ellipsis:
+            dim += len(value.shape) - used
+        elif isinstance(item, slice):
+            item = _bounds(narrowing, value, dim, item)
+            dim += 1
+        elif isinstance(item, int) and not isinstance(item, bool):
+            label = value.label(dim)
+            if narrowing.narrows(label):
+                item = _before(narrowing, label, item % value.shape[dim])
+            dim += 1
+        else:
+            dim += _consumes(item, narrowing)
+        new.append(item)
+    return (node.args[0], tuple(new) if isinstance(index, tuple) else new[0], *node.args[2:]), dict(node.kwargs)
+
+
+def _consumes(item: Any, narrowing: Narrowing) -> int:
+    """How many dimensions an index takes up."""
+    if item is None or item is Ellipsis:
+        return 0
+    if isinstance(item, fx.Node):
+        value = narrowing.value(item)
+        return len(value.shape) if value is not None and item.meta.get("mask") else 1
+    return 1
+
+
+@_edits("narrow")
+def _narrow(node: fx.Node, narrowing: Narrowing) -> Call | None:
+    value = narrowing.value(node.args[0])
+    numbers = [_argument(node, i, name) for i, name in ((1, "dim"), (2, "start"), (3, "length"))]
+    if value is None or not all(isinstance(number, int) for number in numbers):
+        return None
+    dim, start, length = numbers[0] % len(value.shape), numbers[1] % value.shape[numbers[0]], numbers[2]
+    label = value.label(dim)
+    if not narrowing.narrows(label):
+        return None
+    first = _before(narrowing, label, start)
+    return (node.args[0], dim, first, _before(narrowing, label, start + length) - first), {}
+
+
+@_edits("select")
+def _select(node: fx.Node, narrowing: Narrowing) -> Call | None:
+    value = narrowing.value(node.args[0])
+    dim, index = _argument(node, 1, "dim"), _argument(node, 2, "index")
+    if value is None or not isinstance(dim, int) or not isinstance(index, int):
+        return None
+    label = value.label(dim % len(value.shape))
+    if not narrowing.narrows(label):
+        return None
+    return (node.args[0], dim, _before(narrowing, label, index % value.shape[dim])), {}
+
+
+@_edits("slice")
+def _slice(node: fx.Node, narrowing: Narrowing) -> Call | None:
+    value = narrowing.value(node.args[0])
+    if value is None:
+        return None
+    dim = _argument(node, 1, "dim", 0) % len(value.shape)
+    bounds = slice(*(_argument(node, i, name) for i, name in ((2, "start"), (3, "end"), (4, "step"))))
+    new = _bounds(narrowing, value, dim, bounds)
+    return None if new == bounds else ((node.args[0], dim, new.start, new.stop), {})
+
+
+@_edits("pad", "constant_pad_nd")
+def _pad(node: fx.Node, narrowing: Narrowing) -> Call | None:
+    source, value = narrowing.value(node.args[0]), narrowing.value(node)
+    amounts = _argument(node, 1, "pad")
+    if source is None or value is None or not isinstance(amounts, (list, tuple)):
+        return None
+    new = list(amounts)
+    for k in range(len(amounts) // 2):
+        dim = len(value.shape) - 1 - k
+        label = value.label(dim)
+        if amounts[2 * k] or amounts[2 * k + 1]:
+            if not narrowing.narrows(label) or label is None:
+                continue
+            mask = narrowing.row(label)
+            new[2 * k] = int(mask[: amounts[2 * k]].sum())
+            new[2 * k + 1] = int(mask[mask.size - amounts[2 * k + 1] :].sum())
+    return _with(node, 1, "pad", new if isinstance(amounts, list) else tuple(new))
+
+
+@_edits("layer_norm", "rms_norm", "native_layer_norm")
+def _layer_norm(node: fx.Node, narrowing: Narrowing) -> Call | None:
+    value = narrowing.value(node.args[0])
+    shape = _argument(node, 1, "normalized_shape")
+    if value is None or not isinstance(shape, (list, tuple)):
+        return None
+    return _with(node, 1, "normalized_shape", tuple(_sizes(shape, value, narrowing, len(value.shape) - len(shape))))
+
+
+@_edits("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution")
+def _conv(node: fx.Node, narrowing: Narrowing) -> Call | None:
+    """The groups of a functional convolution whose channels go group by group."""
+    x, weight, out = narrowing.value(node.args[0]), narrowing.value(node.args[1]), narrowing.value(node)
+    name = operator_name(node)
+    at = 8 if name == "convolution" else 6
+    groups = _argument(node, at, "groups", 1)
+    if x is None or weight is None or out is None or not isinstance(groups, int) or groups == 1:
+        return None
+    channel = len(x.shape) - len(weight.shape) + 1
+    into, outof = x.shape[channel] // groups, out.shape[channel] // groups
+    if into == 1:
+        groups = narrowing.size(x, channel)
+    elif outof == 1:
+        groups = narrowing.size(out, channel)
+    return _with(node, at, "groups", groups)
+
+
+@_edits("scaled_dot_product_attention")
+def _attention(node: fx.Node, narrowing: Narrowing) -> Call | None:
+    """The implied scale ``1 / sqrt(E)`` stays what it was."""
+    query = narrowing.value(_argument(node, 0, "query"))
+    if query is None or not narrowing.narrows(query.label(len(query.shape) - 1)):
+        return None
+    if node.kwargs.get("scale") is not None:
+        return None
+    return node.args, {**node.kwargs, "scale": query.shape[-1] ** -0.5}
+
+
+__all__ = ["RewriteLiterals"]

@@ -1,0 +1,181 @@
+"""Widths that leaf modules keep as attributes: ``in_channels``, ``num_features``, ``groups``, ..."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from ..nn import MultiheadAttention
+from ..program import Program, clone_module
+from .base import Narrowing, Pass
+
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
+
+
+@dataclass(frozen=True)
+class UpdateModules(Pass):
+    """Make the attributes of leaf modules agree with their narrowed tensors and inputs.
+
+    An attention layer whose widths no longer fit ``torch.nn.MultiheadAttention`` becomes a
+    :class:`fxprune.nn.MultiheadAttention` with an explicit scale.
+    """
+
+    def requires(self, program: Program, narrowing: Narrowing) -> Sequence[Any]:
+        sites = []
+        for node in program.graph.nodes:
+            if node.op == "call_module" and node.target not in sites:
+                sites.append(node.target)
+        return [path for path in sites if self._update(program, narrowing, path) is not None]
+
+    def run(self, program: Program, narrowing: Narrowing, sites: Sequence[Any]) -> Program:
+        modules = dict(program.modules)
+        for path in sites:
+            modules[path] = self._update(program, narrowing, path) or modules[path]
+        return replace(program, modules=modules)
+
+    def _update(self, program: Program, narrowing: Narrowing, path: str) -> nn.Module | None:
+        """A changed copy of the leaf module at ``path``, or None if nothing in it changes."""
+        leaf = program.modules[path]
+        changes = {}
+        for name, module in leaf.named_modules():
+            full = f"{path}.{name}" if name else path
+            shapes = {
+                key: tuple(program.tensors[f"{full}.{key}"].shape)
+                for key, tensor in [*module._parameters.items(), *module._buffers.items()]
+                if tensor is not None
+            }
+            inputs = _inputs(program, narrowing, path) if not name else None
+            new = _attributes(module, shapes, inputs)
+            attributes = {k: v for k, v in new.items() if getattr(module, k) != v}
+            if attributes:
+                changes[name] = attributes
+        if not changes:
+            return None
+        copy = clone_module(leaf, lambda _, tensor: tensor)
+        for name, attributes in changes.items():
+            submodule = copy.get_submodule(name)
+            if isinstance(submodule, nn.MultiheadAttention):
+                prefix = f"{path}.{name}." if name else f"{path}."
+                attention = _attention(submodule, {k: tuple(program.tensors[prefix + k].shape) for k in _names(submodule)})
+                if not name:
+                    return attention
+                parent, _, last = name.rpartition(".")
+                setattr(copy.get_submodule(parent), last, attention)
+            else:
+                submodule.__dict__.update(attributes)
+        return copy
+
+
+def _inputs(program: Program, narrowing: Narrowing, path: str) -> Shape | None:
+    """Narrowed shape of the first input of the module at ``path``."""
+    for node in program.graph.nodes:
+        if node.op == "call_module" and node.target == path and node.args:
+            value = narrowing.value(node.args[0])
+            return narrowing.shape(value) if value is not None else None
+    return None
+
+
+def _names(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_parameters(remove_duplicate=False)]
+
+
+def _attention(source: nn.MultiheadAttention, shapes: Shapes) -> MultiheadAttention:
+    v_width = shapes["out_proj.weight"][1]
+    packed = shapes.get("in_proj_weight")
+    qk_width = (packed[0] - v_width) // 2 if packed else shapes["q_proj_weight"][0]
+    new = MultiheadAttention(source, qk_width, v_width, source.head_dim**-0.5)
+    out = shapes["out_proj.weight"]
+    new.out_proj.__dict__.update(in_features=out[1], out_features=out[0])
+    return new
+
+
+def _conv(module: Any, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
+    first, second = shapes["weight"][:2]
+    transposed = isinstance(module, _ConvTransposeNd)
+    n_in = module.in_channels // module.groups
+    n_out = module.out_channels // module.groups
+    groups = module.groups
+    if groups > 1 and 1 in (n_in, n_out):  # channels go group by group
+        groups = first // (n_in if transposed else n_out)
+    other = second * groups
+    into, out = (first, other) if transposed else (other, first)
+    return {"in_channels": into, "out_channels": out, "groups": groups}
+
+
+def _linear(module: Any, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
+    out, into = shapes["weight"]
+    return {"in_features": into, "out_features": out}
+
+
+def _batch_norm(module: Any, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
+    vector = next(iter(shape for shape in shapes.values() if shape), None)
+    if vector is not None:
+        return {"num_features": vector[0]}
+    return {"num_features": inputs[1]} if inputs is not None and len(inputs) > 1 else {}
+
+
+def _layer_norm(module: Any, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
+    if "weight" in shapes:
+        return {"normalized_shape": shapes["weight"]}
+    width = len(module.normalized_shape)
+    return {"normalized_shape": inputs[-width:]} if inputs is not None else {}
+
+
+def _group_norm(module: Any, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
+    if "weight" in shapes:
+        return {"num_channels": shapes["weight"][0]}
+    return {"num_channels": inputs[1]} if inputs is not None else {}
+
+
+def _embedding(module: Any, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
+    entries, features = shapes["weight"]
+    return {"num_embeddings": entries, "embedding_dim": features}
+
+
+def _prelu(module: Any, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
+    return {"num_parameters": shapes["weight"][0]}
+
+
+def _recurrent(module: Any, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
+    gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+    changes = {"hidden_size": shapes["weight_hh_l0"][0] // gates, "input_size": shapes["weight_ih_l0"][1]}
+    if module.proj_size:
+        changes["proj_size"] = shapes["weight_hr_l0"][0]
+    return changes
+
+
+def _multihead(module: Any, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
+    """Only tells whether anything changed: the module is replaced as a whole."""
+    new = {key: shape for key, shape in shapes.items()}
+    old = {key: tuple(p.shape) for key, p in module._parameters.items() if p is not None}
+    return {} if new == old else {"embed_dim": -1}
+
+
+_RULES: list[tuple[type, Callable[[Any, Shapes, Shape | None], dict[str, Any]]]] = [
+    (_ConvNd, _conv),
+    (nn.Linear, _linear),
+    (_NormBase, _batch_norm),
+    (nn.LayerNorm, _layer_norm),
+    (nn.RMSNorm, _layer_norm),
+    (nn.GroupNorm, _group_norm),
+    (nn.Embedding, _embedding),
+    (nn.PReLU, _prelu),
+    (nn.RNNBase, _recurrent),
+    (nn.MultiheadAttention, _multihead),
+]
+
+
+def _attributes(module: nn.Module, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
+    for kind, rule in _RULES:
+        if isinstance(module, kind):
+            return rule(module, shapes, inputs)
+    return {}
+
+
+__all__ = ["UpdateModules"]

@@ -1,0 +1,164 @@
+"""The passes in order, and the check of what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ..coupling.graph import CouplingGraph
+from ..coupling.interpreter import Run, interpret
+from ..coupling.units import Label, Units, Value
+from ..errors import CaptureError, ExampleInputsError
+from ..program import Program
+from .base import Narrowing, Pass
+from .constants import KeepConstants
+from .literals import RewriteLiterals
+from .modules import UpdateModules
+from .movements import NarrowConstants, SelectMovements
+from .parameters import NarrowParameters
+
+PIPELINE: tuple[Pass, ...] = (
+    UpdateModules(),
+    RewriteLiterals(),
+    KeepConstants(),
+    SelectMovements(),
+    NarrowConstants(),
+)
+"""What follows :class:`NarrowParameters`; the order matters only in that each sees the one before."""
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A node of the rewritten graph that does not do what the narrowing predicts."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A rewritten program on meta tensors, and where it falls short (nowhere, if it may be used)."""
+
+    program: Program
+    narrowing: Narrowing
+    violations: tuple[Violation, ...]
+
+    def materialize(self) -> fx.GraphModule:
+        """The module with the real, narrowed weights."""
+        captured = self.narrowing.graph.captured
+        narrowed = NarrowParameters()(captured.program, self.narrowing)
+        return replace(self.program, tensors=narrowed.tensors).module(captured.class_name)
+
+
+def rewrite(graph: CouplingGraph, removed: Mapping[str, Sequence[int]]) -> Rewritten:
+    """Rewrite the program of ``graph`` without the ``removed`` units, on shapes alone, and check it."""
+    narrowing = Narrowing(graph, removed)
+    program = NarrowParameters(shapes_only=True)(graph.captured.program, narrowing)
+    for rewriting in PIPELINE:
+        program = rewriting(program, narrowing)
+    return Rewritten(program, narrowing, tuple(_check(program, narrowing)))
+
+
+def _check(program: Program, narrowing: Narrowing) -> list[Violation]:
+    """Repeat the analysis on the rewritten program, with the surviving units as known labels.
+
+    Every value must have the predicted shape, every labelled dimension the surviving units in the
+    predicted order, no two different units may meet, and no number may have changed.
+    """
+    graph = narrowing.graph
+    compact = _compact(narrowing)
+    seeds: dict[str, list[Label | None]] = {}
+    for name, state in graph.states.items():
+        seeds[name] = [
+            None if label is None else replace(label, ids=compact[_survivors(narrowing, state.axes, label)])
+            for label in state.axes
+        ]
+    try:
+        run = interpret(program, graph.inputs, Units(anchors=int(compact.max())), seeds)
+    except (ExampleInputsError, CaptureError) as error:
+        node = getattr(error, "node", None)
+        return [Violation(node.name if node is not None else "", str(error))]
+    return list(_compare(run, narrowing, compact))
+
+
+def _compact(narrowing: Narrowing) -> Any:
+    """Numbers 1.. for the classes on states; 0 for FIXED and for classes on no state."""
+    graph = narrowing.graph
+    roots = graph.classes(np.arange(graph.run.coupler.units.count))
+    known = np.zeros(roots.size, dtype=bool)
+    for state in graph.states.values():
+        for label in state.axes:
+            if label is not None:
+                known[roots[label.ids]] = True
+    known[0] = False
+    numbers = np.cumsum(known)
+    return np.where(known[roots], numbers[roots], 0)
+
+
+def _survivors(narrowing: Narrowing, axes: Sequence[Label | None], label: Label) -> Any:
+    """Units of a label after narrowing, ``(*surviving rows, survivors)``."""
+    ids, mask = label.ids, narrowing.alive(label)
+    for place, dim in enumerate(label.over):
+        rows = axes[dim]
+        if rows is not None and not rows.over:
+            keep = np.flatnonzero(narrowing.row(rows))
+            ids, mask = ids.take(keep, axis=place), mask.take(keep, axis=place)
+    if not label.over:
+        return ids[mask]
+    counts = mask.sum(axis=-1)
+    if (counts != counts.reshape(-1)[0]).any():
+        return ids[..., : int(counts.max())]  # not a rectangle; the shapes will tell
+    return ids[mask].reshape(*ids.shape[:-1], -1)
+
+
+def _compare(run: Run, narrowing: Narrowing, compact: Any) -> list[Violation]:
+    found = []
+    for node in run.coupler.collisions:
+        if node is not None:
+            found.append(Violation(node.name, "indices of different units meet"))
+    old_scalars = {node.name: numbers for node, numbers in narrowing.graph.run.scalars.items()}
+    for node, tree in run.values.items():
+        before = narrowing.tree(node.name)
+        if before is None:
+            continue
+        olds, news = pytree.tree_leaves(before), pytree.tree_leaves(tree)
+        for old, new in zip(olds, news, strict=False):
+            if isinstance(old, Value) and isinstance(new, Value):
+                if new.shape == old.shape and old.state is not None and old.state.tensor is None:
+                    continue  # a constant that is narrowed by the node that follows
+                reason = _differs(old, new, run, narrowing, compact)
+                if reason:
+                    found.append(Violation(node.name, reason))
+                    break
+        if run.scalars.get(node, ()) != old_scalars.get(node.name, ()):
+            found.append(Violation(node.name, "a number in a pointwise operator changed with the width"))
+    order = {node.name: i for i, node in enumerate(narrowing.graph.captured.program.graph.nodes)}
+    return sorted(found, key=lambda violation: order.get(violation.node, len(order)))
+
+
+def _differs(old: Value, new: Value, run: Run, narrowing: Narrowing, compact: Any) -> str:
+    """Why a value is not the predicted one, or an empty string."""
+    expected = narrowing.shape(old)
+    if new.shape != expected:
+        return f"has shape {new.shape}, expected {expected}"
+    for dim in range(len(expected)):
+        label, other = old.label(dim), new.label(dim)
+        if label is None or label.over or expected[dim] == 1 or not narrowing.narrows(label):
+            continue
+        wanted = compact[label.ids[narrowing.alive(label)]]
+        if not wanted.any():
+            continue
+        if other is None:
+            return f"lost track of dimension {dim}"
+        if other.over:
+            continue
+        got = run.coupler.units.find(other.ids)
+        both = (wanted != 0) & (got != 0) & (got <= run.coupler.units.anchors)
+        if got.shape != wanted.shape or (got[both] != wanted[both]).any():
+            return f"has other units, or in another order, along dimension {dim}"
+    return ""

@@ -1,0 +1,476 @@
+"""The command line: what it loads, what it refuses and in which words, and what it leaves on the disk."""
+
+from __future__ import annotations
+
+import re
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file, save_model
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.cli import main
+from fxprune.cli import prune as prune_command
+from fxprune.cli.export import export, write
+from fxprune.cli.loading import load, load_checkpoint, parse_shape
+from fxprune.errors import (
+    CheckpointError,
+    ExampleInputsError,
+    ModelSpecError,
+    OutputError,
+    VerificationError,
+)
+
+NETS = """
+    import torch
+    from torch import nn
+
+    class Net(nn.Sequential):
+        def __init__(self):
+            super().__init__(
+                nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+                nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+                nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+            )
+
+    def build():
+        return Net()
+
+    def widened(width):
+        return nn.Linear(3, width)
+
+    def broken():
+        raise OSError("no disk")
+
+    class Holder:
+        @staticmethod
+        def make():
+            return nn.Linear(3, 3)
+
+    ready = nn.Linear(3, 3)
+    number = 7
+
+    def text():
+        return "a model"
+
+    def weightless():
+        return nn.Linear(3, 3, device="meta")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder that holds ``nets.py``, importable only from there."""
+    (tmp_path / "nets.py").write_text(textwrap.dedent(NETS))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for name in ("nets", "nets_with_inputs", "nets_bad"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return tmp_path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Run a command that must fail, and return its one line of error."""
+    assert main(argv) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+class TestModels:
+    @pytest.mark.parametrize("path", ["build", "Net", "ready", "Holder.make"])
+    def test_factories(self, folder: Path, path: str) -> None:
+        loaded = load(f"nets:{path}", shapes=[(1, 3)])
+        assert isinstance(loaded.model, nn.Module)
+        assert not loaded.model.training
+        assert [x.shape for x in loaded.inputs] == [(1, 3)]
+
+    def test_same_seed_same_model(self, folder: Path) -> None:
+        one, two, other = (load("nets:build", shapes=[(1, 3, 8, 8)], seed=seed) for seed in (1, 1, 2))
+        assert torch.equal(one.model[0].weight, two.model[0].weight)
+        assert torch.equal(one.inputs[0], two.inputs[0])
+        assert not torch.equal(one.model[0].weight, other.model[0].weight)
+
+    @pytest.mark.parametrize(
+        ("definition", "expected"),
+        [
+            ("example_inputs = torch.zeros(2, 3)", Tensor),
+            ("example_inputs = (torch.zeros(2, 3),)", tuple),
+            ("def example_inputs(): return {'input': torch.zeros(2, 3)}", dict),
+        ],
+    )
+    def test_example_inputs_of_the_module(self, folder: Path, definition: str, expected: type) -> None:
+        text = f"import torch\nmodel = torch.nn.Linear(3, 3)\n{definition}\n"
+        (folder / "nets_with_inputs.py").write_text(text)
+        assert isinstance(load("nets_with_inputs:model").inputs, expected)
+        # What the command line says wins.
+        assert load("nets_with_inputs:model", shapes=[(7, 3)]).inputs[0].shape == (7, 3)
+
+    @pytest.mark.parametrize(
+        ("spec", "words"),
+        [
+            ("resnet18", "write torchvision:NAME"),
+            ("torchvision:resnet19", "did you mean resnet18"),
+            ("torchvision:zzz", "such as resnet18"),
+            ("nowhere:build", "there is no module 'nowhere'"),
+            ("nets:bulid", "it has build"),
+            ("nets:widened", r"needs arguments \(width\)"),
+            ("nets:broken", "failed to make a model: OSError: no disk"),
+            ("nets:number", "is a int, which cannot make a model"),
+            ("nets:text", "gave a str, not a torch.nn.Module"),
+            ("nets:weightless", "weight, bias on the meta device"),
+        ],
+    )
+    def test_refused(self, folder: Path, spec: str, words: str) -> None:
+        with pytest.raises(ModelSpecError, match=words):
+            load(spec, shapes=[(1, 3)])
+
+    def test_module_that_fails_to_import(self, folder: Path) -> None:
+        (folder / "nets_bad.py").write_text("import not_there\n")
+        with pytest.raises(ModelSpecError, match="importing nets_bad failed: No module named 'not_there'"):
+            load("nets_bad:build")
+        (folder / "nets_bad.py").write_text("1 / 0\n")
+        with pytest.raises(ModelSpecError, match="ZeroDivisionError"):
+            load("nets_bad:build")
+
+    def test_weights_are_torchvisions(self, folder: Path) -> None:
+        with pytest.raises(ModelSpecError, match="has no weights 'BEST'; it has IMAGENET1K_V1, DEFAULT"):
+            load("torchvision:resnet18", weights="BEST")
+        with pytest.raises(ModelSpecError, match="for torchvision: models only"):
+            load("nets:build", weights="DEFAULT")
+
+    def test_download_that_fails(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import torchvision
+
+        def offline(*_: Any, **__: Any) -> nn.Module:
+            raise OSError("Name or service not known")
+
+        monkeypatch.setattr(torchvision.models, "get_model", offline)
+        with pytest.raises(ModelSpecError, match=r"cannot load the weights DEFAULT .* --checkpoint FILE"):
+            load("torchvision:resnet18", weights="DEFAULT")
+
+    @pytest.mark.parametrize(
+        ("name", "size"), [("shufflenet_v2_x0_5", 224), ("inception_v3", 299), ("swin_v2_t", 256)]
+    )
+    def test_default_sizes(self, name: str, size: int) -> None:
+        loaded = load(f"torchvision:{name}")
+        assert loaded.inputs[0].shape == (1, 3, size, size)
+        assert loaded.weights.startswith("random")
+
+    @pytest.mark.parametrize(
+        "spec", ["nets:build", "torchvision:r3d_18", "torchvision:lraspp_mobilenet_v3_large"]
+    )
+    def test_unknown_inputs(self, folder: Path, spec: str) -> None:
+        with pytest.raises(ExampleInputsError, match="add --input-shape"):
+            load(spec)
+
+    def test_several_inputs_take_the_models_type(self, folder: Path) -> None:
+        (folder / "nets_with_inputs.py").write_text(
+            "import torch\nmodel = torch.nn.Bilinear(2, 3, 4).double()\n"
+        )
+        inputs = load("nets_with_inputs:model", shapes=[(5, 2), (5, 3)]).inputs
+        assert [(tuple(x.shape), x.dtype) for x in inputs] == [
+            ((5, 2), torch.float64),
+            ((5, 3), torch.float64),
+        ]
+
+    def test_bad_example_inputs(self, folder: Path) -> None:
+        text = "import torch\nmodel = torch.nn.Linear(3, 3)\nexample_inputs = [1]\n"
+        (folder / "nets_with_inputs.py").write_text(text)
+        with pytest.raises(ExampleInputsError, match="example_inputs is a list"):
+            load("nets_with_inputs:model")
+
+
+@pytest.mark.parametrize("text", ["1,3,224,224", "1x3x224x224", "1, 3, 224, 224"])
+def test_shapes(text: str) -> None:
+    assert parse_shape(text) == (1, 3, 224, 224)
+
+
+@pytest.mark.parametrize("text", ["", "1,,3", "a,b", "1,0,3", "-1,3", "1.5,2"])
+def test_bad_shapes(text: str) -> None:
+    with pytest.raises(ExampleInputsError, match="for example --input-shape 1,3,224,224"):
+        parse_shape(text)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(6, 4)
+        self.head = nn.Linear(4, 6)
+        self.head.weight = self.embed.weight
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "a.pth", "wrapped.pt"])
+    def test_loads(self, tmp_path: Path, name: str) -> None:
+        source, target, path = nn.BatchNorm1d(3), nn.BatchNorm1d(3), tmp_path / name
+        nn.init.normal_(source.weight)
+        if name == "a.safetensors":
+            save_file(source.state_dict(), path)
+        else:
+            state = source.state_dict()
+            torch.save({"state_dict": state, "epoch": 3} if name == "wrapped.pt" else state, path)
+        load_checkpoint(target, path)
+        assert torch.equal(source.weight, target.weight)
+
+    def test_tied_tensors_are_stored_once(self, tmp_path: Path) -> None:
+        source, target, path = Tied(), Tied(), tmp_path / "a.safetensors"
+        save_model(source, str(path))
+        load_checkpoint(target, path)
+        assert torch.equal(source.embed.weight, target.head.weight)
+        assert target.head.weight is target.embed.weight
+
+    @pytest.mark.parametrize(
+        ("state", "words"),
+        [
+            ({"weight": torch.zeros(2, 3)}, "it lacks bias"),
+            (
+                {"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "x": torch.zeros(1)},
+                "the model has no x",
+            ),
+            (
+                {"weight": torch.zeros(9, 3), "bias": torch.zeros(2)},
+                r"shapes differ: weight \(file \[9, 3\], model \[2, 3\]\)",
+            ),
+            ({f"module.{i}": torch.zeros(1) for i in range(9)}, r"and 6 more.*strip the prefix 'module\.'"),
+            ({}, "no tensors"),
+            ({"epoch": 3}, "epoch, which are no tensors"),
+            ([1, 2], "holds a list"),
+        ],
+    )
+    def test_misfits(self, tmp_path: Path, state: Any, words: str) -> None:
+        model, path = nn.Linear(3, 2), tmp_path / "a.pt"
+        before = model.weight.clone()
+        torch.save(state, path)
+        with pytest.raises(CheckpointError, match=words) as caught:
+            load_checkpoint(model, path)
+        assert str(path) in str(caught.value)
+        assert torch.equal(model.weight, before)
+
+    @pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+    @pytest.mark.parametrize("damage", ["empty", "cut", "noise"])
+    def test_damaged(self, tmp_path: Path, name: str, damage: str) -> None:
+        path, state = tmp_path / name, nn.Linear(30, 20).state_dict()
+        if name == "a.pt":
+            torch.save(state, path)
+        else:
+            save_file(state, path)
+        whole = path.read_bytes()
+        path.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "noise": b"\x07noise" * 50}[damage])
+        with pytest.raises(CheckpointError, match=str(path)):
+            load_checkpoint(nn.Linear(30, 20), path)
+
+    def test_code_is_never_run(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.pt"
+        torch.save(nn.Linear(3, 2), path)
+        with pytest.raises(CheckpointError, match="runs no code from checkpoints"):
+            load_checkpoint(nn.Linear(3, 2), path)
+
+    def test_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="there is no checkpoint file"):
+            load_checkpoint(nn.Linear(3, 2), tmp_path / "nowhere.pt")
+
+
+class TestOutput:
+    @pytest.mark.parametrize(
+        ("out", "words"),
+        [
+            ("a.pt", r"try --out a\.pt2"),
+            ("nowhere/a.pt2", "there is no folder"),
+            ("taken.pt2", "it is a folder"),
+            pytest.param(
+                "/proc/a.pt2",
+                "takes no files",
+                marks=pytest.mark.skipif(
+                    sys.platform != "linux", reason="a folder that even root cannot write"
+                ),
+            ),
+        ],
+    )
+    def test_refused_before_any_work(
+        self,
+        folder: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        out: str,
+        words: str,
+    ) -> None:
+        (folder / "taken.pt2").mkdir()
+        monkeypatch.setattr(prune_command, "load", lambda *_, **__: pytest.fail("work was started"))
+        line = refused(capsys, "prune", "nets:build", "--out", out)
+        assert re.search(words, line)
+        assert sorted(p.name for p in folder.iterdir()) == ["nets.py", "taken.pt2"]
+
+    def test_batch_size_is_free(self, tmp_path: Path) -> None:
+        model, path = nn.Linear(3, 2).eval(), tmp_path / "a.pt2"
+        exported = export(model, (torch.zeros(1, 3),), {})
+        assert exported.batch == "any batch size"
+        assert write(exported, path) == path.stat().st_size
+        x = torch.randn(7, 3)
+        torch.testing.assert_close(torch.export.load(path).module()(x), model(x))
+        assert [p.name for p in tmp_path.iterdir()] == ["a.pt2"]
+
+    def test_keyword_inputs(self) -> None:
+        class Net(nn.Module):
+            def forward(self, x: Tensor, extra: dict[str, Tensor], flag: bool = False) -> dict[str, Tensor]:
+                return {"sum": x + extra["y"]}
+
+        inputs = {"x": torch.zeros(2, 3), "extra": {"y": torch.zeros(2, 3)}}
+        exported = export(Net(), (), inputs)
+        assert exported.batch == "any batch size"
+        found = exported.program.module()(x=torch.ones(5, 3), extra={"y": torch.ones(5, 3)})
+        assert found["sum"].shape == (5, 3)
+
+    def test_batch_size_is_fixed_where_it_must_be(self) -> None:
+        class Net(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return x.view(2, 3) + 1
+
+        exported = export(Net(), (torch.zeros(2, 3),), {})
+        assert exported.batch.startswith("the example's batch size only")
+        assert exported.program.module()(torch.ones(2, 3)).shape == (2, 3)
+
+    def test_what_cannot_be_exported(self) -> None:
+        class Net(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return x if x.sum().item() > 0 else -x
+
+        with pytest.raises(OutputError, match=r"torch\.export refuses"):
+            export(Net(), (torch.zeros(2, 3),), {})
+
+    def test_interrupted_write_keeps_the_old_file(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "a.pt2"
+        path.write_text("old")
+        exported = export(nn.Linear(3, 2), (torch.zeros(1, 3),), {})
+
+        def full(_: Any, file: Path) -> None:
+            file.write_text("half")
+            raise OSError("No space left on device")
+
+        monkeypatch.setattr(torch.export, "save", full)
+        with pytest.raises(OutputError, match="No space left"):
+            write(exported, path)
+        assert path.read_text() == "old"
+        assert [p.name for p in tmp_path.iterdir()] == ["a.pt2"]
+
+
+class TestErrors:
+    """Each is one line on stderr and exit code 2, and leaves no file."""
+
+    @pytest.mark.parametrize(
+        ("argv", "words"),
+        [
+            (["nets:build"], "add --input-shape"),
+            (["nets:build", "--input-shape", "1,3,x"], "cannot read --input-shape"),
+            (["nets:build", "--ratio", "1"], "--ratio 1 is out of range"),
+            (["nets:build", "--ratio", "-0.1"], "out of range"),
+            (["nets:build", "--ratio", "nan"], "out of range"),
+            (["torchvision:resnet"], "did you mean"),
+            (["nets:build", "--checkpoint", "nowhere.pt"], "no checkpoint file nowhere.pt"),
+        ],
+    )
+    def test_one_line(
+        self, folder: Path, capsys: pytest.CaptureFixture[str], argv: list[str], words: str
+    ) -> None:
+        assert words in refused(capsys, "prune", *argv, "--out", "a.pt2")
+        assert [p.name for p in folder.iterdir()] == ["nets.py"]
+
+    def test_debug_shows_where(self, folder: Path) -> None:
+        with pytest.raises(ModelSpecError):
+            main(["prune", "nets:nothing", "--debug"])
+
+    def test_malformed_arguments(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for argv in (["prune"], ["prune", "nets:build", "--ratio", "half"], ["prun"]):
+            with pytest.raises(SystemExit) as caught:
+                main(argv)
+            assert caught.value.code == 2
+        assert "usage: fxprune" in capsys.readouterr().err
+
+    def test_unexpected_error(
+        self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise ZeroDivisionError("oh")
+
+        monkeypatch.setattr(prune_command, "load", fail)
+        line = refused(capsys, "prune", "nets:build")
+        assert "unexpected ZeroDivisionError: oh" in line
+        assert "--debug" in line
+
+    def test_interrupt(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def interrupt(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(prune_command, "load", interrupt)
+        assert main(["prune", "nets:build"]) == 130
+
+    def test_nothing_is_written_when_verification_fails(
+        self, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def differ(*_: Any) -> None:
+            raise VerificationError("node conv differs")
+
+        monkeypatch.setattr(
+            fxprune, "analyze", lambda *_: SimpleNamespace(captured=SimpleNamespace(report=""))
+        )
+        monkeypatch.setattr(fxprune, "plan", lambda *_, **__: SimpleNamespace(apply=lambda model: model))
+        monkeypatch.setattr(fxprune, "verify", differ)
+        argv = ["prune", "nets:build", "--input-shape", "1,3,8,8", "--out", "a.pt2", "--no-latency"]
+        assert refused(capsys, *argv) == "error: node conv differs"
+        assert [p.name for p in folder.iterdir()] == ["nets.py"]
+
+
+class TestHelp:
+    def test_no_command(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main([]) == 0
+        assert "fxprune prune torchvision:resnet18" in capsys.readouterr().out
+
+    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as caught:
+            main(["--version"])
+        assert caught.value.code == 0
+        assert torch.__version__ in capsys.readouterr().out
+
+
+class TestEndToEnd:
+    def test_prunes_and_writes(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        argv = ["prune", "nets:build", "--input-shape", "1,3,8,8", "--ratio", "0.5", "--out", "half.pt2"]
+        assert main(argv) == 0
+        captured = capsys.readouterr()
+        for step in ("weights", "capture", "plan", "rewrite", "verify", "latency", "export"):
+            assert f"{step}  " in captured.err
+        rows = {line.split("  ")[0]: line for line in captured.out.splitlines()}
+        for row in ("parameters", "MACs", "weights on disk", "latency"):
+            assert row in rows
+        # 3·8·9+8 + 16 + 8·8·9+8 + 8·5+5 = 869 become 3·4·9+4 + 8 + 4·4·9+4 + 4·5+5 = 293.
+        assert rows["parameters"].split()[1:] == ["869", "293", "0.34x"]
+        pruned = torch.export.load("half.pt2").module()
+        assert pruned(torch.randn(3, 3, 8, 8)).shape == (3, 5)
+        assert sorted(p.name for p in folder.iterdir()) == ["half.pt2", "nets.py"]
+
+    def test_checkpoint_reaches_the_result(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        source = load("nets:build", shapes=[(1, 3, 8, 8)], seed=5).model
+        save_file(source.state_dict(), "mine.safetensors")
+        argv = ["prune", "nets:build", "--input-shape", "1,3,8,8", "--checkpoint", "mine.safetensors"]
+        assert main([*argv, "--ratio", "0", "--out", "same.pt2", "--no-latency"]) == 0
+        captured = capsys.readouterr()
+        assert "from mine.safetensors" in captured.err
+        assert "latency" not in captured.out
+        x = torch.randn(2, 3, 8, 8)
+        torch.testing.assert_close(torch.export.load("same.pt2").module()(x), source(x))
+
+    def test_exact_only_without_a_file(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        argv = ["prune", "nets:build", "--input-shape", "1,3,8,8", "--exact-only", "--importance", "random"]
+        assert main([*argv, "--no-latency"]) == 0
+        assert "exact groups only" in capsys.readouterr().err
+        assert [p.name for p in folder.iterdir()] == ["nets.py"]

@@ -1,0 +1,131 @@
+"""Parameters, MACs and bytes against figures worked out by hand; latency on models that sleep."""
+
+from __future__ import annotations
+
+import copy
+import time
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fxprune.cost import Count, count, latency_ratio, measure_latency
+from fxprune.errors import ExampleInputsError
+
+
+class Tied(nn.Module):
+    """An embedding whose table is also the head's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 4)
+        self.head = nn.Linear(4, 10, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embed(ids))
+
+
+class Attend(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Masked(nn.Module):
+    """Makes a tensor in its forward, holds one that is no buffer, and takes keyword inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4, bias=False)
+        self.constants = {"scale": [torch.ones(4)]}
+
+    def forward(self, x: Tensor, options: dict[str, Tensor]) -> Tensor:
+        mask = torch.ones(4) * self.constants["scale"][0]
+        return F.linear(x * mask + options["shift"], self.linear.weight)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "params", "macs"),
+    [
+        (nn.Conv2d(3, 8, 3, padding=1), torch.zeros(2, 3, 5, 5), 8 * 27 + 8, 2 * 25 * 8 * 27),
+        (nn.Conv2d(4, 8, 3, groups=2, bias=False), torch.zeros(1, 4, 5, 5), 8 * 18, 9 * 8 * 18),
+        (nn.ConvTranspose2d(4, 6, 2, stride=2, bias=False), torch.zeros(1, 4, 3, 3), 96, 9 * 96),
+        (nn.Linear(5, 7), torch.zeros(3, 5), 42, 3 * 35),
+        (nn.LSTM(3, 4, bias=False), torch.zeros(6, 1, 3), 16 * 7, 6 * 16 * 7),
+        (Tied(), torch.zeros(2, 3, dtype=torch.long), 40, 6 * 40),
+        # Projections in and out, then two products of (positions, 8) with (positions, 8).
+        (Attend(), torch.zeros(1, 6, 8), 8 * 24 + 24 + 72, 6 * (8 * 24 + 64) + 2 * 6 * 6 * 8),
+        (Masked(), {"x": torch.zeros(2, 4), "options": {"shift": torch.zeros(4)}}, 16, 32),
+    ],
+    ids=["conv", "grouped", "transposed", "linear", "lstm", "tied", "attention", "keywords"],
+)
+def test_count_by_hand(model: nn.Module, inputs: object, params: int, macs: int) -> None:
+    assert count(model, inputs) == Count(params=params, macs=macs, bytes=4 * params)
+
+
+def test_bytes_hold_saved_buffers_once() -> None:
+    """Running statistics and the batch counter are stored; a non-persistent buffer is not."""
+    model = nn.BatchNorm1d(5).half()
+    model.register_buffer("scratch", torch.zeros(1000), persistent=False)
+    assert count(model, torch.zeros(1, 5)).bytes == 2 * 4 * 5 + 8
+
+
+def test_count_leaves_the_model_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)).train()
+    model[1].eval()
+    before = copy.deepcopy(model.state_dict())
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    count(model, torch.randn(2, 3, 8, 8))
+    assert [m.training for m in model.modules()] == [True, True, False, True]
+    assert torch.backends.mha.get_fastpath_enabled() == fastpath
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_count_on_meta_and_in_float16() -> None:
+    with torch.device("meta"):
+        model = nn.Linear(30_000, 30_000, dtype=torch.float16)
+        inputs = torch.zeros(1, 30_000, dtype=torch.float16)
+    assert count(model, inputs) == Count(params=900_030_000, macs=900_000_000, bytes=1_800_060_000)
+
+
+def test_torchvision_figures() -> None:
+    """The figures of torchvision's own table."""
+    from torchvision.models import resnet18, vit_b_16
+
+    with torch.device("meta"):
+        inputs = torch.zeros(1, 3, 224, 224)
+        resnet, vit = count(resnet18(), inputs), count(vit_b_16(), inputs)
+    assert (resnet.params, vit.params) == (11_689_512, 86_567_656)
+    assert resnet.macs / 1e9 == pytest.approx(1.814, rel=1e-3)
+    assert vit.macs / 1e9 == pytest.approx(17.564, rel=1e-3)
+
+
+def test_wrong_inputs_and_lazy_modules_are_named() -> None:
+    with pytest.raises(ExampleInputsError, match="Linear does not run on the example inputs"):
+        count(nn.Linear(4, 4), torch.zeros(2, 5))
+    with pytest.raises(ExampleInputsError, match=r"'0\.weight' is not known yet"):
+        count(nn.Sequential(nn.LazyLinear(4)), torch.zeros(2, 5))
+
+
+class Sleep(nn.Module):
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, *, wait: bool) -> None:
+        assert not torch.is_grad_enabled()
+        if wait:
+            time.sleep(self.seconds)
+
+
+def test_latency_is_a_median_by_name() -> None:
+    slow, fast = Sleep(0.02), Sleep(0.005)
+    seconds = measure_latency({"slow": slow, "fast": fast}, (), {"wait": True}, min_run_time=0.05)
+    assert list(seconds) == ["slow", "fast"]
+    assert 0.02 <= seconds["slow"] < 0.08
+    assert latency_ratio(slow, fast, (), {"wait": True}, min_run_time=0.05) < 0.8

@@ -1,0 +1,77 @@
+"""What pyproject.toml says about the package agrees with what is on the disk."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pip carries the parser that Python 3.10 lacks
+    tomllib = import_module("pip._vendor.tomli")
+
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_packages_are_those_on_disk() -> None:
+    """A new folder with Python files that pyproject.toml does not list would be missing from the wheel."""
+    found = {
+        ".".join(Path(folder).relative_to(ROOT).parts)
+        for folder, _, files in os.walk(ROOT / "fxprune", followlinks=True)
+        if any(name.endswith(".py") for name in files)
+    }
+    listed = SETTINGS["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(found)
+    assert listed == sorted(listed)
+
+
+def test_every_package_has_an_init() -> None:
+    for package in SETTINGS["tool"]["setuptools"]["packages"]:
+        assert (ROOT / package.replace(".", "/") / "__init__.py").is_file(), package
+
+
+def test_passes_is_one_folder_with_two_paths() -> None:
+    link = ROOT / "fxprune" / "passes"
+    assert link.is_symlink()
+    assert os.readlink(link) == "../passes"
+    assert link.resolve() == ROOT / "passes"
+    assert SETTINGS["tool"]["setuptools"]["package-dir"] == {"fxprune.passes": "passes"}
+    assert not [p for p in (ROOT / "passes").iterdir() if p.is_dir() and p.name != "__pycache__"], (
+        "stays flat"
+    )
+
+
+def test_passes_has_one_import_name() -> None:
+    """Imported as ``passes`` its classes would be others than those of ``fxprune.passes``."""
+    import_module("fxprune.passes")
+    done = subprocess.run([sys.executable, "-c", "import passes"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "fxprune.passes" in done.stderr
+
+
+def test_typed_and_scripted() -> None:
+    assert (ROOT / "fxprune" / "py.typed").is_file()
+    module, _, function = SETTINGS["project"]["scripts"]["fxprune"].partition(":")
+    assert callable(getattr(import_module(module), function))
+
+
+def test_peers_are_no_dependency() -> None:
+    needed = " ".join(SETTINGS["project"]["dependencies"])
+    assert "torch-pruning" not in needed
+    assert "torch-pruning==1.6.1" in SETTINGS["project"]["optional-dependencies"]["bench"]
+
+
+def test_installed_command() -> None:
+    script = Path(sysconfig.get_path("scripts")) / "fxprune"
+    if not script.exists():
+        pytest.skip("fxprune is not installed in this environment")
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"fxprune {SETTINGS['project']['version']} ")
