@@ -4,8 +4,9 @@ from .api import analyze, plan, prune
 from .cost import Count, count
 from .coupling.graph import CouplingGraph
 from .coupling.groups import Group, Member
-from .errors import FxpruneError
+from .errors import FxpruneError, VerificationError
 from .planning.plan import PruningPlan
+from .verify import Verdict, verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -15,8 +16,11 @@ __all__ = [
     "Group",
     "Member",
     "PruningPlan",
+    "Verdict",
+    "VerificationError",
     "analyze",
     "count",
     "plan",
     "prune",
+    "verify",
 ]

@@ -8,9 +8,10 @@ from typing import Any
 from torch import fx, nn
 
 from .capture import capture
+from .capture.symbolic import function_name
 from .coupling.graph import CouplingGraph
 from .coupling.groups import Group
-from .errors import ExampleInputsError, PlanError, RewriteError
+from .errors import CaptureError, ExampleInputsError, PlanError, RewriteError
 from .importance import Importance, score
 from .inputs import describe, normalize, restore, to_meta
 from .passes import Rewritten, rewrite
@@ -37,8 +38,10 @@ def analyze(model: nn.Module, example_inputs: Any) -> CouplingGraph:
     return _analyze(model, to_meta(args), to_meta(kwargs))
 
 
-def _analyze(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CouplingGraph:
-    captured = capture(model, args, kwargs)
+def _analyze(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dissolve: frozenset[str] = frozenset()
+) -> CouplingGraph:
+    captured = capture(model, args, kwargs, dissolve)
     try:
         inputs = captured.program.bind(args, kwargs)
     except TypeError as error:
@@ -89,9 +92,25 @@ def prune(
 
 def apply(made: PruningPlan, model: nn.Module) -> fx.GraphModule:
     """See :meth:`PruningPlan.apply`."""
+    rewritten = rewrite(graph_for(made, model), made.removed)
+    if rewritten.violations:
+        first = rewritten.violations[0]
+        raise PlanError(
+            f"the plan cannot be carried out: node {first.node}: {first.reason}. If it was edited, see that "
+            f"all rows of a balanced set lose equally many units; otherwise plan again for this model."
+        )
+    return _finish(made, rewritten)
+
+
+def graph_for(made: PruningPlan, model: nn.Module) -> CouplingGraph:
+    """The analysis of ``model`` that ``made`` refers to.
+
+    Raises:
+        PlanError: if the plan does not fit the model, or removes what is not there.
+    """
     inputs = {name: restore(description) for name, description in made.inputs.items()}
     _check_architecture(made, model)
-    graph = _analyze(model, (), inputs)
+    graph = _analyze(model, (), inputs, frozenset(made.dissolved))
     if made.held:
         graph = graph.hold(set(made.held))
     sizes = {group.name: group.size for group in graph.groups}
@@ -105,14 +124,7 @@ def apply(made: PruningPlan, model: nn.Module) -> fx.GraphModule:
         if wrong or len(set(gone)) == sizes[name]:
             what = f"names units {wrong}" if wrong else "removes every unit"
             raise PlanError(f"the plan {what} of the group {name!r}, which has {sizes[name]} units.")
-    rewritten = rewrite(graph, made.removed)
-    if rewritten.violations:
-        first = rewritten.violations[0]
-        raise PlanError(
-            f"the plan cannot be carried out: node {first.node}: {first.reason}. If it was edited, see that "
-            f"all rows of a balanced set lose equally many units; otherwise plan again for this model."
-        )
-    return _finish(made, rewritten)
+    return graph
 
 
 def _plan(
@@ -125,12 +137,25 @@ def _plan(
 ) -> tuple[PruningPlan, Rewritten]:
     ratio = check_ratio(ratio)
     graph = analyze(model, example_inputs)
+    args, kwargs = normalize(example_inputs)
+    dissolved: frozenset[str] = frozenset()
     scores = score(graph, importance, seed)
     for _ in range(_ATTEMPTS):
         removed = select(graph, ratio, scores, where)
         rewritten = rewrite(graph, removed)
         if not rewritten.violations:
             break
+        whole = {name for v in rewritten.violations if (name := _function(graph, v.node))} - dissolved
+        if whole:
+            # The widths are numbers inside these functions: trace into them, then decide again.
+            try:
+                opened = _analyze(model, to_meta(args), to_meta(kwargs), dissolved | whole)
+            except CaptureError:
+                opened = None
+            if opened is not None:
+                graph, dissolved = opened.hold(set(graph.held)) if graph.held else opened, dissolved | whole
+                scores = score(graph, importance, seed)
+                continue
         graph = graph.hold({rewritten.violations[0].node})
     else:
         first = rewritten.violations[0]
@@ -144,6 +169,7 @@ def _plan(
         sizes={group.name: group.size for group in graph.groups},
         removed=removed,
         held=graph.held,
+        dissolved=tuple(sorted(dissolved)),
         settings={
             "ratio": ratio,
             "importance": importance if isinstance(importance, str) else getattr(importance, "__name__", "custom"),
@@ -151,6 +177,12 @@ def _plan(
         },
     )
     return made, rewritten
+
+
+def _function(graph: CouplingGraph, name: str) -> str | None:
+    """Name of the Python function that the node ``name`` calls as a whole, if it does."""
+    node = next((n for n in graph.captured.program.graph.nodes if n.name == name), None)
+    return function_name(node.target) if node is not None and node.op == "call_function" else None
 
 
 def _finish(made: PruningPlan, rewritten: Rewritten) -> fx.GraphModule:

@@ -22,14 +22,12 @@ class Skeleton:
 
     Attributes:
         training: train/eval flag of every submodule, by path, in the order of the original.
-        leaves: paths of the modules that stay whole; all others become bare containers.
         aliases: path of a module -> path under which the same module object was first seen.
         buffers: names of buffers -> whether they belong to the state dict.
         names: every name of every parameter and buffer, in the order of the original's state dict.
     """
 
     training: Mapping[str, bool]
-    leaves: frozenset[str]
     aliases: Mapping[str, str]
     buffers: Mapping[str, bool]
     names: tuple[str, ...]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from ..coupling.graph import CouplingGraph
-from ..coupling.units import Label, Take, Value
+from ..coupling.units import Ids, Label, Take, Value
 from ..errors import RewriteError
 from ..program import Program
 
@@ -39,6 +39,10 @@ class Narrowing:
         """For each index of ``label.ids`` whether it survives."""
         mask: Mask = self._alive[self.graph.classes(label.ids)]
         return mask
+
+    def survive(self, ids: Ids) -> bool:
+        """Whether all of these units survive."""
+        return bool(self._alive[self.graph.classes(ids)].all())
 
     def narrows(self, label: Label | None) -> bool:
         return label is not None and not bool(self.alive(label).all())

@@ -35,8 +35,7 @@ class NarrowParameters(Pass):
         for name, tensor in program.tensors.items():
             if id(tensor) not in made:
                 labels = axes.get(id(tensor), [])
-                index = [_Kept.of(narrowing, label) if narrowing.narrows(label) else None for label in labels]
-                made[id(tensor)] = _shrink(tensor, index) if self.shapes_only else _narrow(tensor, index)
+                made[id(tensor)] = (_shrink if self.shapes_only else narrow)(tensor, labels, narrowing)
             tensors[name] = made[id(tensor)]
         return replace(program, tensors=tensors)
 
@@ -54,7 +53,9 @@ class _Kept:
     over: tuple[int, ...]
 
     @staticmethod
-    def of(narrowing: Narrowing, label: Label) -> _Kept:
+    def of(narrowing: Narrowing, label: Label | None) -> _Kept | None:
+        if label is None or not narrowing.narrows(label):
+            return None
         mask = narrowing.alive(label)
         if not label.over:
             return _Kept(np.flatnonzero(mask), ())
@@ -67,28 +68,29 @@ class _Kept:
         return _Kept(index, label.over)
 
 
-def _shrink(tensor: torch.Tensor, kept: Sequence[_Kept | None]) -> torch.Tensor:
+def _shrink(tensor: torch.Tensor, labels: Sequence[Label | None], narrowing: Narrowing) -> torch.Tensor:
     """A meta tensor of the narrowed shape."""
-    shape = [
-        size if axis >= len(kept) or kept[axis] is None else kept[axis].index.shape[-1]  # type: ignore[union-attr]
-        for axis, size in enumerate(tensor.shape)
-    ]
+    shape = list(tensor.shape)
+    for axis, label in enumerate(labels):
+        kept = _Kept.of(narrowing, label)
+        if kept is not None:
+            shape[axis] = kept.index.shape[-1]
     return torch.empty(shape, dtype=tensor.dtype, device="meta")
 
 
-def _narrow(tensor: torch.Tensor, kept: Sequence[_Kept | None]) -> torch.Tensor:
-    """The surviving entries; parameter or buffer, dtype, device and memory format as before."""
+def narrow(tensor: torch.Tensor, labels: Sequence[Label | None], narrowing: Narrowing) -> torch.Tensor:
+    """The entries of ``tensor`` that survive, ``labels`` being those of its dimensions.
+
+    Always a copy; parameter or not, dtype, device and memory format are kept.
+    """
     data = tensor.detach()
-    flat = {axis: k.index for axis, k in enumerate(kept) if k is not None and not k.over}
-    rows = {axis: k for axis, k in enumerate(kept) if k is not None and k.over}
-    if not flat and not rows:
-        new = data.clone()
-    else:
-        new = data
-        for axis, k in rows.items():
+    kept = {axis: k for axis, label in enumerate(labels) if (k := _Kept.of(narrowing, label)) is not None}
+    flat = {axis: k.index for axis, k in kept.items() if not k.over}
+    new = data if kept else data.clone()
+    for axis, k in kept.items():
+        if k.over:
             new = _gather(new, axis, k)
-        new = _pick(new, flat)
-    new = _restride(new, data)
+    new = _restride(_pick(new, flat), data)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(new, requires_grad=tensor.requires_grad)
     return new

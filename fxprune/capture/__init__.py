@@ -1,18 +1,18 @@
 """Capture: from an ``nn.Module`` to a :class:`~fxprune.program.Program`. Knows nothing of pruning.
 
-The ladder of rungs is tried in order; today it has one, symbolic tracing. A further rung is a file here
-with a function ``(model, args, kwargs) -> Captured`` that raises :class:`~fxprune.errors.CaptureError`
-where it cannot.
+The rungs of the ladder are tried in order. A further one is a file here with a function
+``(model, args, kwargs) -> Program`` that raises :class:`~fxprune.errors.CaptureError` where it cannot.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from ..errors import CaptureError, ExampleInputsError
+from ..errors import CaptureError
 from ..program import Program
 from . import symbolic
 
@@ -36,11 +36,19 @@ class Captured:
     class_name: str
 
 
-RUNGS = {"torch.fx symbolic tracing": symbolic.trace}
+RUNGS = {
+    "symbolic tracing": symbolic.trace,
+    "symbolic tracing with known shapes": symbolic.trace_with_shapes,
+}
 
 
-def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+def capture(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dissolve: frozenset[str] = frozenset()
+) -> Captured:
     """Capture ``model`` with the first rung that can.
+
+    Args:
+        dissolve: names of functions to trace into (see :func:`fxprune.capture.symbolic.function_name`).
 
     Raises:
         CaptureError: if no rung can; the message holds each rung's reason.
@@ -48,22 +56,26 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}.")
-    refusals = []
-    for rung, trace in RUNGS.items():
+    name = type(model).__name__
+    refusals: list[tuple[str, CaptureError]] = []
+    rungs = dict(RUNGS)
+    if dissolve:
+        rungs = {"symbolic tracing with known shapes": partial(symbolic.trace_with_shapes, dissolve=dissolve)}
+    for rung, trace in rungs.items():
         try:
             program = trace(model, args, kwargs)
-        except ExampleInputsError:
-            raise
         except CaptureError as refusal:
             refusals.append((rung, refusal))
             continue
-        name = type(model).__name__
-        total = len(program.graph.nodes)
-        kept = f"captured {name} by {rung}: {total} nodes, {len(program.modules)} leaf modules."
-        return Captured(program, rung, kept, name)
+        report = f"captured {name} by {rung}: {len(program.graph.nodes)} nodes, {len(program.modules)} leaf modules."
+        for other, refusal in refusals:
+            report += f" ({other} could not: {refusal})"
+        if refusals:
+            report += " Control flow follows the shapes of the example inputs."
+        return Captured(program, rung, report, name)
     reasons = "\n".join(f"  {rung}: {refusal}" for rung, refusal in refusals)
     raise CaptureError(
-        f"{type(model).__name__} could not be captured as a graph.\n{reasons}\n"
+        f"{name} could not be captured as a graph.\n{reasons}\n"
         f"Next: capture the part that can be (prune model.backbone, say), or move the control flow that "
         f"depends on tensor values out of forward."
     ) from refusals[-1][1]

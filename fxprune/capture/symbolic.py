@@ -1,4 +1,4 @@
-"""Rung 1: ``torch.fx`` symbolic tracing, with a tracer of our own.
+"""Symbolic tracing with tracers of our own: the first two rungs.
 
 What it does beyond ``torch.fx.Tracer``:
 
@@ -7,24 +7,32 @@ What it does beyond ``torch.fx.Tracer``:
   at run time against the value that was captured;
 - ``self.training`` handed to a function stays dynamic (see :class:`fxprune.nn.TrainingFlag`);
 - each node remembers the user's source line.
+
+The second rung traces with the shapes of the example inputs at hand (``_ShapeTracer``): control flow on
+shapes is decided by them, while sizes stay symbolic in the graph. Given names of functions, it also
+*dissolves* these: what torch.fx keeps as one node is traced into.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import operator
 import os
 import sys
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, ExampleInputsError
+from ..inputs import meta_like, to_meta
 from ..nn import TrainingFlag
-from ..program import Program, Skeleton, describe_source
+from ..program import Program, Skeleton, clone_module
 
 _SKIPPED = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep, "<")
 
@@ -36,14 +44,26 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pr
         CaptureError: if the forward cannot be traced; names the source line.
         ExampleInputsError: if the inputs do not fit the signature of ``forward``.
     """
-    tracer = _Tracer(model, _arguments(model, args, kwargs))
-    graph = tracer.capture()
-    return Program(
-        graph=graph,
-        modules={path: tracer.leaf(path) for path in tracer.leaf_paths()},
-        tensors=dict(_tensors(model)),
-        skeleton=_skeleton(model, tracer),
-    )
+    return _Tracer(model, _arguments(model, args, kwargs)).program()
+
+
+def trace_with_shapes(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dissolve: frozenset[str] = frozenset()
+) -> Program:
+    """As :func:`trace`, with the shapes of the inputs known while tracing.
+
+    Args:
+        dissolve: functions to trace into, as ``module.name``, though torch.fx was told to keep them whole.
+    """
+    return _ShapeTracer(model, _arguments(model, args, kwargs), dissolve).program()
+
+
+def function_name(target: Any) -> str | None:
+    """``module.name`` of a Python function that a graph calls as one node; None for an operator."""
+    module = getattr(target, "__module__", None) or ""
+    if not isinstance(target, FunctionType) or module.partition(".")[0] in ("torch", "fxprune", "_operator", "math"):
+        return None
+    return f"{module}.{target.__qualname__}"
 
 
 def check_value(value: Any, expected: Any, name: str) -> None:
@@ -78,11 +98,14 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.model = model
         self.arguments = arguments
+        self.given: dict[str, Any] = {}
         self.flags: dict[str, TrainingFlag] = {}
+        self.tensors = dict(_tensors(model))
         self.tensor_names = {id(tensor): name for name, tensor in reversed(list(_tensors(model)))}
         self.tensor_proxies: dict[str, fx.Proxy] = {}
 
-    def capture(self) -> fx.Graph:
+    def program(self) -> Program:
+        """Trace, and collect what the graph refers to."""
         try:
             with _dynamic_training(self.model):
                 graph = super().trace(self.model)
@@ -90,7 +113,13 @@ class _Tracer(fx.Tracer):
             raise
         except Exception as error:  # whatever a user's forward raises on symbolic values
             raise CaptureError(f"{_blame(error)}{type(error).__name__}: {error}") from error
-        return graph
+        paths = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+        return Program(
+            graph=graph,
+            modules={path: self.leaf(path) for path in paths},
+            tensors=dict(_tensors(self.model)),
+            skeleton=_skeleton(self.model),
+        )
 
     # -- inputs ---------------------------------------------------------------------------------
 
@@ -122,6 +151,7 @@ class _Tracer(fx.Tracer):
 
     def _input(self, name: str, given: Any) -> Any:
         leaves, spec = pytree.tree_flatten(given)
+        self.given[name] = to_meta(given)
         if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
             proxy = self.create_proxy("placeholder", name, (given,), {})
             self.create_proxy("call_function", check_value, (proxy, given, name), {})
@@ -168,13 +198,117 @@ class _Tracer(fx.Tracer):
             node.meta["source"] = (frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
         return node
 
-    # -- what the graph refers to ---------------------------------------------------------------
-
-    def leaf_paths(self) -> list[str]:
-        return [str(node.target) for node in self.graph.nodes if node.op == "call_module"]
-
     def leaf(self, path: str) -> nn.Module:
         return self.flags[path] if path in self.flags else self.model.get_submodule(path)
+
+
+class _ShapeProxy(fx.Proxy):
+    """A proxy that knows its value on meta tensors, and answers questions about it."""
+
+    tracer: _ShapeTracer
+
+    @property
+    def value(self) -> Any:
+        return self.tracer.values[self.node]
+
+    def _number(self) -> Any:
+        if isinstance(self.value, torch.Tensor):
+            raise TypeError("control flow depends on the values of a tensor")
+        return self.value
+
+    def __bool__(self) -> bool:
+        return bool(self._number())
+
+    def __index__(self) -> int:
+        return int(self._number())
+
+    def __int__(self) -> int:
+        return int(self._number())
+
+    def __float__(self) -> float:
+        return float(self._number())
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self[i] for i in range(len(self.value))])
+
+    def __setitem__(self, key: Any, item: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, item), {})
+
+    def __getattr__(self, name: str) -> Any:
+        if isinstance(self.value, torch.Tensor) and name in ("ndim", "dtype", "is_cuda", "requires_grad"):
+            return getattr(self.value, name)
+        if name in ("shape", "device", "T", "mT", "H"):
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        return super().__getattr__(name)
+
+
+class _ShapeTracer(_Tracer):
+    def __init__(self, model: nn.Module, arguments: dict[str, Any], dissolve: frozenset[str]) -> None:
+        super().__init__(model, arguments)
+        self.dissolve = dissolve
+        self.values: dict[fx.Node, Any] = {}
+        self.metas: dict[int, torch.Tensor] = {}
+        self.evaluating = False
+        self.clones: dict[str, nn.Module] = {}
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _ShapeProxy(node, self)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
+        if kind == "call_function" and function_name(target) in self.dissolve:
+            plain = map_aggregate((args, kwargs), lambda a: a)
+            return target(*_mutable(plain[0]), **_mutable(plain[1]))  # type: ignore[index]
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
+        self.values[proxy.node] = self._evaluate(proxy.node)
+        return proxy
+
+    def create_arg(self, a: Any) -> Any:
+        node = super().create_arg(a)
+        if isinstance(node, fx.Node) and node not in self.values:  # a training flag
+            self.values[node] = self.leaf(str(node.target)).training
+        return node
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return forward(*args, **kwargs) if self.evaluating else super().call_module(m, forward, args, kwargs)
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return self.given[str(node.target)]
+        if node.op == "get_attr":
+            return self._meta(self.tensors[str(node.target)])
+        if node.op == "output":
+            return None
+        args, kwargs = (map_arg(a, self.values.__getitem__) for a in (node.args, node.kwargs))
+        self.evaluating = True
+        try:
+            with torch.no_grad():
+                if node.op == "call_method":
+                    return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                if node.op == "call_function":
+                    return node.target(*args, **kwargs)  # type: ignore[operator]
+                path = str(node.target)
+                if path not in self.clones:
+                    self.clones[path] = clone_module(self.leaf(path), lambda _, tensor: self._meta(tensor))
+                return self.clones[path].forward(*args, **kwargs)
+        finally:
+            self.evaluating = False
+
+    def _meta(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.metas.setdefault(id(tensor), meta_like(tensor))
+
+
+def _mutable(tree: Any) -> Any:
+    """Plain lists and dicts in place of torch.fx's immutable ones."""
+    if isinstance(tree, list):
+        return [_mutable(item) for item in tree]
+    if isinstance(tree, tuple) and not hasattr(tree, "_fields"):
+        return tuple(_mutable(item) for item in tree)
+    if isinstance(tree, dict):
+        return {key: _mutable(item) for key, item in tree.items()}
+    return tree
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -190,11 +324,10 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _skeleton(model: nn.Module, tracer: _Tracer) -> Skeleton:
+def _skeleton(model: nn.Module) -> Skeleton:
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
     training: dict[str, bool] = {}
-    leaves = set(tracer.leaf_paths())
     modules: dict[str, nn.Module] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         training[path] = module.training
@@ -209,7 +342,7 @@ def _skeleton(model: nn.Module, tracer: _Tracer) -> Skeleton:
             if buffer is not None:
                 buffers[f"{path}.{name}" if path else name] = name not in module._non_persistent_buffers_set
     names = tuple(name for name, _ in _tensors(model))
-    return Skeleton(training, frozenset(leaves), aliases, buffers, names)
+    return Skeleton(training, aliases, buffers, names)
 
 
 @contextlib.contextmanager
@@ -254,4 +387,4 @@ def _blame(error: BaseException) -> str:
     return where
 
 
-__all__ = ["check_value", "describe_source", "is_leaf", "trace"]
+__all__ = ["check_value", "function_name", "is_leaf", "trace", "trace_with_shapes"]

@@ -26,6 +26,8 @@ class Coupler:
         self.units = units or Units()
         self.node: fx.Node | None = None
         self.operator = ""
+        self.strides: tuple[int, ...] = ()
+        """Strides that the first argument had before an in-place operator changed them."""
         self.edges: list[tuple[Axis, Axis, fx.Node | None]] = []
         self.rectangles: list[Rectangle] = []
         self.frozen: list[Event] = []

@@ -64,11 +64,20 @@ def rule_for(operator: torch._ops.OpOverload) -> Rule | None:
         return _FOUND[operator]
     except KeyError:
         pass
+    found = _lookup(operator)
+    if found is None and operator._schema.name.endswith("_"):  # the in-place form of an operator
+        plain = getattr(torch.ops.aten, operator._schema.name.partition("::")[2][:-1], None)
+        overload = getattr(plain, operator._overloadname, None)
+        found = _lookup(overload) if overload is not None else None
+    _FOUND[operator] = found
+    return found
+
+
+def _lookup(operator: torch._ops.OpOverload) -> Rule | None:
     full = str(operator)
     found = _RULES.get(full) or _RULES.get(full.rpartition(".")[0])
     if found is None and torch.Tag.pointwise in operator.tags:
         found = _RULES["aten.<pointwise>"]
-    _FOUND[operator] = found
     return found
 
 

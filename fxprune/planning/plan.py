@@ -29,6 +29,7 @@ class PruningPlan:
         sizes: number of units of every group, by the group's name.
         removed: positions of the units to remove, by the group's name; groups that stay are left out.
         held: names of graph nodes that could not be rewritten; nothing around them is narrowed.
+        dissolved: functions that had to be traced into, as ``module.name``.
         settings: how the plan was made (ratio, importance, seed); for the record only.
     """
 
@@ -38,6 +39,7 @@ class PruningPlan:
     sizes: Mapping[str, int]
     removed: Mapping[str, list[int]]
     held: tuple[str, ...] = ()
+    dissolved: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def apply(self, model: nn.Module) -> fx.GraphModule:
@@ -80,6 +82,6 @@ class PruningPlan:
             data = json.loads(text)
             if data.pop("fxprune_plan") != VERSION:
                 raise PlanError(f"this plan has another version than {VERSION}, which fxprune reads.")
-            return PruningPlan(**{**data, "held": tuple(data["held"])})
+            return PruningPlan(**{**data, "held": tuple(data["held"]), "dissolved": tuple(data["dissolved"])})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"this is no pruning plan: {type(error).__name__}: {error}") from error

@@ -30,6 +30,19 @@ def view(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
         c.put_view(out, value, c.reshape(value, tuple(out.shape)))
 
 
+@rule("as_strided", "as_strided_")
+def as_strided(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
+    """Followed where it changes only the strides of dimensions of size 1 (a memory format, say)."""
+    value = c.value(args[0])
+    before = c.strides if out is args[0] else args[0].stride()
+    size, stride = tuple(args[1]), tuple(args[2])
+    same = size == value.shape and all(a == b for a, b, n in zip(before, stride, size, strict=True) if n > 1)
+    if not same or (len(args) > 3 and args[3]):
+        c.freeze_value(value, "its memory is viewed with other strides", "use view, permute or reshape instead")
+    elif out is not args[0]:
+        c.permute(out, value, range(len(size)))
+
+
 @rule("t")
 def t(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     value = c.value(args[0])

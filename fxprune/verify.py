@@ -1,0 +1,314 @@
+"""Verify: the exactness contract.
+
+``pruned(x)`` equals ``original(x)`` with all removed parameter entries set to zero, to rounding, wherever
+no inexact operator (a normalisation or a reduction) runs over a narrowed axis. The entries of a unit are
+removed on both sides of each coupling, so consumers multiply by zero whatever a removed channel carries.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from .api import graph_for
+from .coupling.units import Value
+from .errors import ExampleInputsError, VerificationError
+from .inputs import normalize
+from .passes import Narrowing
+from .passes.parameters import narrow
+from .planning.plan import PruningPlan
+from .program import Program, describe_source
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of a verification that found no difference.
+
+    Attributes:
+        error: largest difference, relative to the largest magnitude of the value it was found in.
+        compared: number of graph nodes whose values were compared one by one; 0 where the outputs of
+            the whole networks were.
+        skipped: inexact nodes, whose values may differ; what follows them was compared from there on.
+        dtype: the precision of the comparison.
+    """
+
+    error: float
+    compared: int
+    skipped: tuple[str, ...]
+    dtype: torch.dtype
+
+    @property
+    def exact(self) -> bool:
+        """Whether the networks are equal as a whole."""
+        return not self.skipped
+
+    def __str__(self) -> str:
+        precision = str(self.dtype).removeprefix("torch.")
+        if self.exact:
+            return (
+                f"exact: the pruned network equals the masked original (relative error {self.error:.1e} in {precision})"
+            )
+        return (
+            f"exact but for {len(self.skipped)} normalisations and reductions over narrowed axes: all other "
+            f"{self.compared} nodes equal those of the masked original (relative error {self.error:.1e} in {precision})"
+        )
+
+
+def verify(
+    model: nn.Module,
+    pruned: nn.Module,
+    plan: PruningPlan,
+    example_inputs: Any,
+    *,
+    dtype: torch.dtype = torch.float64,
+    tolerance: float | None = None,
+) -> Verdict:
+    """Check that ``pruned`` computes what ``model`` computes with the removed entries set to zero.
+
+    Both are run in evaluation mode, as copies in ``dtype``. If an inexact group was narrowed, the
+    networks differ legitimately from there on; then the graphs are run side by side, each node on the
+    masked original's narrowed values wherever an inexact node came before.
+
+    Args:
+        model: the original model; not changed.
+        pruned: what ``plan.apply(model)`` gave.
+        plan: the plan.
+        example_inputs: real inputs, as for :func:`fxprune.analyze`.
+        dtype: precision of the comparison.
+        tolerance: largest relative error allowed; by default 1e-8 in float64, 1e-3 in less.
+
+    Raises:
+        VerificationError: where the networks differ; names the first node, its source line and the error.
+        PlanError: if the plan does not belong to the model.
+    """
+    args, kwargs = normalize(example_inputs)
+    args, kwargs = _cast(args, dtype), _cast(kwargs, dtype)
+    if any(t.device.type == "meta" for t in [*model.parameters(), *model.buffers()]):
+        raise VerificationError("the model is on the meta device, so there are no weights to verify.")
+    limit = tolerance if tolerance is not None else 1e-8 if dtype == torch.float64 else 1e-3
+    graph = graph_for(plan, model)
+    narrowing = Narrowing(graph, plan.removed)
+    original = _masked(graph.captured.program, narrowing, dtype)
+    candidate = copy.deepcopy(pruned).to(dtype).eval()
+    inexact = {
+        event.node.name: None
+        for event in graph.run.coupler.inexact
+        if event.node is not None and not narrowing.survive(event.ids)
+    }
+    try:
+        inputs = graph.captured.program.bind(args, kwargs)
+    except TypeError as error:
+        raise ExampleInputsError(f"the captured {plan.model} {error}.") from error
+    with torch.no_grad():
+        if not inexact:
+            error = _whole(original, candidate, args, kwargs)
+            if error <= limit:
+                return Verdict(error, 0, (), dtype)
+        if not isinstance(candidate, fx.GraphModule):
+            raise VerificationError(
+                f"the outputs differ from the masked original's by {error:.1e} (relative), and "
+                f"{type(pruned).__name__} is no GraphModule, so the node cannot be told."
+            )
+        walk = _Walk(original, candidate, narrowing, inexact, limit)
+        worst = walk.run(inputs)
+    if not inexact:
+        raise VerificationError(
+            f"the outputs differ from the masked original's by {error:.1e} (relative), though no single "
+            f"node of the graph differs: was {type(pruned).__name__} changed since it was pruned?"
+        )
+    return Verdict(worst, walk.compared, tuple(inexact), dtype)
+
+
+def _cast(tree: Any, dtype: torch.dtype) -> Any:
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+    return pytree.tree_map_only(torch.Tensor, cast, tree)
+
+
+def _masked(program: Program, narrowing: Narrowing, dtype: torch.dtype) -> fx.GraphModule:
+    """The original network with removed parameter entries set to zero."""
+    axes = {id(state.tensor): state.axes for state in narrowing.graph.states.values()}
+    made: dict[int, torch.Tensor] = {}
+    tensors = {}
+    for name, tensor in program.tensors.items():
+        if id(tensor) not in made:
+            new = _cast(tensor, dtype)
+            if isinstance(tensor, nn.Parameter):
+                for axis, label in enumerate(axes.get(id(tensor), [])):
+                    if label is not None and narrowing.narrows(label):
+                        order = [*label.over, axis]
+                        mask = torch.from_numpy(narrowing.alive(label)).to(new.device)
+                        shape = [new.shape[d] if d in order else 1 for d in range(new.dim())]
+                        mask = mask.permute([order.index(d) for d in sorted(order)]).reshape(shape)
+                        new = torch.where(mask, new, torch.zeros((), dtype=new.dtype, device=new.device))
+                new = nn.Parameter(new, requires_grad=False) if new.is_floating_point() else new
+            made[id(tensor)] = new
+        tensors[name] = made[id(tensor)]
+    return replace(program, tensors=tensors).module().eval()  # type: ignore[return-value]
+
+
+def _whole(original: nn.Module, candidate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """Largest relative error between the outputs; infinite where their structure differs."""
+    outputs = []
+    for module in (original, candidate):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            try:
+                outputs.append(module(*_copied(args), **_copied(kwargs)))
+            except Exception as error:
+                if module is original:
+                    raise ExampleInputsError(
+                        f"the original model does not run on the example inputs: {type(error).__name__}: {error}"
+                    ) from error
+                return math.inf  # the walk will say where
+    return _error(outputs[1], outputs[0])
+
+
+def _copied(tree: Any) -> Any:
+    return pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, tree)
+
+
+def _error(got: Any, wanted: Any) -> float:
+    """Largest relative difference of two trees of tensors."""
+    gots, wanteds = pytree.tree_leaves(got), pytree.tree_leaves(wanted)
+    if len(gots) != len(wanteds):
+        return math.inf
+    worst = 0.0
+    for a, b in zip(gots, wanteds, strict=True):
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            if a.shape != b.shape or a.dtype != b.dtype:
+                return math.inf
+            same = (a == b) | ((a != a) & (b != b))
+            if bool(same.all()):
+                continue
+            if not a.is_floating_point():
+                return math.inf
+            scale = b[torch.isfinite(b)].abs().max().item() if bool(torch.isfinite(b).any()) else 0.0
+            difference = (a - b).abs().masked_fill(same, 0).max().item()
+            worst = max(worst, difference / max(scale, 1e-30) if difference == difference else math.inf)
+    return worst
+
+
+class _Walk:
+    """Runs two graphs side by side, node by node."""
+
+    def __init__(
+        self,
+        original: fx.GraphModule,
+        candidate: fx.GraphModule,
+        narrowing: Narrowing,
+        inexact: Mapping[str, None],
+        limit: float,
+    ) -> None:
+        self.original, self.candidate = original, candidate
+        self.narrowing, self.inexact, self.limit = narrowing, inexact, limit
+        self.compared = 0
+
+    def run(self, inputs: list[Any]) -> float:
+        worst = 0.0
+        wanted = _Stepper(self.original, _copied(inputs))
+        got = _Stepper(self.candidate, _copied(inputs))
+        names = {node.name for node in self.original.graph.nodes}
+        for node in got:
+            if node.name not in names:
+                continue
+            reference = wanted.advance(node.name)
+            if node.op in ("placeholder", "get_attr"):
+                continue
+            expected = reference if node.op == "output" else self._narrowed(node, reference)
+            if node.name in self.inexact:
+                got.values[node] = expected
+                continue
+            error = _error(got.values[node], expected)
+            self.compared += 1
+            if error > self.limit:
+                original = next(n for n in self.original.graph.nodes if n.name == node.name)
+                where = describe_source(original)
+                raise VerificationError(
+                    f"the pruned network first differs from the masked original at node {node.name}"
+                    f"{f' ({where})' if where else ''}: relative error {error:.1e}, allowed {self.limit:.0e}. "
+                    f"Got {_shapes(got.values[node])}, expected {_shapes(expected)}."
+                )
+            worst = max(worst, error)
+        return worst
+
+    def _narrowed(self, node: fx.Node, reference: Any) -> Any:
+        values = iter(pytree.tree_leaves(self.narrowing.tree(node.name)))
+
+        def narrowed(leaf: Any) -> Any:
+            value = next(values, None)
+            if isinstance(leaf, torch.Tensor) and isinstance(value, Value):
+                labels = [value.label(d) for d in range(len(value.shape))]
+                return narrow(leaf, labels, self.narrowing)
+            return leaf
+
+        leaves, spec = pytree.tree_flatten(reference)
+        return pytree.tree_unflatten([narrowed(leaf) for leaf in leaves], spec)
+
+
+class _Stepper:
+    """An fx interpreter that can be stopped after each node, and whose values can be exchanged."""
+
+    def __init__(self, module: fx.GraphModule, inputs: list[Any]) -> None:
+        self.interpreter = fx.Interpreter(module, garbage_collect_values=False)
+        self.nodes = iter(module.graph.nodes)
+        self.inputs = iter(inputs)
+        self.values: dict[fx.Node, Any] = self.interpreter.env
+        order = {node: i for i, node in enumerate(module.graph.nodes)}
+        self.last_use: dict[int, list[fx.Node]] = {}
+        for node in module.graph.nodes:
+            last = max((order[user] for user in node.users), default=order[node])
+            self.last_use.setdefault(last, []).append(node)
+        self.place = 0
+
+    def step(self) -> fx.Node:
+        node = next(self.nodes)
+        if node.op == "placeholder":
+            self.values[node] = next(self.inputs)
+        else:
+            try:
+                self.values[node] = self.interpreter.run_node(node)
+            except Exception as error:
+                raise VerificationError(
+                    f"node {node.name} fails: {type(error).__name__}: {error}"
+                ) from error
+        return node
+
+    def _free(self) -> None:
+        for node in self.last_use.get(self.place, ()):
+            if node.op != "output":
+                self.values.pop(node, None)
+        self.place += 1
+
+    def __iter__(self) -> Iterator[fx.Node]:
+        while True:
+            try:
+                node = self.step()
+            except StopIteration:
+                return
+            yield node
+            self._free()
+
+    def advance(self, name: str) -> Any:
+        """Run up to and including the node called ``name``; its value."""
+        while True:
+            node = self.step()
+            value = self.values[node]
+            self._free()
+            if node.name == name:
+                return value
+
+
+def _shapes(tree: Any) -> str:
+    return ", ".join(str(tuple(t.shape)) if isinstance(t, torch.Tensor) else repr(t) for t in pytree.tree_leaves(tree))
+
+
+__all__ = ["Verdict", "verify"]
