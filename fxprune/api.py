@@ -156,7 +156,7 @@ def _plan(
                 graph, dissolved = opened.hold(set(graph.held)) if graph.held else opened, dissolved | whole
                 scores = score(graph, importance, seed)
                 continue
-        graph = graph.hold({rewritten.violations[0].node})
+        graph = graph.hold(_around(graph, rewritten.violations[0].node))
     else:
         first = rewritten.violations[0]
         raise RewriteError(f"the graph could not be rewritten at node {first.node}: {first.reason}.")
@@ -177,6 +177,14 @@ def _plan(
         },
     )
     return made, rewritten
+
+
+def _around(graph: CouplingGraph, name: str) -> set[str]:
+    """The node ``name``; where it is held already, the nodes around all held ones as well."""
+    if name not in graph.held:
+        return {name}
+    nodes = [node for node in graph.captured.program.graph.nodes if node.name in graph.held]
+    return {near.name for node in nodes for near in (*node.all_input_nodes, *node.users)}
 
 
 def _function(graph: CouplingGraph, name: str) -> str | None:

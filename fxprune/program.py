@@ -7,7 +7,6 @@ and weights are touched once, when the final module is assembled.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,42 +84,43 @@ class Program:
         return module
 
 
-def clone_module(module: nn.Module, tensor: Callable[[str, torch.Tensor], torch.Tensor | None]) -> nn.Module:
-    """A copy of ``module`` and its children that shares nothing mutable with it.
+Supply = Callable[[str, torch.Tensor], torch.Tensor | None]
 
-    ``tensor(name, original)`` supplies each parameter and buffer of the copy, by its dotted name.
+
+def clone_module(module: nn.Module, supply: Supply, share: bool = False) -> nn.Module:
+    """A copy of ``module`` and its children with other tensors.
+
+    ``supply(name, original)`` gives each parameter and buffer of the copy, by its dotted name. Unless
+    ``share`` is set, the copy shares nothing mutable (hook tables, lists of options) with the original.
     """
-    return _clone(module, "", tensor, {})
+    return _clone(module, "", supply, share, {})
 
 
 def _clone(
-    module: nn.Module,
-    prefix: str,
-    tensor: Callable[[str, torch.Tensor], torch.Tensor | None],
-    memo: dict[int, nn.Module],
+    module: nn.Module, prefix: str, supply: Supply, share: bool, memo: dict[int, nn.Module]
 ) -> nn.Module:
     if id(module) in memo:
         return memo[id(module)]
     new = module.__class__.__new__(module.__class__)
     memo[id(module)] = new
     state = new.__dict__
-    for key, value in module.__dict__.items():
-        # Registries and hook tables are dicts, options are lists and tuples: a shallow copy of each.
-        state[key] = copy.copy(value) if type(value) in _CONTAINERS else value
+    state.update(module.__dict__)
+    if not share:
+        for key, value in module.__dict__.items():
+            if isinstance(value, (dict, list, set)):
+                state[key] = value.copy()
     for registry in ("_parameters", "_buffers"):
-        table = state[registry]
-        for name, value in table.items():
-            if value is not None:
-                table[name] = tensor(prefix + name, value)
-    for name, child in module._modules.items():
-        if child is not None:
-            state["_modules"][name] = _clone(child, f"{prefix}{name}.", tensor, memo)
-    if hasattr(module, "_flat_weights"):  # recurrent layers keep a second list of their parameters
+        table = module.__dict__[registry]
+        state[registry] = {k: v if v is None else supply(prefix + k, v) for k, v in table.items()}
+    children = module.__dict__["_modules"]
+    if children:
+        state["_modules"] = {
+            name: child if child is None else _clone(child, f"{prefix}{name}.", supply, share, memo)
+            for name, child in children.items()
+        }
+    if "_flat_weights" in state:  # recurrent layers keep a second list of their parameters
         state["_flat_weights"] = [getattr(new, name, None) for name in module._flat_weights_names]
     return new
-
-
-_CONTAINERS = (dict, list, set, type(nn.Module()._modules), type(nn.Module()._forward_hooks))
 
 
 def assemble(program: Program) -> nn.Module:

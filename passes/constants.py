@@ -1,4 +1,7 @@
-"""Numbers computed from narrowed sizes that are no sizes: ``q * C ** -0.5`` keeps the original ``C``."""
+"""Numbers computed from narrowed sizes: ``q * C ** -0.5`` keeps the original ``C``.
+
+Burnt in before the literals are rewritten, so that sizes which were computed become literals, too.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ from typing import Any
 
 from torch import fx
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
+from ..coupling.units import Value
 from ..program import Program
 from .base import Narrowing, Pass, copy_graph, operator_name
 
@@ -17,31 +22,32 @@ _NUMBERS = (int, float)
 
 @dataclass(frozen=True)
 class KeepConstants(Pass):
-    """Burn in numbers that would change because an axis became narrower.
+    """Burn in, wherever a tensor is made, numbers that would change because an axis became narrower.
 
-    Touches arguments of nodes that compute with tensors element by element; numbers that serve as sizes
-    are meant to change.
+    A number that also depends on a size that may vary between runs (batch, space) stays computed.
     """
 
     def requires(self, program: Program, narrowing: Narrowing) -> Sequence[Any]:
         stale = _stale(program, narrowing)
-        if not stale:
-            return []
-        scalars = {node.name for node in narrowing.graph.run.scalars}
         return [
-            (node.name, [n.name for n in node.all_input_nodes if n.name in stale])
+            (node.name, used)
             for node in program.graph.nodes
-            if (node.name in scalars or operator_name(node) == "scaled_dot_product_attention")
-            and any(n.name in stale for n in node.all_input_nodes)
+            if node.op != "output"
+            and (used := [n.name for n in node.all_input_nodes if n.name in stale])
+            and any(isinstance(leaf, Value) for leaf in pytree.tree_leaves(narrowing.tree(node.name)))
         ]
 
     def run(self, program: Program, narrowing: Narrowing, sites: Sequence[Any]) -> Program:
         graph, nodes = copy_graph(program.graph)
+        had_users = {node.name for node in program.graph.nodes if node.users}
         for name, stale in sites:
-            node = nodes[name]
             values = {nodes[s]: narrowing.tree(s) for s in stale}
-            node.args = map_arg(node.args, lambda n: values.get(n, n))  # noqa: B023
-            node.kwargs = map_arg(node.kwargs, lambda n: values.get(n, n))  # noqa: B023
+            for node in (nodes[name],):
+                node.args = map_arg(node.args, lambda n, v=values: v.get(n, n))
+                node.kwargs = map_arg(node.kwargs, lambda n, v=values: v.get(n, n))
+        for node in reversed(list(graph.nodes)):  # what computed the numbers
+            if node.name in had_users and not node.users and isinstance(narrowing.tree(node.name), (*_NUMBERS, tuple)):
+                graph.erase_node(node)
         return replace(program, graph=graph)
 
 
@@ -85,6 +91,3 @@ def _of_shape(node: fx.Node, narrowing: Narrowing) -> tuple[str, ...] | None:
     if name == "len":
         return (kinds[0],)
     return tuple(kinds)
-
-
-__all__ = ["KeepConstants"]

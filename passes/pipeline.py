@@ -24,8 +24,8 @@ from .parameters import NarrowParameters
 
 PIPELINE: tuple[Pass, ...] = (
     UpdateModules(),
-    RewriteLiterals(),
     KeepConstants(),
+    RewriteLiterals(),
     SelectMovements(),
     NarrowConstants(),
 )

@@ -22,6 +22,7 @@ from ..inputs import meta_like
 from ..program import Program, clone_module, describe_source
 from .coupler import Coupler
 from .registry import rule_for
+from .shapes import SHORTCUTS
 from .units import Label, State, Units, Value
 
 from . import rules as _rules  # noqa: F401  isort: skip  (registers the rules)
@@ -87,7 +88,9 @@ class _Interpreter(TorchDispatchMode):
         self.values: dict[fx.Node, Any] = {}
         self.scalars: dict[fx.Node, tuple[Any, ...]] = {}
         self._numbers: list[Any] = []
-        self._metas: dict[int, torch.Tensor] = {}
+        # Made here, where they are no ATen calls of the program.
+        tensors = [*program.tensors.values(), *program.extras.values()]
+        self._metas = {id(tensor): meta_like(tensor) for tensor in tensors}
         self._detours: dict[fx.Node, tuple[fx.Node, int, Any]] = {}
         self._interior: set[fx.Node] = set()
         self._quiet = False
@@ -98,7 +101,10 @@ class _Interpreter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten.as_strided_.default:
             self.coupler.strides = args[0].stride()
-        out = func(*args, **kwargs)
+        shortcut = SHORTCUTS.get(func)
+        out = shortcut(args, kwargs) if shortcut is not None else None
+        if out is None:
+            out = func(*args, **kwargs)
         if self._quiet:
             return out
         coupler = self.coupler
@@ -220,17 +226,16 @@ class _Interpreter(TorchDispatchMode):
         original = self.program.tensors.get(name)
         if original is None:
             original = self.program.extras[name]
-        if id(original) not in self._metas:
-            meta = meta_like(original)
+        meta = self._metas[id(original)]
+        if not hasattr(meta, "_fxprune_value"):
             axes: list[Label | None] = list(self.seeds.get(name, [None] * original.dim()))
             state = State(name, tuple(meta.shape), original, axes)
             self.states[name] = state
             meta._fxprune_value = Value(state.shape, [], state, tuple(range(meta.dim())))  # type: ignore[attr-defined]
-            self._metas[id(original)] = meta
-        return self._metas[id(original)]
+        return meta
 
     def _module(self, path: str) -> torch.nn.Module:
-        return clone_module(self.program.modules[path], lambda name, _: self._tensor(f"{path}.{name}"))
+        return clone_module(self.program.modules[path], lambda name, _: self._tensor(f"{path}.{name}"), share=True)
 
 
 _VIEWS = frozenset(["view", "reshape", "flatten", "unflatten", "_unsafe_view"])

@@ -13,7 +13,7 @@ from ..coupling.graph import CouplingGraph
 from ..coupling.units import Label, State
 
 _CHUNK = 1 << 20
-"""Entries of a weight that are handled at once: small enough for the processor's cache."""
+"""Entries of a weight that are handled at once: few enough to stay in the processor's cache."""
 
 
 def magnitude(graph: CouplingGraph, p: int) -> NDArray[np.float64]:
@@ -26,13 +26,13 @@ def magnitude(graph: CouplingGraph, p: int) -> NDArray[np.float64]:
     """
     total = np.zeros(graph.run.coupler.units.count)
     buffers = graph.captured.program.skeleton.buffers
+    scratch = torch.empty(_CHUNK)
     for state in graph.states.values():
         labels = [(dim, label) for dim, label in enumerate(state.axes) if label is not None]
         if state.name in buffers or state.tensor is None or not labels:
             continue
-        for (_, label), powers in zip(labels, _powers(state, labels, p), strict=True):
-            classes = graph.classes(label.ids).reshape(-1)
-            total += np.bincount(classes, powers.reshape(-1).numpy(), minlength=total.size)
+        for (_, label), powers in zip(labels, _powers(state, labels, p, scratch), strict=True):
+            np.add.at(total, graph.classes(label.ids).reshape(-1), powers.reshape(-1))
     scores: NDArray[np.float64] = total ** (1 / p)
     return scores
 
@@ -42,28 +42,34 @@ def random(graph: CouplingGraph, seed: int) -> NDArray[np.float64]:
     return np.random.default_rng(seed).random(graph.run.coupler.units.count)
 
 
-def _powers(state: State, labels: list[tuple[int, Label]], p: int) -> Iterator[torch.Tensor]:
-    """For each label the sum of ``|w|^p`` over the dimensions that it does not have, in the order of its ids."""
-    tensor = state.tensor
-    assert tensor is not None
-    tensor = tensor.detach()
+def _powers(
+    state: State, labels: list[tuple[int, Label]], p: int, scratch: torch.Tensor
+) -> Iterator[NDArray[np.float64]]:
+    """For each label the sum of ``|w|^p`` over the dimensions that it does not have, in the order of its ids.
+
+    The weight is read once, in chunks of rows through ``scratch``.
+    """
+    assert state.tensor is not None
+    tensor = state.tensor.detach()
     kept = [sorted((*label.over, dim)) for dim, label in labels]
     inner = max(max(dims) for dims in kept) + 1  # dimensions from here on belong to no label
-    shape = tensor.shape[:inner]
-    results = [torch.zeros([shape[d] for d in dims], dtype=torch.float64) for dims in kept]
-    rows = max(1, _CHUNK * shape[0] // max(tensor.numel(), 1))
+    shape = (*tensor.shape[:inner], math.prod(tensor.shape[inner:]))
+    results = [np.zeros([shape[d] for d in dims]) for dims in kept]
+    row = max(tensor.numel() // max(shape[0], 1), 1)
     start = 0
-    for chunk in tensor.split(rows):
-        powers = chunk.abs() if p == 1 else chunk.square()
-        powers = powers.to("cpu").float() if powers.dtype in (torch.float16, torch.bfloat16) else powers.to("cpu")
-        powers = powers.reshape(*powers.shape[:inner], math.prod(tensor.shape[inner:])).sum(-1)
+    for chunk in tensor.reshape(shape).split(max(1, _CHUNK // row)):
+        powers = scratch[: chunk.numel()].view(chunk.shape) if chunk.numel() <= scratch.numel() else None
+        if chunk.dtype != scratch.dtype or chunk.device != scratch.device:
+            chunk, powers = chunk.to(scratch.device, torch.promote_types(chunk.dtype, scratch.dtype)), None
+        powers = torch.abs(chunk, out=powers) if p == 1 else torch.mul(chunk, chunk, out=powers)
+        powers = powers.sum(-1) if shape[-1] > 1 else powers.squeeze(-1)
         for dims, result in zip(kept, results, strict=True):
             gone = [d for d in range(inner) if d not in dims]
-            part = powers.sum(gone) if gone else powers
+            part = (powers.sum(gone) if gone else powers).numpy()
             if dims[0] == 0:
                 result[start : start + chunk.shape[0]] = part
             else:
                 result += part
         start += chunk.shape[0]
     for (dim, label), dims, result in zip(labels, kept, results, strict=True):
-        yield result.permute([dims.index(d) for d in (*label.over, dim)])
+        yield result.transpose([dims.index(d) for d in (*label.over, dim)])

@@ -8,6 +8,7 @@ import torch
 
 from ..coupler import Coupler, ZeroRule
 from ..registry import rule
+from ..units import Label, Value
 
 # f(0) = 0, so a channel that is zero stays zero.
 _KEEPS_ZERO = frozenset(
@@ -39,15 +40,20 @@ def _zero_rule(name: str, args: tuple[Any, ...]) -> ZeroRule:
     return lambda zeros: False
 
 
-@rule("<pointwise>")
+# The second line: pointwise, though PyTorch does not tag them so.
+@rule("<pointwise>",
+      "hardswish", "_prelu_kernel", "log_sigmoid_forward", "polar", "complex", "real", "rsub", "floor_divide",
+      "dropout", "rrelu_with_noise", "special_erfinv", "celu")  # fmt: skip
 def pointwise(c: Coupler, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     results = [out] if isinstance(out, torch.Tensor) else list(out)
     rank = max(result.dim() for result in results if isinstance(result, torch.Tensor))
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
     values = [c.value(tensor) for tensor in tensors]
+    zero = _zero_rule(c.operator, args)
+    if len(values) == 1 and values[0].state is None and len(values[0].shape) == rank:
+        _alone(c, values[0], zero, results)
+        return
     operands = [(value, range(rank - len(value.shape), rank)) for value in values]
-    op = c.operator
-    zero = _zero_rule(op, args)
     labels, _ = c.unify(operands, range(rank), zero)
     in_place = any(result is tensors[0] for result in results) if tensors else False
     if in_place and not all(label is None or label.zero for label in labels):
@@ -55,6 +61,22 @@ def pointwise(c: Coupler, args: tuple[Any, ...], kwargs: dict[str, Any], out: An
     for result in results:
         if isinstance(result, torch.Tensor):
             c.put(result, labels[rank - result.dim() :])
+
+
+def _alone(c: Coupler, value: Value, zero: ZeroRule, results: list[Any]) -> None:
+    """A function of one tensor: labels pass on, zeros perhaps."""
+    labels = [
+        label
+        if label is None or label.zero == zero([label.zero])
+        else Label(label.ids, label.over, label.axis, not label.zero, label.row)
+        for label in value.labels
+    ]
+    kept = all(label is None or label.zero for label in labels)
+    for result in results:
+        known = c.value(result)
+        if known is value and not kept:
+            value.storage[0] = True
+        c.put(result, labels)
 
 
 @rule("clone", "alias", "detach", "lift_fresh", "lift", "_to_copy", "contiguous")
