@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from .units import FIXED, Axis, Event, Ids, Label, Rectangle, State, Take, Units, Value, aligned
+from .units import FIXED, OPEN, Axis, Event, Ids, Label, Rectangle, State, Take, Units, Value, aligned
 
 ZeroRule = Callable[[list[bool]], bool]
 """From "operand i is zero at removed indices" to "the result is"."""
@@ -49,8 +49,7 @@ class Coupler:
     def put(self, tensor: torch.Tensor, labels: Iterable[Label | None]) -> None:
         """Record the labels of an operator's result."""
         labels = [
-            label if label is None or label.ids.shape[-1] > 1 else None
-            for label in labels
+            label if label is None or label is OPEN or label.ids.shape[-1] > 1 else None for label in labels
         ]
         value = getattr(tensor, "_fxprune_value", None)
         if value is not None and value.state is None:  # an in-place operator returned its input
@@ -73,14 +72,18 @@ class Coupler:
 
     def materialize(self, value: Value) -> None:
         """Give every open axis of a state units of its own."""
-        for dim in range(len(value.shape)):
-            if value.is_open(dim):
-                self.adopt(value, dim, self.units.fresh(value.shape[dim]), ())
+        if value.state is not None:
+            for dim in range(len(value.shape)):
+                if value.is_open(dim):
+                    self.adopt(value, dim, self.units.fresh(value.shape[dim]), ())
 
     def adopt(self, value: Value, dim: int, ids: Ids, over: tuple[int, ...], axis: Axis | None = None) -> Label:
         """Label an open axis with ``ids``; ``over`` are dimensions of ``value``."""
         state = value.state
-        assert state is not None
+        if state is None:
+            own = axis or self._here(dim)
+            value.labels[dim] = label = Label(ids, over, own)
+            return label
         own = Axis(state.name, value.dims[dim])
         label = Label(ids, tuple(value.dims[d] for d in over), own, zero=state.tensor is not None)
         state.axes[value.dims[dim]] = label
@@ -127,6 +130,9 @@ class Coupler:
         if value.shape[dim] == 1:
             return
         if value.is_open(dim):
+            if value.state is None:
+                value.labels[dim] = None
+                return
             self.adopt(value, dim, self.units.fresh(value.shape[dim]), ())
         label = value.label(dim)
         if label is not None:
@@ -170,9 +176,12 @@ class Coupler:
                 if value.shape[dim] != 1:
                     uses.setdefault(name, []).append((value, dim, names))
         result: dict[Any, tuple[Ids, tuple[Any, ...], Axis, bool, list[bool]]] = {}
+        still_open = set()
         for name, used in uses.items():
             met = self._meet(used)
-            if met is not None:
+            if met is OPEN:
+                still_open.add(name)
+            elif met is not None:
                 zeros = [
                     any(n == name and v.shape[d] != 1 and v.is_zero(d) for d, n in enumerate(names))
                     for v, names in operands
@@ -182,7 +191,7 @@ class Coupler:
         position = {name: dim for dim, name in enumerate(out)}
         for name in out:
             if name not in result:
-                labels.append(None)
+                labels.append(OPEN if name in still_open else None)
                 continue
             ids, over, axis, row, zeros = result[name]
             lost = [o for o in over if o not in position]
@@ -197,8 +206,11 @@ class Coupler:
 
     def _meet(
         self, used: list[tuple[Value, int, Sequence[Any]]]
-    ) -> tuple[Ids, tuple[Any, ...], Axis, bool] | None:
-        """Couple the uses of one index name; its units, the index names they are over, its axis."""
+    ) -> Any:
+        """Couple the uses of one index name: ``(units, index names they are over, axis, row)``.
+
+        :data:`OPEN` where all uses are still open, None where the units stay.
+        """
         labelled: list[tuple[Label, tuple[Any, ...]]] = []
         opened: list[tuple[Value, int, Sequence[Any]]] = []
         plain = False
@@ -218,9 +230,11 @@ class Coupler:
                 self.freeze_dim(value, dim, reason)
             return None
         if not labelled:
-            if not opened:
-                return None
-            value, dim, _ = opened.pop(0)
+            states = [use for use in opened if use[0].state is not None]
+            if not states:
+                return OPEN if opened else None
+            value, dim, _ = states[0]
+            opened.remove(states[0])
             labelled.append((self.adopt(value, dim, self.units.fresh(value.shape[dim]), ()), ()))
         labelled.sort(key=lambda item: len(item[1]))
         (first, over), others = labelled[0], labelled[1:]
@@ -267,6 +281,8 @@ class Coupler:
             if label is not None:
                 over = tuple(place[o] for o in label.over)
                 label = Label(label.ids, over, label.axis, label.zero, label.row)
+            elif old >= 0 and value.is_open(old):
+                label = OPEN
             labels.append(label)
         self.put_view(out, value, labels)
 

@@ -127,6 +127,11 @@ class Label:
     row: bool = False
 
 
+OPEN = Label(np.empty(0, dtype=np.int64), (), Axis("", 0))
+"""Stands for the label of a dimension along which all entries are alike (an expanded one): it follows
+whatever it meets first."""
+
+
 @dataclass(slots=True, eq=False)
 class State:
     """A tensor whose axes take their labels from what they meet: parameter, buffer or constant.
@@ -163,7 +168,8 @@ class Value:
 
     def label(self, dim: int) -> Label | None:
         if self.state is None:
-            return self.labels[dim]
+            label = self.labels[dim]
+            return None if label is OPEN else label
         label = self.state.axes[self.dims[dim]]
         if label is None or not label.over:
             return label
@@ -171,12 +177,14 @@ class Value:
         return Label(label.ids, over, label.axis, label.zero, label.row)
 
     def is_open(self, dim: int) -> bool:
-        """Whether the dimension is an axis of a state that has met nothing yet."""
-        return self.state is not None and self.state.axes[self.dims[dim]] is None and self.shape[dim] > 1
+        """Whether the dimension has met nothing yet, and may take any label."""
+        if self.state is None:
+            return self.labels[dim] is OPEN
+        return self.state.axes[self.dims[dim]] is None and self.shape[dim] > 1
 
     def is_zero(self, dim: int) -> bool:
-        if self.is_open(dim):
-            return self.state is not None and self.state.tensor is not None
+        if self.state is not None and self.is_open(dim):
+            return self.state.tensor is not None
         label = self.label(dim)
         return label is not None and label.zero and not self.storage[0]
 

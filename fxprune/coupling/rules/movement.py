@@ -9,7 +9,7 @@ import torch
 
 from ..coupler import Coupler
 from ..registry import rule
-from ..units import Label, Value
+from ..units import OPEN, Label, Value
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -89,6 +89,9 @@ def expand(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
         c.permute(out, value, range(out.dim()))
         return
     labels, _ = c.unify([(value, range(new, out.dim()))], range(out.dim()))
+    for dim in range(out.dim()):
+        if out.shape[dim] > 1 and (dim < new or value.shape[dim - new] == 1):
+            labels[dim] = OPEN
     c.put_view(out, value, labels)
 
 
