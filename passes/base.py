@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import fx
 
@@ -17,6 +18,50 @@ from ..errors import RewriteError
 from ..program import Program
 
 Mask = NDArray[np.bool_]
+
+
+class Kept:
+    """Surviving indices of one axis: the same for all rows, or one list a row.
+
+    Attributes:
+        index: ``(n,)``, or ``(*row sizes, n)`` if ``over`` is not empty.
+        over: axes that choose the row.
+        run: length of the aligned blocks that survive as a whole; 1 where there are none.
+    """
+
+    def __init__(self, mask: Mask, over: tuple[int, ...]) -> None:
+        self.over = over
+        self.run = 1
+        self._tensors: dict[tuple[torch.device, int], torch.Tensor] = {}
+        if not over:
+            self.index = np.flatnonzero(mask)
+            self.run = _run_length(self.index, mask.size)
+            return
+        counts = mask.sum(axis=-1)
+        width = int(counts.max())
+        # Rows that go entirely are dropped by their own axis; any index will do for them.
+        self.index = np.zeros((*mask.shape[:-1], width), dtype=np.int64)
+        full = counts == width
+        self.index[full] = np.nonzero(mask[full])[-1].reshape(-1, width)
+
+    def tensor(self, device: torch.device, run: int = 1) -> torch.Tensor:
+        """``index`` as a tensor, counted in blocks of ``run``."""
+        key = (device, run)
+        if key not in self._tensors:
+            index = self.index[::run] // run if run > 1 else self.index
+            self._tensors[key] = torch.from_numpy(np.ascontiguousarray(index)).to(device)
+        return self._tensors[key]
+
+
+def _run_length(index: NDArray[np.int64], size: int) -> int:
+    """The largest length such that whole aligned blocks are kept."""
+    if index.size < 2 or index.size == size:
+        return 1
+    breaks = np.flatnonzero(np.diff(index) != 1) + 1
+    if breaks.size and breaks[0] == 1:
+        return 1  # the first survivor stands alone
+    edges = np.concatenate([[0], breaks, [index.size]])
+    return max(int(np.gcd.reduce(np.concatenate([np.diff(edges), index[edges[:-1]], [size]]))), 1)
 
 
 class Narrowing:
@@ -31,21 +76,40 @@ class Narrowing:
         for group in graph.groups:
             if group.name in removed:
                 self._alive[group.units[list(removed[group.name])]] = False
+        self._kept: dict[tuple[int, tuple[int, ...]], Kept] = {}
+        self._masks: dict[int, tuple[Ids, Mask, bool]] = {}
         self._values = {node.name: value for node, value in graph.run.values.items()}
         self._takes = {node.name: take for node, take in graph.run.coupler.takes.items()}
         self._origin = {id(value): name for name, value in self._values.items()}
 
     def alive(self, label: Label) -> Mask:
         """For each index of ``label.ids`` whether it survives."""
-        mask: Mask = self._alive[self.graph.classes(label.ids)]
-        return mask
+        known = self._masks.get(id(label.ids))
+        if known is None:
+            mask: Mask = self._alive[self.graph.classes(label.ids)]
+            # The array is kept along with its mask, so that its id stays taken.
+            known = self._masks[id(label.ids)] = (label.ids, mask, not bool(mask.all()))
+        return known[1]
+
+    def kept(self, label: Label | None) -> Kept | None:
+        """Surviving indices along a label's dimension; None where all survive."""
+        if label is None or not self.narrows(label):
+            return None
+        key = (id(label.ids), label.over)
+        if key not in self._kept:
+            self._kept[key] = Kept(self.alive(label), label.over)
+        return self._kept[key]
 
     def survive(self, ids: Ids) -> bool:
         """Whether all of these units survive."""
         return bool(self._alive[self.graph.classes(ids)].all())
 
     def narrows(self, label: Label | None) -> bool:
-        return label is not None and not bool(self.alive(label).all())
+        """Whether some index of ``label`` goes."""
+        if label is None:
+            return False
+        self.alive(label)
+        return self._masks[id(label.ids)][2]
 
     def row(self, label: Label) -> Mask:
         """Survivors along the dimension itself; of the first surviving row where there are several."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,22 +68,46 @@ def _check(program: Program, narrowing: Narrowing) -> list[Violation]:
     """Repeat the analysis on the rewritten program, with the surviving units as known labels.
 
     Every value must have the predicted shape, every labelled dimension the surviving units in the
-    predicted order, no two different units may meet, and no number may have changed.
+    predicted order, no two different units may meet, and no number may have changed. Nodes that never
+    look at sizes do to narrowed values what they did before, so only the others are run, each on the
+    predicted values of its inputs.
     """
     graph = narrowing.graph
     compact = _compact(narrowing)
     seeds: dict[str, list[Label | None]] = {}
     for name, state in graph.states.items():
         seeds[name] = [
-            None if label is None else replace(label, ids=compact[_survivors(narrowing, state.axes, label)])
+            None if label is None else _survivors(narrowing, state.axes.__getitem__, label, compact)
             for label in state.axes
         ]
+    sized = {node.name for node in graph.run.coupler.by_size}
+
+    def known(node: fx.Node) -> Any:
+        tree = narrowing.tree(node.name)
+        if node.op not in ("call_module", "call_function", "call_method") or node.name in sized:
+            return None
+        values = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Value)]
+        if not values or any(value.state is not None for value in values):
+            return None
+        if any(isinstance(narrowing.tree(n.name), (int, float, tuple)) for n in node.all_input_nodes):
+            return None  # given a number that may have changed
+        return pytree.tree_map_only(Value, lambda value: _predicted(narrowing, value, compact), tree)
+
     try:
-        run = interpret(program, graph.inputs, Units(anchors=int(compact.max())), seeds)
+        run = interpret(program, graph.inputs, Units(anchors=int(compact.max())), seeds, known)
     except (ExampleInputsError, CaptureError) as error:
         node = getattr(error, "node", None)
         return [Violation(node.name if node is not None else "", str(error))]
     return list(_compare(run, narrowing, compact))
+
+
+def _predicted(narrowing: Narrowing, value: Value, compact: Any) -> Value:
+    """What a value of the original graph is to become."""
+    labels = [
+        None if label is None else _survivors(narrowing, value.label, label, compact)
+        for label in map(value.label, range(len(value.shape)))
+    ]
+    return Value(narrowing.shape(value), labels, dtype=value.dtype)
 
 
 def _compact(narrowing: Narrowing) -> Any:
@@ -100,20 +124,25 @@ def _compact(narrowing: Narrowing) -> Any:
     return np.where(known[roots], numbers[roots], 0)
 
 
-def _survivors(narrowing: Narrowing, axes: Sequence[Label | None], label: Label) -> Any:
-    """Units of a label after narrowing, ``(*surviving rows, survivors)``."""
+def _survivors(
+    narrowing: Narrowing, label_of: Callable[[int], Label | None], label: Label, compact: Any
+) -> Label | None:
+    """A label after narrowing, ``ids: (*surviving rows, survivors)``; ``label_of`` gives those of its rows."""
     ids, mask = label.ids, narrowing.alive(label)
     for place, dim in enumerate(label.over):
-        rows = axes[dim]
+        rows = label_of(dim)
         if rows is not None and not rows.over:
             keep = np.flatnonzero(narrowing.row(rows))
             ids, mask = ids.take(keep, axis=place), mask.take(keep, axis=place)
     if not label.over:
-        return ids[mask]
-    counts = mask.sum(axis=-1)
-    if (counts != counts.reshape(-1)[0]).any():
-        return ids[..., : int(counts.max())]  # not a rectangle; the shapes will tell
-    return ids[mask].reshape(*ids.shape[:-1], -1)
+        ids = ids[mask]
+    else:
+        counts = mask.sum(axis=-1)
+        if (counts != counts.reshape(-1)[0]).any():
+            ids = ids[..., : int(counts.max())]  # not a rectangle; the shapes will tell
+        else:
+            ids = ids[mask].reshape(*ids.shape[:-1], -1)
+    return Label(compact[ids], label.over, label.axis, label.zero, label.row)
 
 
 def _compare(run: Run, narrowing: Narrowing, compact: Any) -> list[Violation]:

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 IN_CI = bool(os.environ.get("CI"))
 
@@ -17,7 +17,8 @@ settings.register_profile(
     "fxprune",
     deadline=None,
     derandomize=IN_CI,
-    max_examples=25,
+    max_examples=20,
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

@@ -119,7 +119,7 @@ def test_graph_modules_are_models_too() -> None:
     twice = fxprune.prune(once, IMAGE, ratio=0.5)
     assert twice.get_parameter("0.weight").shape == (4, 3, 3, 3)
     assert list(twice.state_dict()) == list(net().state_dict())
-    assert twice(IMAGE).shape == (2, 5)
+    assert twice.eval()(IMAGE).shape == (2, 5)
     fxprune.verify(once, twice, twice.meta["fxprune"], torch.randn(2, 3, 8, 8))
     traced = torch.fx.symbolic_trace(net())
     assert fxprune.prune(traced, IMAGE).get_parameter("0.weight").shape == (4, 3, 3, 3)
@@ -138,7 +138,7 @@ def test_graph_modules_are_models_too() -> None:
         (torch.zeros(2, 3, 8, 8, dtype=torch.float64), ["dtype", "example inputs"]),
         ((), ["input", "forward"]),
         ((IMAGE, IMAGE), ["forward", "positional"]),
-        ({"image": IMAGE}, ["image", "forward"]),
+        ({"image": IMAGE}, ["input", "forward"]),
         ({0: IMAGE}, ["keyword", "wrap"]),
         ([IMAGE], ["list", "wrap"]),
         (None, ["NoneType", "tensor"]),

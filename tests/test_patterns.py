@@ -18,7 +18,7 @@ import torch
 from oracle import check
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import fxprune
 from fxprune.nn import TrainingFlag
@@ -71,7 +71,8 @@ def case(inputs: Any, layers: Callable[[], Layers], narrows: str = "", **expecte
                 setattr(net, name, layer)
             return net
 
-        names = [n if "." in n or isinstance(layers().get(n), nn.Parameter) else f"{n}.weight" for n in narrows.split()]
+        made = layers()
+        names = [n if "." in n or isinstance(made[n], nn.Parameter) else f"{n}.weight" for n in narrows.split()]
         assert forward.__name__ not in CASES
         CASES[forward.__name__] = Case(build, inputs, names, {"exact": True, **expected})
         return forward
@@ -1568,6 +1569,184 @@ mystery.register_autograd(lambda ctx, grad: grad.flip(-1).flip(-1).cumsum(-1).fl
       frozen={"a.weight[0]": r"fxprune_tests.mystery.*at mystery.*test_patterns.py:\d+.*register a rule"})  # fmt: skip
 def unknown_operator(net, x):
     return net.c(net.b(mystery(net.a(x))))
+
+
+# -- numbers, zeros and leaves that are easily overlooked -----------------------------------------
+
+
+@case(TOKENS, qkv, "q k v o")
+def attention_with_the_scale_as_alpha(net, x):
+    n, t, _ = x.shape
+    q, k, v = (layer(x).view(n, t, 4, -1).transpose(1, 2).reshape(n * 4, t, -1) for layer in (net.q, net.k, net.v))
+    bias = x.new_zeros(1, 1, 1)
+    weights = torch.baddbmm(bias, q, k.transpose(1, 2), beta=1.0, alpha=q.size(-1) ** -0.5).softmax(-1)
+    return net.o(torch.bmm(weights, v).view(n, 4, t, -1).transpose(1, 2).reshape(n, t, -1))
+
+
+@case(VECTOR, two_linears(), "a b")
+def width_as_alpha(net, x):
+    x = net.a(x)
+    return net.b(torch.add(x, F.relu(x), alpha=1 / x.shape[1]))
+
+
+@case(VECTOR, two_linears(), "a b")
+def width_as_a_bound(net, x):
+    x = net.a(x)
+    return net.b(x.clamp(max=1 / x.size(1), min=-x.size(1)))
+
+
+@case(VECTOR, two_linears(), "a b")
+def width_as_a_fill_value(net, x):
+    x = net.a(x)
+    return net.b(x * torch.full_like(x, x.shape[1]))
+
+
+@case(VECTOR, two_linears(), "a b")
+def width_as_a_divisor(net, x):
+    x = net.a(x)
+    return net.b(x) * x.sum(1, keepdim=True) / x.shape[1]
+
+
+@case(VECTOR, two_linears(), "a b")
+def width_in_an_eps(net, x):
+    return F.layer_norm(net.b(y := net.a(x)), (4,), eps=1 / y.shape[-1])
+
+
+@case(VECTOR, two_linears(), "a b")
+def logarithm_of_the_width(net, x):
+    x = net.a(x)
+    return net.b(x) * math.log(x.shape[1])
+
+
+@case(TOKENS, qkv, "q k v o", exact=None)
+def linear_attention(net, x):
+    q, k, v = (layer(x).unflatten(-1, (4, 6)).transpose(1, 2) for layer in (net.q, net.k, net.v))
+    q, k = F.elu(q) + 1, F.elu(k) + 1
+    x = (q @ (k.transpose(-2, -1) @ v)) / (q @ k.sum(-2, keepdim=True).transpose(-2, -1))
+    return net.o(x.transpose(1, 2).flatten(2))
+
+
+@case(TOKENS, lambda: {"a": nn.Linear(12, 24), "o": nn.Linear(24, 4)}, exact=None, shrinks=False)
+def roll_within_heads(net, x):
+    return net.o(net.a(x).unflatten(-1, (4, 6)).roll(1, -1).flatten(2))
+
+
+@case(TOKENS, lambda: {"a": nn.Linear(12, 24), "o": nn.Linear(24, 4)}, exact=None, shrinks=False)
+def flip_within_heads(net, x):
+    return net.o(net.a(x).unflatten(-1, (4, 6)).flip(-1).flatten(2))
+
+
+@case(TOKENS, lambda: {"a": nn.Linear(12, 24), "o": nn.Linear(24, 4)}, exact=None, shrinks=False)
+def roll_of_heads(net, x):
+    return net.o(net.a(x).unflatten(-1, (4, 6)).roll(1, -2).flatten(2))
+
+
+@case(VECTOR, lambda: {"a": nn.Linear(6, 12), "table": nn.Buffer(torch.rand(12)), "b": nn.Linear(12, 4)}, "a b", exact=None)
+def sum_with_a_buffer(net, x):
+    x = net.a(x) + net.table
+    return net.b(x) * x.sum(-1, keepdim=True)
+
+
+@case(VECTOR, lambda: {"a": nn.Linear(6, 12), "table": nn.Buffer(torch.rand(12)), "b": nn.Linear(12, 4)}, "a b", exact=None)
+def sum_weighted_by_a_buffer(net, x):
+    x = net.a(x).sigmoid()
+    return net.b(x) * (x * net.table).sum(-1, keepdim=True)
+
+
+@case(VECTOR, lambda: {"a": nn.Linear(6, 12), "table": nn.Buffer(torch.rand(12, 3)), "b": nn.Linear(12, 4)}, "a b", exact=None)
+def product_with_a_buffer(net, x):
+    x = net.a(x).sigmoid()
+    return net.b(x) * (x @ net.table).sum(-1, keepdim=True)
+
+
+@case(VECTOR, lambda: {"a": nn.Linear(6, 12), "b": nn.Linear(12, 4)}, "a b", exact=None)
+def sum_after_a_bound_above_zero(net, x):
+    x = F.hardtanh(net.a(x), 0.5, 2.0)
+    return net.b(x) * x.sum(-1, keepdim=True)
+
+
+@case(VECTOR, lambda: {"a": nn.Linear(6, 12), "b": nn.Linear(12, 4)}, "a b", exact=None)
+def sum_after_writing_into_a_view(net, x):
+    x = net.a(x)
+    x[:, :6].add_(1.0)
+    return net.b(x) * x.sum(-1, keepdim=True)
+
+
+@case(VECTOR, lambda: {"a": nn.Linear(6, 12), "b": nn.Linear(12, 4), "act": nn.Threshold(0.1, 20.0)}, "a b", exact=None)
+def sum_after_a_threshold(net, x):
+    x = net.act(net.a(x))
+    return net.b(x) * x.sum(-1, keepdim=True)
+
+
+@torch.fx.wrap
+def rolled_and_bent(x: Tensor) -> Tensor:
+    return torch.tanh(x.roll(2, 1))
+
+
+@case(VECTOR, two_linears(), exact=None, shrinks=False)
+def leaf_function_that_moves_and_computes(net, x):
+    return net.b(rolled_and_bent(net.a(x)))
+
+
+@torch.fx.wrap
+def bent_and_rolled(x: Tensor) -> Tensor:
+    return torch.tanh(x).roll(2, 1)
+
+
+@case(VECTOR, two_linears(), exact=None, shrinks=False)
+def leaf_function_that_computes_and_moves(net, x):
+    return net.b(bent_and_rolled(net.a(x)))
+
+
+@torch.fx.wrap
+def split_by_a_literal(x: Tensor) -> Tensor:
+    return x[:, :6] * x[:, 6:]
+
+
+@case(VECTOR, lambda: {"a": nn.Linear(6, 12), "b": nn.Linear(6, 4)}, "a b")
+def leaf_function_with_literals(net, x):
+    return net.b(split_by_a_literal(net.a(x)))
+
+
+@case(IMAGE[0], lambda: {"a": conv(3, 8), "p": nn.MaxPool2d(2), "b": conv(8, 4)}, "a b", batch_dim=None)
+def convs_without_a_batch(net, x):
+    return net.b(F.relu(net.p(net.a(x))))
+
+
+@case(VECTOR[0], two_linears(), "a b", batch_dim=None)
+def linears_without_a_batch(net, x):
+    return net.b(F.relu(net.a(x)))
+
+
+@case(VECTOR, lambda: {"a": (one := nn.Linear(6, 12)), "b": nn.Linear(12, 4), "also": one}, "a b also")
+def module_under_two_names(net, x):
+    return net.b(net.also(x) + net.a(x * 2))
+
+
+@case(VECTOR, lambda: {"a": nn.Sequential(nn.Linear(6, 12), nn.ReLU(), (one := nn.Linear(12, 12))),
+                       "b": nn.Sequential(one, nn.Tanh(), nn.Linear(12, 4))}, "a.0.weight a.2.weight b.0.weight b.2.weight")  # fmt: skip
+def module_shared_by_two_containers(net, x):
+    return net.b(net.a(x))
+
+
+@case(VECTOR, lambda: {"a": nn.Linear(6, 12), "table": torch.rand(12), "b": nn.Linear(12, 4)}, "a b")
+def tensor_that_is_a_plain_attribute(net, x):
+    return net.b(F.relu(net.a(x) * net.table))
+
+
+@case(IMAGE, lambda: {"a": conv(3, 8), "scale": torch.tensor(2.0), "mean": torch.rand(1, 3, 1, 1), "b": conv(8, 4)}, "a b")
+def scalar_tensors_that_are_plain_attributes(net, x):
+    return net.b(net.a(x - net.mean) * net.scale)
+
+
+@case(VECTOR, two_linears(), "a b")
+def tensor_made_of_numbers(net, x):
+    return net.b(net.a(x) * torch.tensor([1.0, 2.0] * 6))
+
+
+@case(IMAGE, lambda: {"a": prune.l1_unstructured(conv(3, 8), "weight", 0.3), "b": conv(8, 6), "c": conv(6, 4)}, "c")
+def layers_masked_by_torch_prune(net, x):
+    return net.c(net.b(net.a(x)))
 
 
 # -- the tests ------------------------------------------------------------------------------------

@@ -33,8 +33,19 @@ class Coupler:
         self.frozen: list[Event] = []
         self.inexact: list[Event] = []
         self.collisions: list[fx.Node | None] = []
+        self.by_size: set[fx.Node] = set()
+        """Nodes whose effect on labelled dimensions depends on sizes or positions."""
         self.takes: dict[fx.Node, Take | None] = {}
         """Nodes that pick indices other than by a plain slice; None where one node picks twice."""
+
+    def delicate(self) -> None:
+        """Say that the current node treats labelled dimensions by size or position.
+
+        All other nodes do to narrowed arguments what they did to the original ones, by the nature of
+        their rules; these have to be looked at again once the graph is rewritten.
+        """
+        if self.node is not None:
+            self.by_size.add(self.node)
 
     # -- values ---------------------------------------------------------------------------------
 
@@ -42,7 +53,7 @@ class Coupler:
         """What is known of ``tensor``; a tensor never seen before has no labels."""
         value = getattr(tensor, "_fxprune_value", None)
         if value is None:
-            value = Value(tuple(tensor.shape), [None] * tensor.dim())
+            value = Value(tuple(tensor.shape), [None] * tensor.dim(), dtype=tensor.dtype)
             tensor._fxprune_value = value  # type: ignore[attr-defined]
         return value
 
@@ -55,7 +66,9 @@ class Coupler:
         if value is not None and value.state is None:  # an in-place operator returned its input
             value.labels = labels
         elif value is None:
-            tensor._fxprune_value = Value(tuple(tensor.shape), labels)  # type: ignore[attr-defined]
+            tensor._fxprune_value = Value(  # type: ignore[attr-defined]
+                tuple(tensor.shape), labels, dtype=tensor.dtype
+            )
 
     def put_view(self, tensor: torch.Tensor, source: Value, labels: Iterable[Label | None]) -> None:
         """As :meth:`put`, for a result that shares memory with ``source``."""
@@ -67,7 +80,7 @@ class Coupler:
         name = self.node.name if self.node is not None else "constant"
         shape = tuple(tensor.shape)
         state = State(name, shape, None, [None] * len(shape), self.node)
-        value = Value(shape, [], state, tuple(range(len(shape))))
+        value = Value(shape, [], state, tuple(range(len(shape))), tensor.dtype)
         tensor._fxprune_value = value  # type: ignore[attr-defined]
 
     def materialize(self, value: Value) -> None:
@@ -84,6 +97,8 @@ class Coupler:
             own = axis or self._here(dim)
             value.labels[dim] = label = Label(ids, over, own)
             return label
+        if state.tensor is None and state.node is not None:
+            self.by_size.add(state.node)
         own = Axis(state.name, value.dims[dim])
         label = Label(ids, tuple(value.dims[d] for d in over), own, zero=state.tensor is not None)
         state.axes[value.dims[dim]] = label
@@ -147,6 +162,7 @@ class Coupler:
 
     def rectangle(self, rows: Ids, cells: Ids) -> None:
         """Require equally many cells in every row; leading dimensions of both are rows."""
+        self.delicate()
         flat = cells.reshape(-1, cells.shape[-1])
         if flat.shape[0] > 1:
             self.rectangles.append(Rectangle(rows.reshape(-1), flat, self.node))
@@ -270,7 +286,7 @@ class Coupler:
         if value.state is not None and -1 not in order and len(order) == len(value.shape):
             dims = tuple(value.dims[d] for d in order)
             out._fxprune_value = Value(  # type: ignore[attr-defined]
-                tuple(out.shape), [], value.state, dims, value.storage
+                tuple(out.shape), [], value.state, dims, value.dtype, value.storage
             )
             return
         self.materialize(value)
@@ -292,6 +308,8 @@ class Coupler:
         labels: list[Label | None] = []
         for own in range(len(value.shape)):
             label = value.label(own)
+            if label is not None and (own == dim or dim in label.over):
+                self.delicate()
             if label is not None and own == dim:
                 ids = label.ids[..., index]
                 if label.over:
@@ -314,6 +332,8 @@ class Coupler:
         """Labels after picking one index along ``dim`` and dropping the dimension."""
         self.materialize(value)
         own = value.label(dim)
+        if own is not None or any(o is not None and dim in o.over for o in map(value.label, range(len(value.shape)))):
+            self.delicate()
         if own is not None and own.over:
             self.freeze(own, "one column of a rectangle is selected")
         elif own is not None:
@@ -386,6 +406,8 @@ class Coupler:
             inside = [d for d in ins if old[d] is not None]
             if not inside:
                 continue
+            if len(ins) > 1 or len(outs) > 1:
+                self.delicate()
             dim, label = self._innermost(inside, old)
             blocks: list[tuple[list[int], list[int]]] = []
             for o in label.over:

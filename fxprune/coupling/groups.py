@@ -150,11 +150,10 @@ def form_groups(
             frozen[cells] = True
             reason = "rows of unequal make-up cannot be kept equally long"
             events.append(Event(cells, Axis(_name(rectangle.node), 1), rectangle.node, reason))
-    inexact = {}
-    for event in coupler.inexact:
-        for unit in np.unique(roots[event.ids]).tolist():
-            inexact.setdefault(unit, event)
-    groups = _collect(bands, signature, order, states, trainable, roots, inexact)
+    inexact = np.full(roots.size, len(coupler.inexact))
+    for number in range(len(coupler.inexact) - 1, -1, -1):
+        inexact[roots[coupler.inexact[number].ids]] = number
+    groups = _collect(bands, signature, order, states, trainable, roots, inexact, coupler.inexact)
     return Grouping(groups, roots, prunable, tuple(events))
 
 
@@ -276,7 +275,8 @@ def _collect(
     states: Sequence[State],
     trainable: Mapping[str, bool],
     roots: Ids,
-    inexact: Mapping[int, Event],
+    inexact: Ids,
+    reasons: Sequence[Event],
 ) -> tuple[Group, ...]:
     """Join balanced sets that share member axes into groups."""
     graph = nx.Graph()
@@ -333,7 +333,8 @@ def _collect(
             tuple(np.sort(position[atom]) for atom in sorted(band, key=lambda a: int(order[a].min())))
             for band in own
         )
-        event = next((inexact[u] for u in units.tolist() if u in inexact), None) if inexact else None
+        number_of = int(inexact[units].min())
+        event = reasons[number_of] if number_of < len(reasons) else None
         because = f"{event.reason} at {_name(event.node)}" if event is not None else ""
         groups.append(Group(name, units, balance, event is None, because, build(number)))
     return tuple(groups)

@@ -7,7 +7,7 @@ dissolves into ATen calls under a ``TorchDispatchMode``. No weight and no activa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ..errors import CaptureError, ExampleInputsError
 from ..inputs import meta_like
@@ -50,16 +50,22 @@ def interpret(
     inputs: list[Any],
     units: Units | None = None,
     seeds: Mapping[str, list[Label | None]] | None = None,
+    known: Callable[[fx.Node], Any] | None = None,
 ) -> Run:
     """Run ``program`` on meta ``inputs`` (one for each placeholder) and collect labels.
 
-    ``seeds`` gives labels for the axes of parameters and buffers beforehand; with a :class:`Units` that
-    has anchors this turns the analysis into a check.
+    Args:
+        program: what to run.
+        inputs: meta tensors and values.
+        units: a fresh union-find, with anchors for a check.
+        seeds: labels for the axes of parameters and buffers, by the tensor's name, for a check.
+        known: gives the values (a tree of :class:`Value` and numbers) of nodes that need not be run, None
+            for those that do.
 
     Raises:
         ExampleInputsError: where a node fails on the inputs' shapes; names the node and its source.
     """
-    interpreter = _Interpreter(program, Coupler(units), seeds or {})
+    interpreter = _Interpreter(program, Coupler(units), seeds or {}, known)
     with _slow_paths(), torch.no_grad(), interpreter:
         interpreter.run(inputs)
     return Run(interpreter.coupler, interpreter.states, interpreter.values, interpreter.scalars)
@@ -78,9 +84,14 @@ def _slow_paths() -> Iterator[None]:
 
 class _Interpreter(TorchDispatchMode):
     def __init__(
-        self, program: Program, coupler: Coupler, seeds: Mapping[str, list[Label | None]]
+        self,
+        program: Program,
+        coupler: Coupler,
+        seeds: Mapping[str, list[Label | None]],
+        known: Callable[[fx.Node], Any] | None,
     ) -> None:
         super().__init__()
+        self.known = known
         self.program = program
         self.coupler = coupler
         self.seeds = seeds
@@ -129,10 +140,18 @@ class _Interpreter(TorchDispatchMode):
     # -- graph nodes ----------------------------------------------------------------------------
 
     def run(self, inputs: list[Any]) -> None:
-        env: dict[fx.Node, Any] = {}
+        known = {}
+        if self.known is not None:
+            for node in self.program.graph.nodes:
+                values = self.known(node)
+                if values is not None:
+                    known[node] = values
+        env: dict[fx.Node, Any] = _Known(known)
         supply = iter(inputs)
         modules: dict[str, torch.nn.Module] = {}
         for node in self.program.graph.nodes:
+            if node in known:
+                continue
             self.coupler.node = node
             if node.op == "placeholder":
                 result = next(supply)
@@ -177,7 +196,7 @@ class _Interpreter(TorchDispatchMode):
         self._quiet = node in self._interior or node in self._detours
         if self._quiet or not _is_movement(node, _VIEWS) or not isinstance(node.args[0], fx.Node):
             return
-        source = env.get(node.args[0])
+        source = env[node.args[0]] if node.args[0] in env else None
         if not isinstance(source, torch.Tensor) or source.dim() < 2:
             return
         chain = [node]
@@ -194,9 +213,11 @@ class _Interpreter(TorchDispatchMode):
         self._quiet = True
         try:
             probe = torch.arange(source.numel()).reshape(source.shape)
-            place: dict[fx.Node, Any] = {**env, node.args[0]: probe}
+            place: dict[fx.Node, Any] = {node.args[0]: probe}
             for step in chain:
-                args, kwargs = (map_arg(a, place.__getitem__) for a in (step.args, step.kwargs))
+                args, kwargs = (
+                    map_arg(a, lambda n: place[n] if n in place else env[n]) for a in (step.args, step.kwargs)
+                )
                 call = getattr(args[0], str(step.target)) if step.op == "call_method" else step.target
                 place[step] = call(*args[1:], **kwargs) if step.op == "call_method" else call(*args, **kwargs)  # type: ignore[operator]
             found = _permutation(probe, place[chain[-1]])
@@ -231,7 +252,9 @@ class _Interpreter(TorchDispatchMode):
             axes: list[Label | None] = list(self.seeds.get(name, [None] * original.dim()))
             state = State(name, tuple(meta.shape), original, axes)
             self.states[name] = state
-            meta._fxprune_value = Value(state.shape, [], state, tuple(range(meta.dim())))  # type: ignore[attr-defined]
+            meta._fxprune_value = Value(  # type: ignore[attr-defined]
+                state.shape, [], state, tuple(range(meta.dim())), meta.dtype
+            )
         return meta
 
     def _module(self, path: str) -> torch.nn.Module:
@@ -241,6 +264,28 @@ class _Interpreter(TorchDispatchMode):
 _VIEWS = frozenset(["view", "reshape", "flatten", "unflatten", "_unsafe_view"])
 _PERMUTATIONS = frozenset(["transpose", "permute", "movedim", "swapaxes", "swapdims", "moveaxis"])
 _MOVEMENTS = _VIEWS | _PERMUTATIONS | {"contiguous", "clone"}
+
+
+class _Known(dict[fx.Node, Any]):
+    """Values by node; those that are known beforehand become meta tensors when they are asked for."""
+
+    def __init__(self, known: Mapping[fx.Node, Any]) -> None:
+        super().__init__()
+        self.known = known
+
+    def __missing__(self, node: fx.Node) -> Any:
+        self[node] = found = pytree.tree_map_only(Value, self._tensor, self.known[node])
+        return found
+
+    def __contains__(self, node: object) -> bool:
+        return super().__contains__(node) or node in self.known
+
+    @staticmethod
+    def _tensor(value: Value) -> torch.Tensor:
+        with _disable_current_modes():
+            tensor = torch.empty(value.shape, dtype=value.dtype, device="meta")
+        tensor._fxprune_value = value  # type: ignore[attr-defined]
+        return tensor
 
 
 def _is_movement(node: fx.Node, names: frozenset[str]) -> bool:

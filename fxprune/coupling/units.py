@@ -163,6 +163,7 @@ class Value:
     labels: list[Label | None]
     state: State | None = None
     dims: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
     storage: list[bool] = field(default_factory=lambda: [False])
     """One mutable flag shared by all views: written with something that is not zero when masked."""
 

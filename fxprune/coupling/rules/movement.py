@@ -92,6 +92,7 @@ def expand(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     for dim in range(out.dim()):
         if out.shape[dim] > 1 and (dim < new or value.shape[dim - new] == 1):
             labels[dim] = OPEN
+            c.delicate()
     c.put_view(out, value, labels)
 
 
@@ -258,6 +259,7 @@ def pad(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
             c.freeze(label, "padded by other than constants")
             labels[dim] = None
             continue
+        c.delicate()
         ids = np.concatenate([c.units.fresh(left), label.ids, c.units.fresh(right)])
         labels[dim] = Label(ids, (), label.axis, label.zero and zeros, label.row)
     c.put(out, labels)
