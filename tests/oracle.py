@@ -61,12 +61,16 @@ def check(
     old, new = (dict(m.named_parameters(remove_duplicate=False)) for m in (model, pruned))
     graph = graph_for(plan, model)
     for name in narrows:
-        assert new[name].numel() < old[name].numel(), f"{name} was not narrowed; {why_kept(graph, name)}; {plan!r}"
+        assert new[name].numel() < old[name].numel(), (
+            f"{name} was not narrowed; {why_kept(graph, name)}; {plan!r}"
+        )
     if shrinks:
         assert any(new[name].numel() < old[name].numel() for name in old), f"nothing was narrowed: {plan!r}"
     if kept_at_most is not None:
         share = sum(p.numel() for p in pruned.parameters()) / sum(p.numel() for p in model.parameters())
-        assert share <= kept_at_most, f"{share:.3f} of the parameters are left, at most {kept_at_most} were wanted"
+        assert share <= kept_at_most, (
+            f"{share:.3f} of the parameters are left, at most {kept_at_most} were wanted"
+        )
     found = {str(entry.axis): entry for entry in fxprune.analyze(model, inputs).frozen}
     for axis, reason in (frozen or {}).items():
         assert axis in found, f"{axis} should be frozen; frozen are {[str(f) for f in found.values()]}"
@@ -74,7 +78,9 @@ def check(
 
     narrowed = [group for group in graph.groups if plan.removed.get(group.name)]
     if exact is not None:
-        assert all(group.exact for group in narrowed) is exact, [group for group in narrowed if not group.exact]
+        assert all(group.exact for group in narrowed) is exact, [
+            group for group in narrowed if not group.exact
+        ]
     verdict = fxprune.verify(model, pruned, plan, inputs)
     assert verdict.error < TOLERANCE
     assert verdict.exact == all(group.exact for group in narrowed)
@@ -131,7 +137,11 @@ def stir(model: nn.Module) -> nn.Module:
     """Give constant parameters (ones, zeros, layer scales) and batch-norm statistics random values."""
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.is_floating_point() and parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
+            if (
+                parameter.is_floating_point()
+                and parameter.numel()
+                and bool((parameter == parameter.flatten()[0]).all())
+            ):
                 parameter.copy_(torch.rand_like(parameter) + 0.5)
         for name, buffer in model.named_buffers():
             if name.endswith("running_mean"):
@@ -147,8 +157,16 @@ def snapshot(model: nn.Module) -> Any:
     for kind, named in (("parameter", model.named_parameters), ("buffer", model.named_buffers)):
         for name, tensor in named(remove_duplicate=False):
             data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            tensors[name] = (kind, id(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride(), data,
-                             tensor.requires_grad, tensor.grad is None)  # fmt: skip
+            tensors[name] = (
+                kind,
+                id(tensor),
+                tensor.dtype,
+                tuple(tensor.shape),
+                tensor.stride(),
+                data,
+                tensor.requires_grad,
+                tensor.grad is None,
+            )
     modules = {
         path: (type(module), module.training, list(module.__dict__), list(module._modules))
         for path, module in model.named_modules(remove_duplicate=False)
@@ -167,13 +185,19 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 def enlarged(inputs: Any, dim: int) -> Any:
     """The same inputs with a batch of twice the size."""
-    return pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t.flip(dim)], dim) if t.dim() > dim else t, inputs)
+    return pytree.tree_map_only(
+        Tensor, lambda t: torch.cat([t, t.flip(dim)], dim) if t.dim() > dim else t, inputs
+    )
 
 
 def same_structure(a: Any, b: Any) -> bool:
     """Whether two outputs are trees of the same form with tensors of the same shape and dtype."""
     (x, spec), (y, other) = pytree.tree_flatten(a), pytree.tree_flatten(b)
-    return spec == other and type(a) is type(b) and [describe(leaf) for leaf in x] == [describe(leaf) for leaf in y]
+    return (
+        spec == other
+        and type(a) is type(b)
+        and [describe(leaf) for leaf in x] == [describe(leaf) for leaf in y]
+    )
 
 
 def describe(tree: Any) -> str:
@@ -222,7 +246,9 @@ def _same_gradients(model: nn.Module, pruned: nn.Module, inputs: Any) -> None:
     for module in (model, pruned):
         module = copy.deepcopy(module).double().train()
         example = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
-        outputs = [t for t in pytree.tree_leaves(call(module, example)) if isinstance(t, Tensor) and t.requires_grad]
+        outputs = [
+            t for t in pytree.tree_leaves(call(module, example)) if isinstance(t, Tensor) and t.requires_grad
+        ]
         if not outputs:
             return
         torch.stack([t.abs().sum() for t in outputs]).sum().backward()

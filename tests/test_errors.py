@@ -30,10 +30,15 @@ IMAGE = torch.zeros(2, 3, 8, 8)
 def net(width: int = 8) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
-        nn.Conv2d(width, 8, 3, padding=1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
-    )  # fmt: skip
+        nn.Conv2d(3, width, 3, padding=1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    )
 
 
 class Attention(nn.Module):
@@ -113,6 +118,13 @@ def test_what_is_no_module(model: Any) -> None:
     says(error, "torch.nn.Module", type(model).__name__)
 
 
+def test_uninitialised_model() -> None:
+    """Lazy layers have no widths before their first call."""
+    with pytest.raises(FxpruneError) as error:
+        fxprune.prune(nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 4)), torch.zeros(2, 6))
+    says(error, "0.weight", "uninitialized")
+
+
 def test_graph_modules_are_models_too() -> None:
     """A pruned network can be pruned again, by a plan of its own."""
     once = fxprune.prune(net(16), IMAGE, ratio=0.5)
@@ -145,9 +157,22 @@ def test_graph_modules_are_models_too() -> None:
         (8, ["int", "tensor"]),
         ("image", ["str", "tensor"]),
     ],
-    ids=["rank 2", "rank 5", "channels", "long", "double", "missing", "too many", "unknown name", "no name", "list",
-         "None", "number", "text"],
-)  # fmt: skip
+    ids=[
+        "rank 2",
+        "rank 5",
+        "channels",
+        "long",
+        "double",
+        "missing",
+        "too many",
+        "unknown name",
+        "no name",
+        "list",
+        "None",
+        "number",
+        "text",
+    ],
+)
 def test_wrong_example_inputs(inputs: Any, parts: list[str]) -> None:
     """The error says which input or which layer, and how inputs are given."""
     with pytest.raises(ExampleInputsError) as error:
@@ -177,7 +202,9 @@ def test_wrong_inputs_for_verify() -> None:
 # -- ratio and importance -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1, 1.5, "x", True, False, math.nan, math.inf, None, [0.5], 0.5j], ids=repr)
+@pytest.mark.parametrize(
+    "ratio", [-0.1, 1.0, 1, 1.5, "x", True, False, math.nan, math.inf, None, [0.5], 0.5j], ids=repr
+)
 @pytest.mark.parametrize("function", [fxprune.plan, fxprune.prune], ids=lambda f: f.__name__)
 def test_ratio_out_of_range(function: Any, ratio: Any) -> None:
     """The error shows the range and what was given."""
@@ -302,7 +329,9 @@ def test_plan_that_names_what_is_not_there(field: str) -> None:
     """A graph node or a function that the model does not have."""
     plan = fxprune.plan(net(), IMAGE)
     with pytest.raises(PlanError) as error:
-        edited(plan, held=["nowhere"]).apply(net()) if field == "held" else edited(plan, sizes={}).apply(net())
+        edited(plan, held=["nowhere"]).apply(net()) if field == "held" else edited(plan, sizes={}).apply(
+            net()
+        )
     says(error, "plan")
 
 
@@ -396,7 +425,9 @@ def test_verify_refuses_other_shapes() -> None:
 
 def test_verify_finds_tampering_beyond_an_inexact_node() -> None:
     """Where networks differ legitimately, the rest is still compared."""
-    model = stir(nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)))
+    model = stir(
+        nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+    )
     x = torch.randn(4, 6)
     plan = fxprune.plan(model, x)
     pruned = plan.apply(model)
@@ -410,7 +441,9 @@ def test_verify_finds_tampering_beyond_an_inexact_node() -> None:
 
 def test_verify_finds_a_tampered_norm() -> None:
     """An inexact node itself does what it did, on what it now gets."""
-    model = stir(nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)))
+    model = stir(
+        nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+    )
     x = torch.randn(4, 6)
     plan = fxprune.plan(model, x)
     pruned = plan.apply(model)

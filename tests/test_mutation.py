@@ -187,7 +187,7 @@ def rotated(self: Any, x: Tensor) -> Tensor:
 
 def shuffled(self: Any, x: Tensor) -> Tensor:
     n, c, h, w = x.shape
-    return x.view(n, 3, c // 3, h, w).transpose(1, 2).reshape(n, c, h, w)
+    return x.view(n, 3, c // 3, h, w).transpose(1, 2).reshape(n, c, h, w).relu()
 
 
 MUTANTS = [
@@ -207,7 +207,8 @@ MUTANTS = [
     Mutant("rows need not be equally long", attribute(Coupler, "rectangle", lambda self, rows, cells: None),
            heads, projections, tokens=True),
     Mutant("nothing is frozen", attribute(Coupler, "freeze", lambda self, *args: None), lambda self, x: x.relu()),
-    Mutant("unknown operators are pointwise", guess, lambda self, x: x.sort(1)[0]),
+    Mutant("unknown operators are pointwise", guess, lambda self, x: self.b(self.a(x.sort(1)[0])),
+           lambda: {"a": nn.Conv2d(12, 12, 1), "b": nn.Conv2d(12, 4, 1)}),
     Mutant("normalisation is exact", attribute(Coupler, "mark_inexact", lambda self, label, reason: None),
            lambda self, x: self.norm(x), lambda: {"norm": nn.LayerNorm(12)}, tokens=True),
     Mutant("sigmoid(0) is 0", attribute(pointwise, "_KEEPS_ZERO", pointwise._KEEPS_ZERO | {"sigmoid"}),
@@ -231,7 +232,7 @@ MUTANTS = [
            lambda: {"attention": nn.MultiheadAttention(12, 3, batch_first=True)}, tokens=True),
     Mutant("the first survivors win", attribute(base.Narrowing, "row", lambda self, label: np.arange(
            label.ids.shape[-1]) < self.alive(label).reshape(-1, label.ids.shape[-1]).sum(1).max()),
-           lambda self, x: torch.cat([part.relu() for part in x.split([5, 7], 1)][::-1], 1)),
+           lambda self, x: x[:, 5:10]),
 ]  # fmt: skip
 
 

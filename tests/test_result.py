@@ -31,7 +31,10 @@ class Vision(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
         self.body = nn.ModuleList(
-            [nn.Sequential(nn.Conv2d(16, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 16, 1)) for _ in range(2)]
+            [
+                nn.Sequential(nn.Conv2d(16, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 16, 1))
+                for _ in range(2)
+            ]
         )
         self.gate = nn.Conv2d(16, 16, 1, groups=4)
         self.drop = nn.Dropout(0.2)
@@ -178,7 +181,7 @@ def test_parameters_are_slices(name: str) -> None:
 
 def test_rows_with_columns_of_their_own_are_slices() -> None:
     """A grouped convolution keeps, in each group, entries of that group."""
-    model, inputs, _, pruned = made("vision")
+    model, _, _, pruned = made("vision")
     old, new = model.get_parameter("gate.weight"), pruned.get_parameter("gate.weight")
     assert new.shape == (8, 2, 1, 1)
     for group in range(4):
@@ -291,7 +294,9 @@ def test_pickle(name: str, tmp_path: Path) -> None:
     )
     if name in ("vision", "attention"):
         root = str(Path(fxprune.__file__).parents[1])
-        subprocess.run([sys.executable, "-c", script, str(tmp_path / "pickled.bin")], check=True, cwd=root, timeout=120)
+        subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "pickled.bin")], check=True, cwd=root, timeout=120
+        )
 
 
 @every_model
@@ -332,7 +337,9 @@ def test_export(name: str, strict: bool) -> None:
     program = torch.export.export(pruned, (inputs,), dynamic_shapes=batch, strict=strict)
     for given in (inputs, torch.cat([inputs, inputs])):
         torch.testing.assert_close(logits(program.module()(given)), logits(pruned(given)))
-    assert {n for n, _ in pruned.named_parameters(remove_duplicate=False)} >= set(program.graph_signature.parameters)
+    assert {n for n, _ in pruned.named_parameters(remove_duplicate=False)} >= set(
+        program.graph_signature.parameters
+    )
 
 
 @every_model
@@ -407,7 +414,7 @@ def test_same_plan_twice(name: str, importance: str) -> None:
     plans = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        np.random.seed(seed)  # noqa: NPY002
+        np.random.seed(seed)
         random.seed(seed)
         state = torch.get_rng_state()
         plans.append(fxprune.plan(copy.deepcopy(model), inputs, importance=importance, seed=7).to_json())
@@ -574,7 +581,7 @@ def test_explain() -> None:
         assert axis in str(explanation)
     assert explanation.frozen is None
     assert explanation.groups
-    assert graph.explain("stem.0.weight", -4) == explanation or str(graph.explain("stem.0.weight", -4)) == str(explanation)
+    assert str(graph.explain("stem.0.weight", -4)) == str(explanation)
     end = graph.explain("head.weight", 0)
     assert end.frozen is not None
     assert not end.groups

@@ -466,6 +466,18 @@ def test_inference_mode_changes_nothing() -> None:
     assert found == wanted
 
 
+def test_a_shuffle_before_a_flatten_is_a_permutation() -> None:
+    """A channel shuffle ties nothing, whatever view comes next."""
+
+    def shuffle(x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], 3, 4, 4, 4).transpose(1, 2).reshape(x.shape[0], 12, 4, 4)
+
+    _, pruned = check(Between(Case("view", shuffle)), torch.randn(2, 3, 4, 4))
+    assert pruned.get_parameter("first.weight").shape[0] == 6
+    plan = fxprune.plan(Between(Case("view", shuffle)), torch.randn(2, 3, 4, 4))
+    assert plan.sizes == {"first.weight[0]": 12}
+
+
 def test_every_rule_has_a_case() -> None:
     """A rule without a case in the table above must not be registered."""
     covered = {name for case in CASES for name in case.operators.split()}

@@ -19,6 +19,10 @@ ZeroRule = Callable[[list[bool]], bool]
 """From "operand i is zero at removed indices" to "the result is"."""
 
 
+_Use = tuple[int, Value, int, Sequence[Any], Label | None]
+"""One dimension that carries an index name: operand number, value, dimension, its names, its label."""
+
+
 class Coupler:
     """The state of one analysis, and the operations that rules are made of."""
 
@@ -186,22 +190,27 @@ class Coupler:
             Labels of the result (``over`` its dimensions), and for every labelled index name that is not
             in ``out`` its label and whether some operand is zero at removed indices.
         """
-        uses: dict[Any, list[tuple[Value, int, Sequence[Any]]]] = {}
-        for value, names in operands:
+        uses: dict[Any, list[_Use]] = {}
+        plain = set()
+        for place, (value, names) in enumerate(operands):
+            shape = value.shape
             for dim, name in enumerate(names):
-                if value.shape[dim] != 1:
-                    uses.setdefault(name, []).append((value, dim, names))
+                if shape[dim] != 1:
+                    label = value.label(dim)
+                    if label is not None or value.is_open(dim):
+                        uses.setdefault(name, []).append((place, value, dim, names, label))
+                    else:
+                        plain.add(name)
         result: dict[Any, tuple[Ids, tuple[Any, ...], Axis, bool, list[bool]]] = {}
         still_open = set()
         for name, used in uses.items():
-            met = self._meet(used)
+            met = self._meet(used, name in plain)
             if met is OPEN:
                 still_open.add(name)
             elif met is not None:
-                zeros = [
-                    any(n == name and v.shape[d] != 1 and v.is_zero(d) for d, n in enumerate(names))
-                    for v, names in operands
-                ]
+                zeros = [False] * len(operands)
+                for place, value, dim, _, _ in used:
+                    zeros[place] = zeros[place] or value.is_zero(dim)
                 result[name] = (*met, zeros)
         labels: list[Label | None] = []
         position = {name: dim for dim, name in enumerate(out)}
@@ -220,42 +229,34 @@ class Coupler:
                 gone[name] = (Label(ids, (), axis, False, row), any(zeros))
         return labels, gone
 
-    def _meet(
-        self, used: list[tuple[Value, int, Sequence[Any]]]
-    ) -> Any:
+    def _meet(self, used: list[_Use], plain: bool) -> Any:
         """Couple the uses of one index name: ``(units, index names they are over, axis, row)``.
 
-        :data:`OPEN` where all uses are still open, None where the units stay.
+        :data:`OPEN` where all uses are still open, None where the units stay because the name is also
+        that of a ``plain`` dimension, one without labels.
         """
-        labelled: list[tuple[Label, tuple[Any, ...]]] = []
-        opened: list[tuple[Value, int, Sequence[Any]]] = []
-        plain = False
-        for value, dim, names in used:
-            label = value.label(dim)
-            if label is not None:
-                labelled.append((label, tuple(names[d] for d in label.over)))
-            elif value.is_open(dim):
-                opened.append((value, dim, names))
-            else:
-                plain = True
         if plain:
             reason = "meets an axis of the inputs, or one that an operator made unprunable"
-            for label, _ in labelled:
-                self.freeze(label, reason)
-            for value, dim, _ in opened:
+            for _, value, dim, _, _ in used:
                 self.freeze_dim(value, dim, reason)
             return None
+        labelled = [use for use in used if use[4] is not None]
         if not labelled:
-            states = [use for use in opened if use[0].state is not None]
-            if not states:
-                return OPEN if opened else None
-            value, dim, _ = states[0]
-            opened.remove(states[0])
-            labelled.append((self.adopt(value, dim, self.units.fresh(value.shape[dim]), ()), ()))
-        labelled.sort(key=lambda item: len(item[1]))
-        (first, over), others = labelled[0], labelled[1:]
+            first_state = next((use for use in used if use[1].state is not None), None)
+            if first_state is None:
+                return OPEN
+            place, value, dim, names, _ = first_state
+            label = self.adopt(value, dim, self.units.fresh(value.shape[dim]), ())
+            labelled = [(place, value, dim, names, label)]
+        if len(labelled) > 1:
+            labelled.sort(key=lambda use: len(use[4].over) if use[4] is not None else 0)
+        _, _, _, names, first = labelled[0]
+        assert first is not None
         ids, axis, row = first.ids, first.axis, first.row
-        for label, over_other in others:
+        over = tuple(names[d] for d in first.over)
+        for _, _, _, names, label in labelled[1:]:
+            assert label is not None
+            over_other = tuple(names[d] for d in label.over)
             if ids is not label.ids or over != over_other:
                 both = (*over, *(o for o in over_other if o not in over))
                 self.merge(aligned(ids, over, both), aligned(label.ids, over_other, both), axis, label.axis)
@@ -263,11 +264,13 @@ class Coupler:
                 if lost:
                     ids, over = self._drop(ids, over, lost, axis)
             row = row and label.row
-        for value, dim, names in opened:
-            lost = [o for o in over if o not in names or value.shape[list(names).index(o)] == 1]
-            if lost:
-                ids, over = self._drop(ids, over, lost, axis)
-            self.adopt(value, dim, ids, tuple(list(names).index(o) for o in over), axis)
+        for _, value, dim, names, label in used:
+            if label is None and value.is_open(dim):
+                if over:
+                    lost = [o for o in over if o not in names or value.shape[list(names).index(o)] == 1]
+                    if lost:
+                        ids, over = self._drop(ids, over, lost, axis)
+                self.adopt(value, dim, ids, tuple(list(names).index(o) for o in over), axis)
         return ids, over, axis, row
 
     def _drop(

@@ -83,6 +83,10 @@ def _slow_paths() -> Iterator[None]:
 
 
 class _Interpreter(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is ever compiled; the guard against it would cost at every call
+
     def __init__(
         self,
         program: Program,
