@@ -34,6 +34,7 @@ class MultiheadAttention(nn.Module):
 
     def __init__(self, source: nn.MultiheadAttention, qk_width: int, v_width: int, scale: float) -> None:
         super().__init__()
+        self._qkv_same_embed_dim = False  # keeps torch.nn.Transformer* off their fused path
         self.num_heads = source.num_heads
         self.dropout = source.dropout
         self.batch_first = source.batch_first

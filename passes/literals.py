@@ -278,6 +278,15 @@ def _conv(node: fx.Node, narrowing: Narrowing) -> Call | None:
     return _with(node, at, "groups", groups)
 
 
+@_edits("group_norm")
+def _group_norm(node: fx.Node, narrowing: Narrowing) -> Call | None:
+    """As many groups as channels stay that."""
+    x, groups = narrowing.value(node.args[0]), _argument(node, 1, "num_groups")
+    if x is None or groups != x.shape[1]:
+        return None
+    return _with(node, 1, "num_groups", narrowing.size(x, 1))
+
+
 @_edits("scaled_dot_product_attention")
 def _attention(node: fx.Node, narrowing: Narrowing) -> Call | None:
     """The implied scale ``1 / sqrt(E)`` stays what it was."""

@@ -50,8 +50,8 @@ class UpdateModules(Pass):
                 for key, tensor in [*module._parameters.items(), *module._buffers.items()]
                 if tensor is not None
             }
-            inputs = _inputs(program, narrowing, path) if not name else None
-            new = _attributes(module, shapes, inputs)
+            inputs, outputs = _ends(program, narrowing, path) if not name else (None, None)
+            new = _attributes(module, shapes, inputs, outputs)
             attributes = {k: v for k, v in new.items() if getattr(module, k) != v}
             if attributes:
                 changes[name] = attributes
@@ -72,13 +72,14 @@ class UpdateModules(Pass):
         return copy
 
 
-def _inputs(program: Program, narrowing: Narrowing, path: str) -> Shape | None:
-    """Narrowed shape of the first input of the module at ``path``."""
+def _ends(program: Program, narrowing: Narrowing, path: str) -> tuple[Shape | None, Shape | None]:
+    """Narrowed shapes of the first input and of the output of the module at ``path``."""
     for node in program.graph.nodes:
         if node.op == "call_module" and node.target == path and node.args:
-            value = narrowing.value(node.args[0])
-            return narrowing.shape(value) if value is not None else None
-    return None
+            ends = [narrowing.value(end) for end in (node.args[0], node)]
+            into, out = (narrowing.shape(value) if value is not None else None for value in ends)
+            return into, out
+    return None, None
 
 
 def _names(module: nn.Module) -> list[str]:
@@ -95,7 +96,15 @@ def _attention(source: nn.MultiheadAttention, shapes: Shapes) -> MultiheadAttent
     return new
 
 
-def _conv(module: Any, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
+def _conv(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | None) -> dict[str, Any]:
+    if "weight" not in shapes:  # computed by a parametrization or a hook
+        if inputs is None or outputs is None:
+            return {}
+        channel = len(inputs) - len(module.kernel_size) - 1
+        into, out = inputs[channel], outputs[channel]
+        depthwise = 1 in (module.in_channels // module.groups, module.out_channels // module.groups)
+        groups = min(into, out) if module.groups > 1 and depthwise else module.groups
+        return {"in_channels": into, "out_channels": out, "groups": groups}
     first, second = shapes["weight"][:2]
     transposed = isinstance(module, _ConvTransposeNd)
     n_in = module.in_channels // module.groups
@@ -108,41 +117,55 @@ def _conv(module: Any, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
     return {"in_channels": into, "out_channels": out, "groups": groups}
 
 
-def _linear(module: Any, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
+def _linear(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | None) -> dict[str, Any]:
+    if "weight" not in shapes:
+        ends = inputs is not None and outputs is not None
+        return {"in_features": inputs[-1], "out_features": outputs[-1]} if ends else {}  # type: ignore[index]
     out, into = shapes["weight"]
     return {"in_features": into, "out_features": out}
 
 
-def _batch_norm(module: Any, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
+def _batch_norm(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | None) -> dict[str, Any]:
     vector = next(iter(shape for shape in shapes.values() if shape), None)
     if vector is not None:
         return {"num_features": vector[0]}
     return {"num_features": inputs[1]} if inputs is not None and len(inputs) > 1 else {}
 
 
-def _layer_norm(module: Any, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
+def _layer_norm(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | None) -> dict[str, Any]:
     if "weight" in shapes:
         return {"normalized_shape": shapes["weight"]}
     width = len(module.normalized_shape)
     return {"normalized_shape": inputs[-width:]} if inputs is not None else {}
 
 
-def _group_norm(module: Any, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
-    if "weight" in shapes:
-        return {"num_channels": shapes["weight"][0]}
-    return {"num_channels": inputs[1]} if inputs is not None else {}
+def _group_norm(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | None) -> dict[str, Any]:
+    width = shapes["weight"][0] if "weight" in shapes else inputs[1] if inputs is not None else module.num_channels
+    groups = width if module.num_groups == module.num_channels else module.num_groups
+    return {"num_channels": width, "num_groups": groups}
 
 
-def _embedding(module: Any, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
+def _embedding(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | None) -> dict[str, Any]:
+    if "weight" not in shapes:
+        return {"embedding_dim": outputs[-1]} if outputs is not None else {}
     entries, features = shapes["weight"]
     return {"num_embeddings": entries, "embedding_dim": features}
 
 
-def _prelu(module: Any, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
+def _unflatten(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | None) -> dict[str, Any]:
+    sizes = module.unflattened_size
+    if inputs is None or outputs is None or not all(isinstance(size, int) for size in sizes):
+        return {}
+    dim = module.dim % len(inputs)
+    new = outputs[dim : dim + len(sizes)]
+    return {"unflattened_size": type(sizes)(-1 if old == -1 else n for old, n in zip(sizes, new, strict=True))}
+
+
+def _prelu(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | None) -> dict[str, Any]:
     return {"num_parameters": shapes["weight"][0]}
 
 
-def _recurrent(module: Any, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
+def _recurrent(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | None) -> dict[str, Any]:
     gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
     changes = {"hidden_size": shapes["weight_hh_l0"][0] // gates, "input_size": shapes["weight_ih_l0"][1]}
     if module.proj_size:
@@ -150,14 +173,14 @@ def _recurrent(module: Any, shapes: Shapes, inputs: Shape | None) -> dict[str, A
     return changes
 
 
-def _multihead(module: Any, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
+def _multihead(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | None) -> dict[str, Any]:
     """Only tells whether anything changed: the module is replaced as a whole."""
     new = {key: shape for key, shape in shapes.items()}
     old = {key: tuple(p.shape) for key, p in module._parameters.items() if p is not None}
     return {} if new == old else {"embed_dim": -1}
 
 
-_RULES: list[tuple[type, Callable[[Any, Shapes, Shape | None], dict[str, Any]]]] = [
+_RULES: list[tuple[type, Callable[[Any, Shapes, Shape | None, Shape | None], dict[str, Any]]]] = [
     (_ConvNd, _conv),
     (nn.Linear, _linear),
     (_NormBase, _batch_norm),
@@ -165,16 +188,17 @@ _RULES: list[tuple[type, Callable[[Any, Shapes, Shape | None], dict[str, Any]]]]
     (nn.RMSNorm, _layer_norm),
     (nn.GroupNorm, _group_norm),
     (nn.Embedding, _embedding),
+    (nn.Unflatten, _unflatten),
     (nn.PReLU, _prelu),
     (nn.RNNBase, _recurrent),
     (nn.MultiheadAttention, _multihead),
 ]
 
 
-def _attributes(module: nn.Module, shapes: Shapes, inputs: Shape | None) -> dict[str, Any]:
+def _attributes(module: nn.Module, shapes: Shapes, inputs: Shape | None, outputs: Shape | None) -> dict[str, Any]:
     for kind, rule in _RULES:
         if isinstance(module, kind):
-            return rule(module, shapes, inputs)
+            return rule(module, shapes, inputs, outputs)
     return {}
 
 

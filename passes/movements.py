@@ -7,6 +7,7 @@ constant computed in the graph that meets a narrowed axis.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,7 +44,13 @@ class SelectMovements(Pass):
             with graph.inserting_before(node):
                 where = _constant(graph, extras, f"{name}_index", index, program)
                 node.op, node.target = "call_function", torch.index_select
+                rest = _rest(node, take.dim, len(take.value.shape))
                 node.args, node.kwargs = (nodes[origin], take.dim, where), {}
+                node.meta.pop("is_wrapped", None)
+            if rest is not None:
+                with graph.inserting_after(node):
+                    after = graph.call_function(operator.getitem, (node, rest))
+                node.replace_all_uses_with(after, delete_user_cb=lambda user, after=after: user is not after)
         had_users = {node.name for node in program.graph.nodes if node.users}
         for node in reversed(list(graph.nodes)):  # the movements that the picks replace
             if node.op in ("call_method", "call_function") and not node.users and node.name in had_users:
@@ -58,6 +65,24 @@ def _moves(node: fx.Node, narrowing: Narrowing) -> bool:
     _, take = found
     label = take.value.label(take.dim)
     return label is not None and not label.over and narrowing.narrows(label)
+
+
+def _rest(node: fx.Node, dim: int, rank: int) -> tuple[Any, ...] | None:
+    """What an index does along the other dimensions, if it does anything."""
+    if node.target is not operator.getitem or not isinstance(node.args[1], tuple):
+        return None
+    items = list(node.args[1])
+    if Ellipsis in [item for item in items if not isinstance(item, fx.Node)]:
+        at = next(i for i, item in enumerate(items) if item is Ellipsis)
+        used = sum(item is not None for item in items) - 1
+        items[at : at + 1] = [slice(None)] * (rank - used)
+    place = -1
+    for i, item in enumerate(items):
+        place += item is not None
+        if place == dim:
+            items[i] = slice(None)
+            break
+    return None if all(item == slice(None) for item in items) else tuple(items)
 
 
 def _surviving(narrowing: Narrowing, take: Take) -> np.ndarray[Any, Any]:

@@ -48,5 +48,5 @@ def update_goldens(request: pytest.FixtureRequest) -> bool:
 def seeded() -> None:
     """The same random numbers for every test, whatever ran before it."""
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002
+    np.random.seed(0)
     torch.manual_seed(0)

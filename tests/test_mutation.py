@@ -4,6 +4,9 @@ A broken rule or a missing pass is noticed if planning refuses, if the pipeline'
 back, or if :func:`fxprune.verify` raises. What must never happen is a wrong network that nobody objects to.
 """
 
+# The table has one case a line.
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 from collections.abc import Callable

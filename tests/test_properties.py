@@ -247,7 +247,9 @@ class Network(nn.Module):
         return self.head(x.mean(1))
 
 
-Recipe = tuple[list[tuple[Callable[[int, int], Block], int]], list[tuple[Callable[[int, int], Block], int]], str]
+Recipe = tuple[
+    list[tuple[Callable[[int, int], Block], int]], list[tuple[Callable[[int, int], Block], int]], str
+]
 
 
 @st.composite
@@ -378,9 +380,13 @@ def test_order_of_groups_is_irrelevant(model: Network, random: Any) -> None:
     plan = fxprune.plan(model, x, ratio=0.5)
     names = list(plan.removed)
     random.shuffle(names)
-    other = replace(plan, removed={name: random.sample(plan.removed[name], len(plan.removed[name])) for name in names})
+    other = replace(
+        plan, removed={name: random.sample(plan.removed[name], len(plan.removed[name])) for name in names}
+    )
     a, b = plan.apply(model), other.apply(model)
-    assert {n: t.tolist() for n, t in a.state_dict().items()} == {n: t.tolist() for n, t in b.state_dict().items()}
+    assert {n: t.tolist() for n, t in a.state_dict().items()} == {
+        n: t.tolist() for n, t in b.state_dict().items()
+    }
     assert torch.equal(a(x), b(x))
 
 

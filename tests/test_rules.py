@@ -1,5 +1,8 @@
 """Every operator rule against the oracle, and the parts that rules are made of against brute force."""
 
+# The table has one case a line.
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import math
@@ -457,7 +460,9 @@ def agree(case: Case) -> set[str]:
 
 def test_inference_mode_changes_nothing() -> None:
     """Operators stay whole in inference mode; the groups must be the same."""
-    model = nn.Sequential(nn.Conv2d(3, 12, 1), nn.BatchNorm2d(12), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(48, 4))
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 1), nn.BatchNorm2d(12), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(48, 4)
+    )
     x = torch.randn(2, 3, 4, 4)
     wanted = fxprune.plan(model, x)
     with torch.inference_mode():
@@ -629,7 +634,11 @@ def test_movements_agree_with_running_them(
 
 
 def _agree(c: Coupler, value: Value, truth: Any) -> None:
-    frozen = set(c.units.find(np.concatenate([e.ids.reshape(-1) for e in c.frozen])).tolist()) if c.frozen else set()
+    frozen = (
+        set(c.units.find(np.concatenate([e.ids.reshape(-1) for e in c.frozen])).tolist())
+        if c.frozen
+        else set()
+    )
     roots = c.units.find(truth)
     innermost = None
     for d, label in enumerate(value.labels):
@@ -656,7 +665,9 @@ def test_row_units_stand_for_their_cells(
     shape, dim, steps = drawn
     c = Coupler()
     ids = c.units.fresh(shape[dim])
-    value = Value(shape, [Label(ids, (), Axis("x", dim)) if d == dim and n > 1 else None for d, n in enumerate(shape)])
+    value = Value(
+        shape, [Label(ids, (), Axis("x", dim)) if d == dim and n > 1 else None for d, n in enumerate(shape)]
+    )
     for name, target in steps:
         if name == "reshape":
             value = Value(target, c.reshape(value, target))

@@ -104,7 +104,7 @@ class Coupler:
         if state.tensor is None and state.node is not None:
             self.by_size.add(state.node)
         own = Axis(state.name, value.dims[dim])
-        label = Label(ids, tuple(value.dims[d] for d in over), own, zero=state.tensor is not None)
+        label = Label(ids, tuple(value.dims[d] for d in over), own, zero=isinstance(state.tensor, torch.nn.Parameter))
         state.axes[value.dims[dim]] = label
         if axis is not None:
             self.edges.append((axis, own, self.node))

@@ -9,6 +9,7 @@ from typing import Any
 
 import networkx as nx
 import numpy as np
+import torch
 
 from ..capture import Captured
 from ..errors import PlanError
@@ -103,7 +104,7 @@ class CouplingGraph:
         order = {name: i for i, name in enumerate(program.skeleton.names)}
         states = sorted(run.states.values(), key=lambda state: order.get(state.name, len(order)))
         self._states = {state.name: state for state in states}
-        trainable = {name: name not in program.skeleton.buffers for name in self._states}
+        trainable = {s.name: isinstance(s.tensor, torch.nn.Parameter) for s in states}
         extra = tuple(event for name in self.held for event in self._hold(name))
         self._grouping: Grouping = form_groups(run.coupler, states, trainable, extra)
         self.__dict__.pop("frozen", None)
@@ -120,6 +121,11 @@ class CouplingGraph:
         node = next((n for n in self.captured.program.graph.nodes if n.name == name), None)
         if node is None:
             raise PlanError(f"the plan holds the graph node {name!r}, which this model does not have.")
+        if node.op == "call_module":
+            for state in self._states.values():
+                for label in state.axes if state.name.startswith(f"{node.target}.") else []:
+                    if label is not None:
+                        yield Event(label.ids.reshape(-1), label.axis, node, "this module could not be rewritten")
         for near in (node, *node.all_input_nodes):
             for value in tree_values(self._run.values.get(near)):
                 for dim in range(len(value.shape)):
@@ -174,7 +180,7 @@ class CouplingGraph:
             first[grouping.roots[grouping.events[number].ids]] = number
         found = []
         for state in self._states.values():
-            if state.name in self.captured.program.skeleton.buffers:
+            if not isinstance(state.tensor, torch.nn.Parameter):
                 continue
             for dim, label in enumerate(state.axes):
                 if label is None:

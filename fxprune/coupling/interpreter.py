@@ -7,6 +7,8 @@ dissolves into ATen calls under a ``TorchDispatchMode``. No weight and no activa
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -108,12 +110,15 @@ class _Interpreter(TorchDispatchMode):
         self._metas = {id(tensor): meta_like(tensor) for tensor in tensors}
         self._detours: dict[fx.Node, tuple[fx.Node, int, Any]] = {}
         self._interior: set[fx.Node] = set()
+        self._calls = 0
         self._quiet = False
 
     # -- ATen calls -----------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _takes_device(func):
+            kwargs = {**kwargs, "device": torch.device("meta")}
         if func is torch.ops.aten.as_strided_.default:
             self.coupler.strides = args[0].stride()
         shortcut = SHORTCUTS.get(func)
@@ -122,6 +127,7 @@ class _Interpreter(TorchDispatchMode):
             out = func(*args, **kwargs)
         if self._quiet:
             return out
+        self._calls += 1
         coupler = self.coupler
         rule = rule_for(func)
         coupler.operator = func._schema.name.partition("::")[2]
@@ -132,7 +138,7 @@ class _Interpreter(TorchDispatchMode):
             if rule.family == "pointwise":
                 numbers = [a for a in args if isinstance(a, (int, float)) and not isinstance(a, bool)]
                 if numbers:
-                    self._numbers.append((coupler.operator, *numbers))
+                    self._numbers.append((coupler.operator.rstrip("_"), *numbers))
         return out
 
     def _unknown(self, func: Any, args: Any, kwargs: Any) -> None:
@@ -169,22 +175,26 @@ class _Interpreter(TorchDispatchMode):
             else:
                 args = map_arg(node.args, env.__getitem__)
                 kwargs = map_arg(node.kwargs, env.__getitem__)
-                self._numbers = []
+                self._numbers, self._calls = [], 0
                 self._find_detour(node, env)
                 try:
                     if node.op == "call_module":
                         if node.target not in modules:
                             modules[node.target] = self._module(node.target)
                         result = modules[node.target](*args, **kwargs)
+                    elif node.target is operator.getitem:
+                        result = args[0][_index(args[1])]
                     elif node.op == "call_method":
                         result = getattr(args[0], node.target)(*args[1:], **kwargs)
                     else:
                         result = node.target(*args, **kwargs)
-                except Exception as error:  # noqa: BLE001 - whatever a user's node raises
-                    raise _failed(node, error) from error
+                except Exception as error:  # whatever a user's node raises
+                    raise _failed(node, error, args, self._shapes(node)) from error
                 if self._numbers:
                     self.scalars[node] = tuple(self._numbers)
             env[node] = result
+            if self._calls > 1 and node.target is not operator.getitem and node in self.coupler.takes:
+                self.coupler.takes[node] = None  # the node does more than pick
             if node in self._detours:
                 self._finish_detour(node, env)
             self.values[node] = self._describe(result)
@@ -239,6 +249,13 @@ class _Interpreter(TorchDispatchMode):
         self._quiet = False
         self.coupler.put(env[node], self.coupler.pick(self.coupler.value(env[source]), dim, index))
 
+    def _shapes(self, node: fx.Node) -> str:
+        """Shapes of the parameters of a module node, for messages."""
+        prefix = f"{node.target}." if node.op == "call_module" else None
+        tensors = self.program.tensors.items()
+        own = [f"{k} {tuple(t.shape)}" for k, t in tensors if prefix and k.startswith(prefix)]
+        return ", ".join(own[:4])
+
     def _describe(self, result: Any) -> Any:
         if isinstance(result, torch.Tensor):
             return self.coupler.value(result)
@@ -268,6 +285,22 @@ class _Interpreter(TorchDispatchMode):
 _VIEWS = frozenset(["view", "reshape", "flatten", "unflatten", "_unsafe_view"])
 _PERMUTATIONS = frozenset(["transpose", "permute", "movedim", "swapaxes", "swapdims", "moveaxis"])
 _MOVEMENTS = _VIEWS | _PERMUTATIONS | {"contiguous", "clone"}
+
+
+def _index(item: Any) -> Any:
+    """An index whose lists of numbers are tensors with values, which would else be lost on meta."""
+    if isinstance(item, tuple):
+        return tuple(_index(part) for part in item)
+    if isinstance(item, list) and item and all(type(number) is int for number in item):
+        with _disable_current_modes():
+            return torch.tensor(item)
+    return item
+
+
+@functools.cache
+def _takes_device(func: Any) -> bool:
+    """Whether an operator may make a tensor elsewhere than on the meta device."""
+    return any(argument.name == "device" for argument in func._schema.arguments)
 
 
 class _Known(dict[fx.Node, Any]):
@@ -315,10 +348,13 @@ def _permutation(probe: torch.Tensor, result: Any) -> tuple[int, Any] | None:
     return None
 
 
-def _failed(node: fx.Node, error: Exception) -> Exception:
+def _failed(node: fx.Node, error: Exception, args: Any, parameters: str) -> Exception:
     where = describe_source(node)
     what = f"{node.op} {node.target}" if node.op != "call_function" else getattr(node.target, "__name__", node.target)
-    message = f"node {node.name} ({what}{', ' + where if where else ''}) failed: {type(error).__name__}: {error}"
+    shapes = [str(tuple(t.shape)) for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
+    given = f" Its inputs have the shapes {', '.join(shapes)}." if shapes else ""
+    given += f" Its parameters: {parameters}." if parameters else ""
+    message = f"node {node.name} ({what}{', ' + where if where else ''}) failed: {type(error).__name__}: {error}.{given}"
     if isinstance(error, NotImplementedError) or "meta" in str(error).lower():
         failure: CaptureError | ExampleInputsError = CaptureError(
             f"{message}\nThe analysis runs on shapes alone; this node needs the values of a tensor. Next: "

@@ -185,7 +185,7 @@ class Value:
 
     def is_zero(self, dim: int) -> bool:
         if self.state is not None and self.is_open(dim):
-            return self.state.tensor is not None
+            return isinstance(self.state.tensor, torch.nn.Parameter)
         label = self.label(dim)
         return label is not None and label.zero and not self.storage[0]
 

@@ -52,14 +52,17 @@ def score(graph: CouplingGraph, importance: Importance, seed: int = 0) -> Callab
 
 def _checked(scores: Any, group: Group) -> Scores:
     if isinstance(scores, torch.Tensor):
-        scores = scores.detach().to("cpu", torch.float64).numpy()
+        scores = scores.detach().to("cpu").resolve_conj()
+        scores = (scores if scores.is_complex() else scores.to(torch.float64)).numpy()
     try:
-        array = np.asarray(scores, dtype=np.float64)
+        array = np.asarray(np.real(scores), dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ImportanceError(
             f"the importance function returned {type(scores).__name__} for {group!r}; it must return one "
             f"number for each of its {group.size} units."
         ) from error
+    if np.iscomplexobj(scores):
+        raise ImportanceError(f"the importance function returned complex numbers for {group!r}; they have no order.")
     if array.shape != (group.size,):
         raise ImportanceError(
             f"the importance function returned shape {array.shape} for {group!r}; expected ({group.size},)."

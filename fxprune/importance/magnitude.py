@@ -25,11 +25,10 @@ def magnitude(graph: CouplingGraph, p: int) -> NDArray[np.float64]:
     not count.
     """
     total = np.zeros(graph.run.coupler.units.count)
-    buffers = graph.captured.program.skeleton.buffers
     scratch = torch.empty(_CHUNK)
     for state in graph.states.values():
         labels = [(dim, label) for dim, label in enumerate(state.axes) if label is not None]
-        if state.name in buffers or state.tensor is None or not labels:
+        if not isinstance(state.tensor, torch.nn.Parameter) or not labels:
             continue
         for (_, label), powers in zip(labels, _powers(state, labels, p, scratch), strict=True):
             np.add.at(total, graph.classes(label.ids).reshape(-1), powers.reshape(-1))

@@ -157,6 +157,8 @@ def roll(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     for shift, d in zip(args[1], dims, strict=True):
         dim = _dim(value, d)
         value = Value(value.shape, c.pick(value, dim, np.roll(np.arange(value.shape[dim]), shift)))
+    if len(dims) > 1 and c.node in c.takes:
+        c.takes[c.node] = None
     c.put(out, value.labels)
 
 
@@ -298,6 +300,18 @@ def _shuffle(
     step = torch.empty(split, device="meta").permute(*range(k), *order)
     c.permute(step, parts, (*range(k), *order))
     c.put(out, c.reshape(c.value(step), tuple(out.shape)))
+
+
+@rule("glu")
+def glu(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
+    """The first half times a function of the second."""
+    value = c.value(args[0])
+    dim = _dim(value, args[1] if len(args) > 1 else -1)
+    half = value.shape[dim] // 2
+    halves = [Value(tuple(out.shape), c.take(value, dim, np.arange(k * half, (k + 1) * half))) for k in (0, 1)]
+    names = range(out.dim())
+    labels, _ = c.unify([(part, names) for part in halves], names, lambda zeros: zeros[0])
+    c.put(out, labels)
 
 
 @rule("slice_scatter", "select_scatter")

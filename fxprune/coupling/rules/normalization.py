@@ -49,7 +49,7 @@ def layer_norm(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
 @rule("native_group_norm")
 def group_norm(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
     """``x: (N, C, *)`` in ``groups`` rows: each row keeps equally many channels."""
-    x, groups = c.value(args[0]), args[7]
+    x, groups = c.value(args[0]), args[6]
     names: list[Any] = list(range(len(x.shape)))
     vectors = [c.value(a) for a in args[1:3] if isinstance(a, torch.Tensor)]
     for dim in range(2, len(x.shape)):
@@ -59,6 +59,7 @@ def group_norm(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
     label = labels[1]
     if label is not None and label.over:
         label = labels[1] = c.tie(label, label.over)
+    c.delicate()
     if label is not None and groups < label.ids.size:
         cells = label.ids.reshape(groups, -1)
         c.rectangle(c.units.fresh(groups), cells)

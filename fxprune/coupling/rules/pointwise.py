@@ -35,6 +35,8 @@ def _zero_rule(name: str, args: tuple[Any, ...]) -> ZeroRule:
         return (lambda zeros: False) if others else all
     if name == "pow" and len(scalars) == 1:
         return all if scalars[0] > 0 else (lambda zeros: False)
+    if name == "hardtanh" and scalars and not (scalars[0] <= 0 <= scalars[-1] or len(scalars) == 1):
+        return lambda zeros: False
     if name in _KEEPS_ZERO:
         return all
     return lambda zeros: False
