@@ -13,7 +13,7 @@ from .coupling.graph import CouplingGraph
 from .coupling.groups import Group
 from .errors import CaptureError, ExampleInputsError, PlanError, RewriteError
 from .importance import Importance, score
-from .inputs import describe, normalize, restore, to_meta
+from .inputs import describe_inputs, normalize, restore_inputs, to_meta
 from .passes import Rewritten, rewrite
 from .planning.plan import PruningPlan
 from .planning.selection import check_ratio, select
@@ -108,22 +108,19 @@ def graph_for(made: PruningPlan, model: nn.Module) -> CouplingGraph:
     Raises:
         PlanError: if the plan does not fit the model, or removes what is not there.
     """
-    inputs = {name: restore(description) for name, description in made.inputs.items()}
+    made.validate()
     _check_architecture(made, model)
-    graph = _analyze(model, (), inputs, frozenset(made.dissolved))
+    args, kwargs = restore_inputs(made.inputs)
+    graph = _analyze(model, args, kwargs, frozenset(made.dissolved))
     if made.held:
         graph = graph.hold(set(made.held))
     sizes = {group.name: group.size for group in graph.groups}
-    for name, gone in made.removed.items():
+    for name in made.removed:
         if sizes.get(name) != made.sizes.get(name):
             raise PlanError(
                 f"the plan has {made.sizes.get(name)} units in the group {name!r}, this model has "
                 f"{sizes.get(name, 'no such group')}. Plan again for this model."
             )
-        wrong = [unit for unit in gone if not 0 <= unit < sizes[name]]
-        if wrong or len(set(gone)) == sizes[name]:
-            what = f"names units {wrong}" if wrong else "removes every unit"
-            raise PlanError(f"the plan {what} of the group {name!r}, which has {sizes[name]} units.")
     return graph
 
 
@@ -160,11 +157,9 @@ def _plan(
     else:
         first = rewritten.violations[0]
         raise RewriteError(f"the graph could not be rewritten at node {first.node}: {first.reason}.")
-    program = graph.captured.program
-    names = [str(node.target) for node in program.placeholders()]
     made = PruningPlan(
         model=graph.captured.class_name,
-        inputs={name: describe(value) for name, value in zip(names, graph.inputs, strict=True)},
+        inputs=describe_inputs(args, kwargs),
         shapes=graph.tensor_names(),
         sizes={group.name: group.size for group in graph.groups},
         removed=removed,

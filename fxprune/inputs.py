@@ -55,6 +55,24 @@ def meta_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
+def describe_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A JSON-serialisable description of a model's arguments; the inverse of :func:`restore_inputs`."""
+    return {"args": [describe(a) for a in args], "kwargs": {k: describe(v) for k, v in kwargs.items()}}
+
+
+def restore_inputs(description: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments, tensors on the meta device.
+
+    Raises:
+        PlanError: if the description is malformed.
+    """
+    try:
+        args, kwargs = description["args"], description["kwargs"].items()
+    except (TypeError, KeyError, AttributeError) as error:
+        raise PlanError("the plan's 'inputs' must hold 'args' and 'kwargs'.") from error
+    return tuple(restore(a) for a in args), {k: restore(v) for k, v in kwargs}
+
+
 def describe(tree: Any) -> Any:
     """A JSON-serialisable description of a tree of inputs; the inverse of :func:`restore`."""
     if isinstance(tree, torch.Tensor):

@@ -7,6 +7,7 @@ and weights are touched once, when the final module is assembled.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +42,8 @@ class Program:
         modules: leaf modules by path. Their own tensors are ignored: ``tensors`` counts.
         tensors: parameters and buffers by name. Tied tensors are one object under several names.
         skeleton: the rest of the module tree.
-        extras: tensors that the rewriter added; they are no part of the state dict.
+        extras: constants that were met while tracing or added by the rewriter; not in the state dict.
+        notes: what the user should know about how the graph was made.
     """
 
     graph: fx.Graph
@@ -49,6 +51,7 @@ class Program:
     tensors: Mapping[str, torch.Tensor]
     skeleton: Skeleton
     extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def placeholders(self) -> list[fx.Node]:
         return [node for node in self.graph.nodes if node.op == "placeholder"]
@@ -75,13 +78,59 @@ class Program:
 
     def module(self, class_name: str = "GraphModule") -> fx.GraphModule:
         """Assemble a module that owns ``tensors`` (they are not copied)."""
-        root = assemble(self)
-        module = fx.GraphModule(root, self.graph, class_name)
-        # fx keeps only what the graph refers to, in its order; the state dict is to be the original's.
-        for registry in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+        return OwnedModule.of(assemble(self), self.graph, class_name)
+
+
+_REGISTRIES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+
+
+class OwnedModule(fx.GraphModule):
+    """A ``GraphModule`` that keeps all of its module tree, its name and its ``meta`` through copies.
+
+    ``torch.fx.GraphModule`` keeps only what the graph refers to, in the order of the graph, and loses
+    its metadata when it is pickled.
+    """
+
+    @classmethod
+    def of(cls, root: nn.Module, graph: fx.Graph, class_name: str) -> OwnedModule:
+        """A module that runs ``graph`` and owns the module tree of ``root``."""
+        module = cls(root, graph, class_name)
+        for registry in _REGISTRIES:
             module.__dict__[registry] = root.__dict__[registry]
         module.training = root.training
         return module
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rebuild, arguments = super().__reduce__()
+        own = {registry: self.__dict__[registry] for registry in _REGISTRIES}
+        return _unpickle, (rebuild, arguments, own, self.meta, self.training, type(self).__name__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OwnedModule:
+        root = nn.Module()
+        for registry in _REGISTRIES:
+            root.__dict__[registry] = copy.deepcopy(self.__dict__[registry], memo)
+        root.training = self.training
+        new = OwnedModule.of(root, copy.deepcopy(self.graph), type(self).__name__)
+        new.meta = copy.copy(self.meta)
+        memo[id(self)] = new
+        return new
+
+
+def _unpickle(
+    rebuild: Callable[..., fx.GraphModule],
+    arguments: tuple[Any, ...],
+    own: dict[str, Any],
+    meta: dict[str, Any],
+    training: bool,
+    class_name: str,
+) -> OwnedModule:
+    root = rebuild(*arguments)
+    graph = root.graph
+    root.__dict__.update(own)
+    root.training = training
+    module = OwnedModule.of(root, graph, class_name)
+    module.meta = meta
+    return module
 
 
 Supply = Callable[[str, torch.Tensor], torch.Tensor | None]
@@ -105,6 +154,9 @@ def _clone(
     memo[id(module)] = new
     state = new.__dict__
     state.update(module.__dict__)
+    for key, value in module.__dict__.items():
+        if isinstance(value, torch.Tensor):  # recomputed by a hook; what is no leaf could not be copied
+            state[key] = value.detach()
     if not share:
         for key, value in module.__dict__.items():
             if isinstance(value, (dict, list, set)):

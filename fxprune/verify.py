@@ -123,6 +123,7 @@ def verify(
             f"the outputs differ from the masked original's by {error:.1e} (relative), though no single "
             f"node of the graph differs: was {type(pruned).__name__} changed since it was pruned?"
         )
+    _compare_weights(graph.captured.program, pruned, narrowing)  # the skipped nodes' own weights, too
     return Verdict(worst, walk.compared, tuple(inexact), dtype)
 
 
@@ -138,6 +139,7 @@ def _masked(program: Program, narrowing: Narrowing, dtype: torch.dtype) -> fx.Gr
     axes = {id(state.tensor): state.axes for state in narrowing.graph.states.values()}
     made: dict[int, torch.Tensor] = {}
     tensors = {}
+    extras = {name: _cast(tensor, dtype) for name, tensor in program.extras.items()}
     for name, tensor in program.tensors.items():
         if id(tensor) not in made:
             new = _cast(tensor, dtype)
@@ -152,7 +154,22 @@ def _masked(program: Program, narrowing: Narrowing, dtype: torch.dtype) -> fx.Gr
                 new = nn.Parameter(new, requires_grad=False) if new.is_floating_point() else new
             made[id(tensor)] = new
         tensors[name] = made[id(tensor)]
-    return replace(program, tensors=tensors).module().eval()  # type: ignore[return-value]
+    return replace(program, tensors=tensors, extras=extras).module().eval()  # type: ignore[return-value]
+
+
+def _compare_weights(program: Program, pruned: nn.Module, narrowing: Narrowing) -> None:
+    """Refuse a network whose parameters and buffers are not the surviving slices of the original's."""
+    axes = {id(state.tensor): state.axes for state in narrowing.graph.states.values()}
+    state = dict([*pruned.named_parameters(remove_duplicate=False), *pruned.named_buffers(remove_duplicate=False)])
+    for name, tensor in program.tensors.items():
+        if name in state:
+            wanted = narrow(tensor, axes.get(id(tensor), []), narrowing)
+            error = _error(state[name].detach().to(wanted), wanted.detach())
+            if error > 0:
+                raise VerificationError(
+                    f"{name} is not the surviving slice of the original's (shape {tuple(state[name].shape)}, "
+                    f"expected {tuple(wanted.shape)}; relative error {error:.1e}). Verify before training on."
+                )
 
 
 def _whole(original: nn.Module, candidate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:

@@ -80,7 +80,9 @@ class Narrowing:
         self._masks: dict[int, tuple[Ids, Mask, bool]] = {}
         self._values = {node.name: value for node, value in graph.run.values.items()}
         self._takes = {node.name: take for node, take in graph.run.coupler.takes.items()}
-        self._origin = {id(value): name for name, value in self._values.items()}
+        self._origin: dict[int, str] = {}
+        for name, value in self._values.items():
+            self._origin.setdefault(id(value), name)
 
     def alive(self, label: Label) -> Mask:
         """For each index of ``label.ids`` whether it survives."""
@@ -144,8 +146,17 @@ class Narrowing:
     def take(self, node: fx.Node) -> tuple[str, Take] | None:
         """How the node picks indices along a dimension, and from which node's output, if it does."""
         take = self._takes.get(node.name)
-        origin = self._origin.get(id(take.value)) if take is not None else None
-        return (origin, take) if take is not None and origin is not None else None
+        if take is None:
+            return None
+        origin = self._origin.get(id(take.value))
+        if origin is None:  # picked after other dimensions had been sliced
+            own = take.value.label(take.dim)
+            for before in node.all_input_nodes:
+                value = self.value(before)
+                if value is not None and len(value.shape) == len(take.value.shape) and own is not None:
+                    label = value.label(take.dim)
+                    origin = before.name if label is not None and label.ids is own.ids else origin
+        return (origin, take) if origin is not None else None
 
 
 @dataclass(frozen=True)

@@ -43,14 +43,13 @@ class SelectMovements(Pass):
             index = _surviving(narrowing, take)
             with graph.inserting_before(node):
                 where = _constant(graph, extras, f"{name}_index", index, program)
-                node.op, node.target = "call_function", torch.index_select
                 rest = _rest(node, take.dim, len(take.value.shape))
-                node.args, node.kwargs = (nodes[origin], take.dim, where), {}
+                pick = (nodes[origin], take.dim, where)
+                if rest is None:
+                    node.op, node.target, node.args, node.kwargs = "call_function", torch.index_select, pick, {}
+                else:
+                    node.args, node.kwargs = (graph.call_function(torch.index_select, pick), *rest), {}
                 node.meta.pop("is_wrapped", None)
-            if rest is not None:
-                with graph.inserting_after(node):
-                    after = graph.call_function(operator.getitem, (node, rest))
-                node.replace_all_uses_with(after, delete_user_cb=lambda user, after=after: user is not after)
         had_users = {node.name for node in program.graph.nodes if node.users}
         for node in reversed(list(graph.nodes)):  # the movements that the picks replace
             if node.op in ("call_method", "call_function") and not node.users and node.name in had_users:
@@ -68,7 +67,15 @@ def _moves(node: fx.Node, narrowing: Narrowing) -> bool:
 
 
 def _rest(node: fx.Node, dim: int, rank: int) -> tuple[Any, ...] | None:
-    """What an index does along the other dimensions, if it does anything."""
+    """Arguments for what a movement does along the other dimensions, if it does anything."""
+    if operator_name(node) == "roll":
+        shifts, dims = (
+            node.args[i] if len(node.args) > i else node.kwargs[name] for i, name in ((1, "shifts"), (2, "dims"))
+        )
+        if isinstance(dims, int):
+            return None
+        others = [(s, d) for s, d in zip(shifts, dims, strict=True) if d % rank != dim]
+        return tuple(zip(*others, strict=True)) or None
     if node.target is not operator.getitem or not isinstance(node.args[1], tuple):
         return None
     items = list(node.args[1])
@@ -82,7 +89,8 @@ def _rest(node: fx.Node, dim: int, rank: int) -> tuple[Any, ...] | None:
         if place == dim:
             items[i] = slice(None)
             break
-    return None if all(item == slice(None) for item in items) else tuple(items)
+    plain = all(isinstance(item, slice) and item == slice(None) for item in items)
+    return None if plain else (tuple(items),)
 
 
 def _surviving(narrowing: Narrowing, take: Take) -> np.ndarray[Any, Any]:

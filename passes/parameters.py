@@ -30,14 +30,14 @@ class NarrowParameters(Pass):
 
     def run(self, program: Program, narrowing: Narrowing, sites: Sequence[Any]) -> Program:
         axes = {id(state.tensor): state.axes for state in narrowing.graph.states.values()}
+        make = _shrink if self.shapes_only else narrow
         made: dict[int, torch.Tensor] = {}
-        tensors = {}
-        for name, tensor in program.tensors.items():
+        for tensor in [*program.tensors.values(), *program.extras.values()]:
             if id(tensor) not in made:
-                labels = axes.get(id(tensor), [])
-                made[id(tensor)] = (_shrink if self.shapes_only else narrow)(tensor, labels, narrowing)
-            tensors[name] = made[id(tensor)]
-        return replace(program, tensors=tensors)
+                made[id(tensor)] = make(tensor, axes.get(id(tensor), []), narrowing)
+        tensors = {name: made[id(tensor)] for name, tensor in program.tensors.items()}
+        extras = {name: made[id(tensor)] for name, tensor in program.extras.items()}
+        return replace(program, tensors=tensors, extras=extras)
 
 
 def _shrink(tensor: torch.Tensor, labels: Sequence[Label | None], narrowing: Narrowing) -> torch.Tensor:

@@ -53,7 +53,8 @@ class Rewritten:
         """The module with the real, narrowed weights."""
         captured = self.narrowing.graph.captured
         narrowed = NarrowParameters()(captured.program, self.narrowing)
-        return replace(self.program, tensors=narrowed.tensors).module(captured.class_name)
+        extras = {**self.program.extras, **narrowed.extras}
+        return replace(self.program, tensors=narrowed.tensors, extras=extras).module(captured.class_name)
 
 
 def rewrite(graph: CouplingGraph, removed: Mapping[str, Sequence[int]]) -> Rewritten:
@@ -108,6 +109,11 @@ def _predicted(narrowing: Narrowing, value: Value, compact: Any) -> Value:
         None if label is None else _survivors(narrowing, value.label, label, compact)
         for label in map(value.label, range(len(value.shape)))
     ]
+    for dim, label in enumerate(labels):
+        if label is not None and label.ids.shape[-1] == 1:
+            labels[dim] = None
+            if label.over:  # a row of one column is its only cell
+                labels[label.over[-1]] = replace(label, ids=label.ids[..., 0], over=label.over[:-1])
     return Value(narrowing.shape(value), labels, dtype=value.dtype)
 
 

@@ -221,6 +221,8 @@ CASES = [
     Case("roll", lambda x: x.roll(5, 1)),
     Case("roll", lambda x: x.roll((1, 2), (1, 2))),
     Case("roll", lambda x: x.roll(3), shrinks=False, batch=False),
+    Case("glu", lambda x: F.glu(x, 1)),
+    Case("glu", lambda x: F.glu(x, 2)),
     Case("repeat", lambda x: x.repeat(1, 3, 1, 1)),
     Case("repeat", lambda x: x.repeat(1, 1, 1, 2)),
     Case("index_select", lambda x: x.index_select(1, pick([3, 1, 7, 7]))),

@@ -70,6 +70,7 @@ def capture(
         report = f"captured {name} by {rung}: {len(program.graph.nodes)} nodes, {len(program.modules)} leaf modules."
         for other, refusal in refusals:
             report += f" ({other} could not: {refusal})"
+        report += "".join(f" Note: {note}." for note in program.notes)
         if refusals:
             report += " Control flow follows the shapes of the example inputs."
         return Captured(program, rung, report, name)

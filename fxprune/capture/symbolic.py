@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import keyword
 import operator
 import os
 import sys
@@ -74,6 +75,9 @@ def check_value(value: Any, expected: Any, name: str) -> None:
 
 def _arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The given inputs by name; positional extras of ``*args`` are numbered."""
+    lazy = next((n for n, p in _tensors(model) if isinstance(p, nn.parameter.UninitializedTensorMixin)), None)
+    if lazy is not None:
+        raise CaptureError(f"{lazy} has no shape yet: run the model once on real inputs, then prune it.")
     signature = inspect.signature(model.forward)
     try:
         bound = signature.bind(*args, **kwargs)
@@ -89,6 +93,11 @@ class _Flag(int):
     """The value of a module's ``training`` attribute while tracing: a truth value with an owner."""
 
     owner: nn.Module
+    asked: set[nn.Module]
+
+    def __bool__(self) -> bool:
+        self.asked.add(self.owner)
+        return int(self) != 0
 
 
 class _Tracer(fx.Tracer):
@@ -98,6 +107,10 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.model = model
         self.arguments = arguments
+        self.options: tuple[Any, ...] = ()
+        self.switches: set[nn.Module] = set()
+        self.constants: dict[str, torch.Tensor] = {}
+        self.alive: list[torch.Tensor] = []  # constants whose id must stay theirs
         self.given: dict[str, Any] = {}
         self.flags: dict[str, TrainingFlag] = {}
         self.tensors = dict(_tensors(model))
@@ -105,20 +118,45 @@ class _Tracer(fx.Tracer):
         self.tensor_proxies: dict[str, fx.Proxy] = {}
 
     def program(self) -> Program:
-        """Trace, and collect what the graph refers to."""
+        """Trace, and collect what the graph refers to.
+
+        A module without tensors or children whose control flow asks for ``self.training`` (stochastic
+        depth, say) becomes a leaf, so that it still switches; for any other, the mode is that of now.
+        """
+        asked: set[nn.Module] = set()
         try:
-            with _dynamic_training(self.model):
+            with _dynamic_training(self.model, asked), _dynamic_factories(self):
                 graph = super().trace(self.model)
+                switches = {m for m in asked if not [*m.children(), *m.parameters(), *m.buffers()]}
+                if switches - {self.model}:
+                    again = type(self)(self.model, self.arguments, *self.options)
+                    again.switches = switches - {self.model}
+                    asked.clear()
+                    with _dynamic_factories(again):
+                        graph = fx.Tracer.trace(again, self.model)
+                    self.__dict__.update(again.__dict__)
         except (CaptureError, ExampleInputsError):
             raise
         except Exception as error:  # whatever a user's forward raises on symbolic values
             raise CaptureError(f"{_blame(error)}{type(error).__name__}: {error}") from error
-        paths = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+        graph._tracer_cls = None  # a tracer of ours cannot be made from nothing, as unpickling would
+        paths = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
+        for node in graph.nodes:
+            if function_name(node.target) is None:
+                node.meta.pop("is_wrapped", None)
+        odd = next((p for p in paths if any(keyword.iskeyword(part) for part in p.split("."))), None)
+        if odd is not None:
+            raise CaptureError(f"torch.fx cannot write code for {odd!r}, because a Python keyword is part of it.")
+        fixed = sorted(path for path, module in self.model.named_modules() if module in asked)
+        mode = "training" if self.model.training else "evaluation"
+        notes = [f"control flow on self.training in {p or 'the model'} stays that of {mode} mode" for p in fixed]
         return Program(
             graph=graph,
-            modules={path: self.leaf(path) for path in paths},
+            modules={str(n.target): self.leaf(str(n.target)) for n in graph.nodes if n.op == "call_module"},
             tensors=dict(_tensors(self.model)),
             skeleton=_skeleton(self.model),
+            extras=self.constants,
+            notes=tuple(notes),
         )
 
     # -- inputs ---------------------------------------------------------------------------------
@@ -170,7 +208,7 @@ class _Tracer(fx.Tracer):
     # -- modules and tensors --------------------------------------------------------------------
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, TrainingFlag) or is_leaf(m)
+        return isinstance(m, TrainingFlag) or m in self.switches or is_leaf(m)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         name = self.tensor_names.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
@@ -187,6 +225,15 @@ class _Tracer(fx.Tracer):
             if path not in self.flags:
                 self.flags[path] = TrainingFlag().train(bool(a))
             return self.create_node("call_module", path, (), {})
+        if isinstance(a, torch.Tensor):
+            name = self.tensor_names.get(id(a))
+            if name is None:  # made in forward, or a plain attribute
+                name = f"_constant_{len(self.constants)}"
+                self.constants[name] = a.detach()
+                self.tensors[name] = self.constants[name]
+                self.tensor_names[id(a)] = name
+                self.alive.append(a)
+            return self.create_node("get_attr", name, (), {})
         return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
@@ -197,6 +244,10 @@ class _Tracer(fx.Tracer):
         if frame is not None and node.op not in ("placeholder", "output"):
             node.meta["source"] = (frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
         return node
+
+    def wants_factory(self, dynamic: bool) -> bool:
+        """Whether a call of ``torch.zeros`` or the like becomes a node."""
+        return dynamic
 
     def leaf(self, path: str) -> nn.Module:
         return self.flags[path] if path in self.flags else self.model.get_submodule(path)
@@ -248,6 +299,7 @@ class _ShapeProxy(fx.Proxy):
 class _ShapeTracer(_Tracer):
     def __init__(self, model: nn.Module, arguments: dict[str, Any], dissolve: frozenset[str]) -> None:
         super().__init__(model, arguments)
+        self.options = (dissolve,)
         self.dissolve = dissolve
         self.values: dict[fx.Node, Any] = {}
         self.metas: dict[int, torch.Tensor] = {}
@@ -267,9 +319,13 @@ class _ShapeTracer(_Tracer):
 
     def create_arg(self, a: Any) -> Any:
         node = super().create_arg(a)
-        if isinstance(node, fx.Node) and node not in self.values:  # a training flag
-            self.values[node] = self.leaf(str(node.target)).training
+        if isinstance(node, fx.Node) and node not in self.values:  # a training flag or a constant
+            flag = node.op == "call_module"
+            self.values[node] = self.leaf(str(node.target)).training if flag else self._evaluate(node)
         return node
+
+    def wants_factory(self, dynamic: bool) -> bool:
+        return not self.evaluating
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return forward(*args, **kwargs) if self.evaluating else super().call_module(m, forward, args, kwargs)
@@ -288,6 +344,8 @@ class _ShapeTracer(_Tracer):
                 if node.op == "call_method":
                     return getattr(args[0], str(node.target))(*args[1:], **kwargs)
                 if node.op == "call_function":
+                    if getattr(node.target, "__name__", "") in _FACTORIES:
+                        kwargs = {**kwargs, "device": "meta"}
                     return node.target(*args, **kwargs)  # type: ignore[operator]
                 path = str(node.target)
                 if path not in self.clones:
@@ -345,8 +403,38 @@ def _skeleton(model: nn.Module) -> Skeleton:
     return Skeleton(training, aliases, buffers, names)
 
 
+_FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "linspace", "eye")
+
+
 @contextlib.contextmanager
-def _dynamic_training(model: nn.Module) -> Iterator[None]:
+def _dynamic_factories(tracer: _Tracer) -> Iterator[None]:
+    """While it lasts, ``torch.zeros(proxy, 4)`` and the like become nodes.
+
+    The arguments of these functions are parsed without regard to proxies. With shapes known, all calls
+    become nodes, so that a tensor made by one can be assigned to in slices.
+    """
+    originals = {name: getattr(torch, name) for name in _FACTORIES}
+
+    def dynamic(original: Callable[..., Any]) -> Callable[..., Any]:
+        def make(*args: Any, **kwargs: Any) -> Any:
+            leaves = pytree.tree_leaves((args, kwargs))
+            if tracer.wants_factory(any(isinstance(leaf, fx.Proxy) for leaf in leaves)):
+                return tracer.create_proxy("call_function", original, args, kwargs)
+            return original(*args, **kwargs)
+
+        return make
+
+    for name, original in originals.items():
+        setattr(torch, name, dynamic(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch, name, original)
+
+
+@contextlib.contextmanager
+def _dynamic_training(model: nn.Module, asked: set[nn.Module]) -> Iterator[None]:
     """While it lasts, ``module.training`` of the traced modules is a :class:`_Flag`.
 
     Done with a property on ``nn.Module``, as ``torch.fx`` itself does for ``__call__`` and
@@ -362,7 +450,7 @@ def _dynamic_training(model: nn.Module) -> Iterator[None]:
         if id(module) not in owned:
             return value
         flag = _Flag(value)
-        flag.owner = module
+        flag.owner, flag.asked = module, asked
         return flag
 
     def write(module: nn.Module, value: Any) -> None:

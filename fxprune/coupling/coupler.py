@@ -79,6 +79,10 @@ class Coupler:
         self.put(tensor, labels)
         self.value(tensor).storage = source.storage
 
+    def alias(self, tensor: torch.Tensor, value: Value) -> None:
+        """Record that ``tensor`` is the very value, memory included."""
+        tensor._fxprune_value = value  # type: ignore[attr-defined]
+
     def constant(self, tensor: torch.Tensor) -> None:
         """Record a constant made in the graph, whose axes are free to follow what they meet."""
         name = self.node.name if self.node is not None else "constant"

@@ -3,7 +3,7 @@
 Units that label the same axes are interchangeable. Among them, those that lie in the same rows of every
 rectangle form an *atom*: only their number matters to the rectangle. Rows that must stay equally long
 link their atoms. A group is a connected component of the graph of atoms; within a group, linked atoms
-(a *balanced set*) lose equally many units each, and each chooses its own.
+(a *balanced set*) lose the same share of their units each, and each chooses its own.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Group:
             with the same first axis are ``parameter[dim]:2``, ``:3``, ...
         units: unit numbers, in the order in which they appear on the first axis, ``(size,)``.
         balance: balanced sets; each is a tuple of rows, each row an array of positions in ``units``.
-            Every row of a set loses equally many units.
+            Every row of a set loses the same share of its units (rows differ in size where a unit takes
+            up several columns, as with a rotary table).
         exact: no normalisation or reduction runs over the group's axes, so that the pruned network
             equals the masked one.
         inexact_because: what makes it inexact, with the node; empty if exact.
@@ -211,7 +212,7 @@ def _order_of_appearance(keyed: Sequence[tuple[np.uint64, Ids, Any]], count: int
 
 
 Band = tuple[Ids, ...]
-"""Atoms (arrays of classes) that lose equally many units each."""
+"""Atoms (arrays of classes) that take up equally many columns, and lose the same share of their units."""
 
 
 def _balance(
@@ -255,15 +256,15 @@ def _balance(
         for number in np.unique(atom_of[inside]).tolist():
             unit_counts = counts[np.searchsorted(inside, atoms[number][0])]
             for row in np.flatnonzero(unit_counts).tolist():
-                size = atoms[number].size
-                rows_atoms[row].append((size, int(unit_counts[row]), int(signature[atoms[number][0]]), number))
+                columns = atoms[number].size * int(unit_counts[row])
+                rows_atoms[row].append((columns, int(signature[atoms[number][0]]), number))
         rows = [sorted(rows_atoms.get(row, [])) for row in range(counts.shape[1])]
-        shapes = [[atom[:2] for atom in row] for row in rows]
+        shapes = [[atom[0] for atom in row] for row in rows]
         if any(shape != shapes[0] for shape in shapes):
             broken.append(rectangle)
             continue
         for row in rows[1:]:
-            links.add_edges_from((a[3], b[3]) for a, b in zip(rows[0], row, strict=True) if a[3] != b[3])
+            links.add_edges_from((a[2], b[2]) for a, b in zip(rows[0], row, strict=True) if a[2] != b[2])
     bands = [tuple(atoms[i] for i in sorted(part)) for part in nx.connected_components(links)]
     return bands, broken
 

@@ -117,6 +117,8 @@ class _Interpreter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._quiet:
+            return func(*args, **kwargs)
         if _takes_device(func):
             kwargs = {**kwargs, "device": torch.device("meta")}
         if func is torch.ops.aten.as_strided_.default:
@@ -125,8 +127,6 @@ class _Interpreter(TorchDispatchMode):
         out = shortcut(args, kwargs) if shortcut is not None else None
         if out is None:
             out = func(*args, **kwargs)
-        if self._quiet:
-            return out
         self._calls += 1
         coupler = self.coupler
         rule = rule_for(func)

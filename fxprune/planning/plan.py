@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 VERSION = 1
 
 
+def _whole_numbers(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(type(item) is int for item in value)
+
+
 @dataclass(frozen=True)
 class PruningPlan:
     """Which units of which groups are removed from one architecture.
@@ -24,7 +28,7 @@ class PruningPlan:
 
     Attributes:
         model: class name of the model.
-        inputs: description of the example inputs (shapes, dtypes), one for each input, by name.
+        inputs: description of the example inputs (shapes, dtypes): ``{"args": [...], "kwargs": {...}}``.
         shapes: shape of every parameter and buffer: the architecture that the plan is for.
         sizes: number of units of every group, by the group's name.
         removed: positions of the units to remove, by the group's name; groups that stay are left out.
@@ -51,6 +55,30 @@ class PruningPlan:
         from ..api import apply
 
         return apply(self, model)
+
+    def validate(self) -> None:
+        """Check that the fields are what they should be.
+
+        Raises:
+            PlanError: names the field and what is wrong with it.
+        """
+        for name in ("inputs", "shapes", "sizes", "removed", "settings"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise PlanError(f"the plan's {name!r} must map names to values, got {getattr(self, name)!r}.")
+        for name, shape in self.shapes.items():
+            if not _whole_numbers(shape):
+                raise PlanError(f"the plan's shape of {name!r} must be a list of sizes, got {shape!r}.")
+        for group, gone in self.removed.items():
+            size = self.sizes.get(group)
+            if type(size) is not int:
+                raise PlanError(f"the plan removes units of {group!r}, a group of which it knows no size.")
+            if not _whole_numbers(gone):
+                raise PlanError(f"the plan's units of {group!r} must be a list of whole numbers, got {gone!r}.")
+            wrong = [unit for unit in gone if not 0 <= unit < size]
+            if wrong:
+                raise PlanError(f"the plan names units {wrong} of the group {group!r}, which has {size} units.")
+            if len(set(gone)) == size:
+                raise PlanError(f"the plan removes every unit of the group {group!r}; at least one must stay.")
 
     def __repr__(self) -> str:
         gone = sum(len(units) for units in self.removed.values())
@@ -82,6 +110,8 @@ class PruningPlan:
             data = json.loads(text)
             if data.pop("fxprune_plan") != VERSION:
                 raise PlanError(f"this plan has another version than {VERSION}, which fxprune reads.")
-            return PruningPlan(**{**data, "held": tuple(data["held"]), "dissolved": tuple(data["dissolved"])})
+            plan = PruningPlan(**{**data, "held": tuple(data["held"]), "dissolved": tuple(data["dissolved"])})
+            plan.validate()
+            return plan
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"this is no pruning plan: {type(error).__name__}: {error}") from error

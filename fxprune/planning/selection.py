@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ def select(
 ) -> dict[str, list[int]]:
     """The units to remove from each group: ``floor(ratio * n)`` lowest-scored ones of each row of ``n``.
 
-    Every row keeps at least one unit, and rows that must stay equally long lose equally many. Ties
+    Every row keeps at least one unit, and rows that must stay equally long lose the same share. Ties
     are broken by position, so that the same scores always give the same units.
     """
     removed = {}
@@ -39,8 +40,9 @@ def select(
         values = None
         gone: list[int] = []
         for band in group.balance:
+            steps = math.gcd(*(row.size for row in band))
             for row in band:
-                count = int(ratio * row.size + 1e-9)
+                count = int(ratio * steps + 1e-9) * (row.size // steps)
                 if count:
                     if values is None:
                         values = np.asarray(scores(group))

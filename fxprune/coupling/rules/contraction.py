@@ -141,6 +141,8 @@ def _grouped(
     own columns, so the in-group axis of the weight is labelled over the grouped axis.
     """
     n_in, n_out = x.shape[1] // groups, out.shape[1] // groups
+    # A group that became one channel wide is still a row of its rectangle, not a channel of its own.
+    single = (n_in == 1 or n_out == 1) and not c.units.anchors
     batch, channels = _first(c, x)
     if channels is not None and channels.over:
         channels = c.tie(channels, [0])
@@ -150,17 +152,19 @@ def _grouped(
         axis = c._here(1)
     else:
         ids, axis = channels.ids.reshape(groups, n_in), channels.axis
-        if n_in > 1 and n_out == 1:
+        if single:
             c.merge(ids[:, :1], ids, axis, axis)
-        if n_in == 1 or n_out == 1:
             rows = ids[:, 0]
         else:
             rows = c.units.fresh(groups)
             c.rectangle(rows, ids)
     # The weight's grouped axis: output channels, or input channels when transposed.
     grouped_in = into == 0
-    cells = _open_cells(c, weight, outof, groups, n_out, rows, n_in, grouped_in)
-    if n_out > 1 and n_in > 1:
+    if single:  # an output channel lives and dies with its group
+        cells = np.repeat(rows[:, None], n_out, axis=1)
+    else:
+        cells = _open_cells(c, weight, outof, groups, n_out, n_in, grouped_in)
+    if not single:
         c.rectangle(rows, cells)
     inner, inner_cells, repeats = (outof, cells, n_in) if grouped_in else (into, ids, n_out)
     outer_flat = (ids if grouped_in else cells).reshape(-1)
@@ -168,7 +172,7 @@ def _grouped(
     c.unify([(_column(weight, outer), "c"), (Value((outer_flat.size,), [Label(outer_flat, (), axis, True)]), "c")], "")
     if weight.shape[inner] > 1:
         per_index = np.repeat(inner_cells, repeats, axis=0)
-        if (n_in == 1 or n_out == 1) and weight.shape[inner] > 1:
+        if single:
             pass  # the in-group axis goes with its row as a whole
         elif weight.is_open(inner):
             c.adopt(weight, inner, per_index, (outer,), axis)
@@ -200,11 +204,9 @@ def _column(weight: Value, dim: int) -> Value:
 
 
 def _open_cells(
-    c: Coupler, weight: Value, outof: int, groups: int, n_out: int, rows: Ids, n_in: int, grouped_in: bool
+    c: Coupler, weight: Value, outof: int, groups: int, n_out: int, n_in: int, grouped_in: bool
 ) -> Ids:
     """Units of the output channels, ``(groups, n_out)``."""
-    if n_in == 1 or n_out == 1:  # an output channel lives and dies with its group
-        return np.repeat(rows[:, None], n_out, axis=1)
     if grouped_in:
         label = weight.label(outof)
         if label is not None and label.over:

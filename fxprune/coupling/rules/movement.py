@@ -103,7 +103,7 @@ def slice_(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     dim = _dim(value, dim)
     index = np.arange(value.shape[dim])[slice(start, end, step)]
     if index.size == value.shape[dim]:
-        c.permute(out, value, range(len(value.shape)))
+        c.alias(out, value)
     else:
         label = value.label(dim)
         if label is not None and label.over and index[0] > 0:
@@ -157,8 +157,6 @@ def roll(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     for shift, d in zip(args[1], dims, strict=True):
         dim = _dim(value, d)
         value = Value(value.shape, c.pick(value, dim, np.roll(np.arange(value.shape[dim]), shift)))
-    if len(dims) > 1 and c.node in c.takes:
-        c.takes[c.node] = None
     c.put(out, value.labels)
 
 
