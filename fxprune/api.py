@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from .capture import capture
@@ -21,6 +22,7 @@ from .planning.selection import check_ratio, select
 _ATTEMPTS = 100
 
 
+@torch.inference_mode(False)
 def analyze(model: nn.Module, example_inputs: Any) -> CouplingGraph:
     """Find out what can be removed from ``model`` together, and what cannot be removed.
 
@@ -49,6 +51,7 @@ def _analyze(
     return CouplingGraph(captured, inputs)
 
 
+@torch.inference_mode(False)
 def plan(
     model: nn.Module,
     example_inputs: Any,
@@ -74,6 +77,7 @@ def plan(
     return _plan(model, example_inputs, ratio, importance, where, seed)[0]
 
 
+@torch.inference_mode(False)
 def prune(
     model: nn.Module,
     example_inputs: Any,
@@ -90,6 +94,7 @@ def prune(
     return _finish(made, rewritten)
 
 
+@torch.inference_mode(False)
 def apply(made: PruningPlan, model: nn.Module) -> fx.GraphModule:
     """See :meth:`PruningPlan.apply`."""
     rewritten = rewrite(graph_for(made, model), made.removed)

@@ -107,8 +107,12 @@ class OwnedModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OwnedModule:
         root = nn.Module()
-        for registry in _REGISTRIES:
+        for registry in _REGISTRIES[1:]:
             root.__dict__[registry] = copy.deepcopy(self.__dict__[registry], memo)
+        modules: dict[int, nn.Module] = {}
+        for name, child in self._modules.items():
+            if child is not None:
+                root._modules[name] = _clone(child, "", lambda _, t: copy.deepcopy(t, memo), False, modules)
         root.training = self.training
         new = OwnedModule.of(root, copy.deepcopy(self.graph), type(self).__name__)
         new.meta = copy.copy(self.meta)

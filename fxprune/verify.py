@@ -166,7 +166,9 @@ def _compare_weights(program: Program, pruned: nn.Module, narrowing: Narrowing) 
             wanted = narrow(tensor, axes.get(id(tensor), []), narrowing)
             error = _error(state[name].detach().to(wanted), wanted.detach())
             if error > 0:
+                users = [n.name for n in program.graph.nodes if name.startswith(f"{n.target}.") or n.target == name]
                 raise VerificationError(
+                    f"the pruned network first differs from the masked original at node {users[0] if users else '?'}: "
                     f"{name} is not the surviving slice of the original's (shape {tuple(state[name].shape)}, "
                     f"expected {tuple(wanted.shape)}; relative error {error:.1e}). Verify before training on."
                 )
@@ -179,7 +181,8 @@ def _whole(original: nn.Module, candidate: nn.Module, args: tuple[Any, ...], kwa
         with torch.random.fork_rng():
             torch.manual_seed(0)
             try:
-                outputs.append(module(*_copied(args), **_copied(kwargs)))
+                # Past __call__, which would print torch.fx's own traceback.
+                outputs.append(module.forward(*_copied(args), **_copied(kwargs)))
             except Exception as error:
                 if module is original:
                     raise ExampleInputsError(

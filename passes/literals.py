@@ -80,7 +80,7 @@ def _sizes(old: Sequence[Any], value: Value, narrowing: Narrowing, first: int = 
     return new
 
 
-@_edits("view", "reshape", "expand", "_unsafe_view", "broadcast_to", "view_copy")
+@_edits("view", "reshape", "expand", "_unsafe_view", "broadcast_to", "view_copy", "_reshape_copy")
 def _view(node: fx.Node, narrowing: Narrowing) -> Call | None:
     value = narrowing.value(node)
     if value is None or not narrowing.changed(node):
@@ -120,7 +120,8 @@ def _factory(node: fx.Node, narrowing: Narrowing) -> Call | None:
     return (*node.args[:at], *new, *node.args[at + count :]), dict(node.kwargs)
 
 
-@_edits("split", "chunk", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split")
+@_edits("split", "chunk", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split", "split_copy",
+        "split_with_sizes_copy")  # fmt: skip
 def _split(node: fx.Node, narrowing: Narrowing) -> Call | None:
     source, parts = narrowing.value(node.args[0]), narrowing.tree(node.name)
     if source is None or not isinstance(parts, (list, tuple)):
@@ -221,7 +222,7 @@ def _select(node: fx.Node, narrowing: Narrowing) -> Call | None:
     return (node.args[0], dim, _before(narrowing, label, index % value.shape[dim])), {}
 
 
-@_edits("slice")
+@_edits("slice", "slice_copy")
 def _slice(node: fx.Node, narrowing: Narrowing) -> Call | None:
     value = narrowing.value(node.args[0])
     if value is None:

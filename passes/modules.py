@@ -180,6 +180,18 @@ def _multihead(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape
     return {} if new == old else {"embed_dim": -1}
 
 
+def _narrowed_multihead(
+    module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | None
+) -> dict[str, Any]:
+    """The query, key and value widths; those of ``out_proj`` follow as its own."""
+    q = shapes.get("q_proj_weight")
+    if q is not None:
+        return {"qk_width": q[0], "v_width": shapes["v_proj_weight"][0]}
+    # The three parts of a packed projection form one rectangle, so they keep their proportion.
+    parts, old = shapes["in_proj_weight"][0], 2 * module.qk_width + module.v_width
+    return {"qk_width": parts * module.qk_width // old, "v_width": parts * module.v_width // old}
+
+
 _RULES: list[tuple[type, Callable[[Any, Shapes, Shape | None, Shape | None], dict[str, Any]]]] = [
     (_ConvNd, _conv),
     (nn.Linear, _linear),
@@ -192,6 +204,7 @@ _RULES: list[tuple[type, Callable[[Any, Shapes, Shape | None, Shape | None], dic
     (nn.PReLU, _prelu),
     (nn.RNNBase, _recurrent),
     (nn.MultiheadAttention, _multihead),
+    (MultiheadAttention, _narrowed_multihead),
 ]
 
 

@@ -21,7 +21,7 @@ from ..program import Program
 from .base import Narrowing, Pass, copy_graph, operator_name
 
 _FLIPS = frozenset(["flip", "fliplr", "flipud"])
-_UNIFORM = frozenset("zeros ones empty rand randn new_zeros new_ones new_empty full new_full".split())
+_COUNTING = frozenset("arange linspace logspace eye".split())
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class NarrowConstants(Pass):
             node.name
             for node in program.graph.nodes
             if _is_constant(narrowing.value(node), node)
-            and operator_name(node) not in _UNIFORM
+            and operator_name(node) in _COUNTING
             and narrowing.changed(node)
         ]
 

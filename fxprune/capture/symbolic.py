@@ -77,7 +77,7 @@ def _arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """The given inputs by name; positional extras of ``*args`` are numbered."""
     lazy = next((n for n, p in _tensors(model) if isinstance(p, nn.parameter.UninitializedTensorMixin)), None)
     if lazy is not None:
-        raise CaptureError(f"{lazy} has no shape yet: run the model once on real inputs, then prune it.")
+        raise CaptureError(f"{lazy} is uninitialized: run the model once on real inputs, then prune it.")
     signature = inspect.signature(model.forward)
     try:
         bound = signature.bind(*args, **kwargs)
@@ -127,18 +127,15 @@ class _Tracer(fx.Tracer):
         try:
             with _dynamic_training(self.model, asked), _dynamic_factories(self):
                 graph = super().trace(self.model)
-                switches = {m for m in asked if not [*m.children(), *m.parameters(), *m.buffers()]}
-                if switches - {self.model}:
-                    again = type(self)(self.model, self.arguments, *self.options)
-                    again.switches = switches - {self.model}
-                    asked.clear()
-                    with _dynamic_factories(again):
-                        graph = fx.Tracer.trace(again, self.model)
-                    self.__dict__.update(again.__dict__)
         except (CaptureError, ExampleInputsError):
             raise
         except Exception as error:  # whatever a user's forward raises on symbolic values
             raise CaptureError(f"{_blame(error)}{type(error).__name__}: {error}") from error
+        switches = {m for m in asked if not [*m.children(), *m.parameters(), *m.buffers()]} - {self.model}
+        if switches:
+            again = type(self)(self.model, self.arguments, *self.options)
+            again.switches = switches
+            return again.program()
         graph._tracer_cls = None  # a tracer of ours cannot be made from nothing, as unpickling would
         paths = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
         for node in graph.nodes:
@@ -289,9 +286,9 @@ class _ShapeProxy(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, item), {})
 
     def __getattr__(self, name: str) -> Any:
-        if isinstance(self.value, torch.Tensor) and name in ("ndim", "dtype", "is_cuda", "requires_grad"):
+        if isinstance(self.value, torch.Tensor) and name in ("ndim", "is_cuda", "requires_grad"):
             return getattr(self.value, name)
-        if name in ("shape", "device", "T", "mT", "H"):
+        if name in ("shape", "device", "dtype", "T", "mT", "H"):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return super().__getattr__(name)
 

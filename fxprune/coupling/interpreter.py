@@ -110,6 +110,7 @@ class _Interpreter(TorchDispatchMode):
         self._metas = {id(tensor): meta_like(tensor) for tensor in tensors}
         self._detours: dict[fx.Node, tuple[fx.Node, int, Any]] = {}
         self._interior: set[fx.Node] = set()
+        self._literal = False
         self._calls = 0
         self._quiet = False
 
@@ -134,6 +135,8 @@ class _Interpreter(TorchDispatchMode):
         if rule is None:
             self._unknown(func, args, kwargs)
         else:
+            if self._literal and rule.family in ("movement", "constants") and coupler.operator not in _BY_DIMENSION:
+                coupler.delicate()
             rule.apply(coupler, args, kwargs, out)
             if rule.family == "pointwise":
                 numbers = [a for a in args if isinstance(a, (int, float)) and not isinstance(a, bool)]
@@ -176,6 +179,7 @@ class _Interpreter(TorchDispatchMode):
                 args = map_arg(node.args, env.__getitem__)
                 kwargs = map_arg(node.kwargs, env.__getitem__)
                 self._numbers, self._calls = [], 0
+                self._literal = node.op != "call_module"  # sizes may stand in the call
                 self._find_detour(node, env)
                 try:
                     if node.op == "call_module":
@@ -220,11 +224,12 @@ class _Interpreter(TorchDispatchMode):
             if not _is_movement(following, _MOVEMENTS) or following.args[0] is not chain[-1] or not known:
                 break
             chain.append(following)
-        while len(chain) > 2 and not _is_movement(chain[-1], _VIEWS):
-            chain.pop()
-        if len(chain) < 3 or not any(_is_movement(n, _PERMUTATIONS) for n in chain):
+        ends = [i + 1 for i, step in enumerate(chain) if i >= 2 and _is_movement(step, _VIEWS)]
+        if not ends or not any(_is_movement(n, _PERMUTATIONS) for n in chain):
             return
+        chain = chain[: ends[-1]]
         self._quiet = True
+        found = None
         try:
             probe = torch.arange(source.numel()).reshape(source.shape)
             place: dict[fx.Node, Any] = {node.args[0]: probe}
@@ -234,9 +239,13 @@ class _Interpreter(TorchDispatchMode):
                 )
                 call = getattr(args[0], str(step.target)) if step.op == "call_method" else step.target
                 place[step] = call(*args[1:], **kwargs) if step.op == "call_method" else call(*args, **kwargs)  # type: ignore[operator]
-            found = _permutation(probe, place[chain[-1]])
+            for end in reversed(ends):
+                found = _permutation(probe, place[chain[end - 1]])
+                if found is not None:
+                    chain = chain[:end]
+                    break
         except (RuntimeError, TypeError, IndexError):
-            found = None
+            pass  # no chain that could be followed
         finally:
             self._quiet = False
         if found is not None:
@@ -281,6 +290,9 @@ class _Interpreter(TorchDispatchMode):
     def _module(self, path: str) -> torch.nn.Module:
         return clone_module(self.program.modules[path], lambda name, _: self._tensor(f"{path}.{name}"), share=True)
 
+
+_BY_DIMENSION = frozenset("cat stack permute transpose t unsqueeze squeeze alias detach".split())
+"""Movements whose arguments name dimensions, never sizes."""
 
 _VIEWS = frozenset(["view", "reshape", "flatten", "unflatten", "_unsafe_view"])
 _PERMUTATIONS = frozenset(["transpose", "permute", "movedim", "swapaxes", "swapdims", "moveaxis"])

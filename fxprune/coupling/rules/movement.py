@@ -218,6 +218,8 @@ def _pick(c: Coupler, value: Value, dim: int, index: torch.Tensor, out: torch.Te
         labels, _ = c.unify([(value, names)], [n if n != dim else "index" for n in names])
         c.put(out, labels)
         return
+    if known.numel() and int(known.max()) >= value.shape[dim]:
+        raise IndexError(f"index {int(known.max())} is out of range for a dimension of size {value.shape[dim]}")
     c.put(out, c.pick(value, dim, known.cpu().numpy() % value.shape[dim]))
 
 
@@ -318,6 +320,7 @@ def scatter(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     value, source = c.value(args[0]), c.value(args[1])
     dim = _dim(value, args[2] if len(args) > 2 else 0)
     rank = len(value.shape)
+    c.freeze_dim(value, dim, "overwritten in part, by position")
     if c.operator == "select_scatter":
         labels = c.select(value, dim, args[3] % value.shape[dim])
     else:

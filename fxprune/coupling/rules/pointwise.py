@@ -8,7 +8,7 @@ import torch
 
 from ..coupler import Coupler, ZeroRule
 from ..registry import rule
-from ..units import Label, Value
+from ..units import OPEN, Label, Value
 
 # f(0) = 0, so a channel that is zero stays zero.
 _KEEPS_ZERO = frozenset(
@@ -67,12 +67,11 @@ def pointwise(c: Coupler, args: tuple[Any, ...], kwargs: dict[str, Any], out: An
 
 def _alone(c: Coupler, value: Value, zero: ZeroRule, results: list[Any]) -> None:
     """A function of one tensor: labels pass on, zeros perhaps."""
-    labels = [
-        label
-        if label is None or label.zero == zero([label.zero])
-        else Label(label.ids, label.over, label.axis, not label.zero, label.row)
-        for label in value.labels
-    ]
+    labels: list[Label | None] = []
+    for dim, label in enumerate(value.labels):
+        if label is not None and label is not OPEN and label.zero != (zeroed := zero([value.is_zero(dim)])):
+            label = Label(label.ids, label.over, label.axis, zeroed, label.row)
+        labels.append(label)
     kept = all(label is None or label.zero for label in labels)
     for result in results:
         known = c.value(result)
