@@ -141,7 +141,7 @@ def _split(node: fx.Node, narrowing: Narrowing) -> Call | None:
 
 def _before(narrowing: Narrowing, label: Label | None, index: int) -> int:
     """How many indices before ``index`` survive."""
-    if label is None:
+    if label is None or not narrowing.narrows(label):
         return index
     return int(narrowing.row(label)[:index].sum())
 
@@ -231,6 +231,20 @@ def _slice(node: fx.Node, narrowing: Narrowing) -> Call | None:
     bounds = slice(*(_argument(node, i, name) for i, name in ((2, "start"), (3, "end"), (4, "step"))))
     new = _bounds(narrowing, value, dim, bounds)
     return None if new == bounds else ((node.args[0], dim, new.start, new.stop), {})
+
+
+@_edits("slice_scatter", "select_scatter")
+def _scatter(node: fx.Node, narrowing: Narrowing) -> Call | None:
+    value = narrowing.value(node.args[0])
+    if value is None:
+        return None
+    dim = _argument(node, 2, "dim", 0) % len(value.shape)
+    if operator_name(node) == "select_scatter":
+        index = _argument(node, 3, "index") % value.shape[dim]
+        return (*node.args[:2], dim, _before(narrowing, value.label(dim), index)), {}
+    bounds = slice(*(_argument(node, i, name) for i, name in ((3, "start"), (4, "end"), (5, "step"))))
+    new = _bounds(narrowing, value, dim, bounds)
+    return None if new == bounds else ((*node.args[:2], dim, new.start, new.stop), {})
 
 
 @_edits("pad", "constant_pad_nd")

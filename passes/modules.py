@@ -110,7 +110,9 @@ def _conv(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | No
     n_in = module.in_channels // module.groups
     n_out = module.out_channels // module.groups
     groups = module.groups
-    if groups > 1 and 1 in (n_in, n_out):  # channels go group by group
+    if groups > 1 and n_in == 1 and inputs is not None:  # channels go group by group
+        groups = inputs[len(inputs) - len(module.kernel_size) - 1]
+    elif groups > 1 and 1 in (n_in, n_out):
         groups = first // (n_in if transposed else n_out)
     other = second * groups
     into, out = (first, other) if transposed else (other, first)

@@ -21,7 +21,7 @@ from ..program import Program
 from .base import Narrowing, Pass, copy_graph, operator_name
 
 _FLIPS = frozenset(["flip", "fliplr", "flipud"])
-_COUNTING = frozenset("arange linspace logspace eye".split())
+_COUNTING = frozenset("arange linspace logspace eye randperm".split())
 
 
 @dataclass(frozen=True)

@@ -220,8 +220,7 @@ class _Interpreter(TorchDispatchMode):
         chain = [node]
         while len(chain[-1].users) == 1:
             (following,) = chain[-1].users
-            known = all(n is chain[-1] or n in env for n in following.all_input_nodes)
-            if not _is_movement(following, _MOVEMENTS) or following.args[0] is not chain[-1] or not known:
+            if not _is_movement(following, _MOVEMENTS) or following.args[0] is not chain[-1]:
                 break
             chain.append(following)
         ends = [i + 1 for i, step in enumerate(chain) if i >= 2 and _is_movement(step, _VIEWS)]
@@ -234,9 +233,7 @@ class _Interpreter(TorchDispatchMode):
             probe = torch.arange(source.numel()).reshape(source.shape)
             place: dict[fx.Node, Any] = {node.args[0]: probe}
             for step in chain:
-                args, kwargs = (
-                    map_arg(a, lambda n: place[n] if n in place else env[n]) for a in (step.args, step.kwargs)
-                )
+                args, kwargs = (map_arg(a, lambda n: _ahead(n, place, env)) for a in (step.args, step.kwargs))
                 call = getattr(args[0], str(step.target)) if step.op == "call_method" else step.target
                 place[step] = call(*args[1:], **kwargs) if step.op == "call_method" else call(*args, **kwargs)  # type: ignore[operator]
             for end in reversed(ends):
@@ -244,7 +241,7 @@ class _Interpreter(TorchDispatchMode):
                 if found is not None:
                     chain = chain[:end]
                     break
-        except (RuntimeError, TypeError, IndexError):
+        except (RuntimeError, TypeError, IndexError, KeyError):
             pass  # no chain that could be followed
         finally:
             self._quiet = False
@@ -345,6 +342,25 @@ def _is_movement(node: fx.Node, names: frozenset[str]) -> bool:
     schema = getattr(node.target, "_schema", None)
     name = schema.name.partition("::")[2] if schema is not None else getattr(node.target, "__name__", "")
     return name in names and getattr(node.target, "__module__", "").startswith(("torch", "_operator"))
+
+
+def _ahead(node: fx.Node, place: dict[fx.Node, Any], env: Mapping[fx.Node, Any]) -> Any:
+    """A node's value; a size that is read later in the graph is computed now. Raises KeyError for others."""
+    if node in place:
+        return place[node]
+    if node in env:
+        return env[node]
+    sizes = node.op == "call_method" and node.target == "size"
+    if not sizes and (node.op != "call_function" or node.target not in _NUMBER_OPERATORS):
+        raise KeyError(node)
+    args = map_arg(node.args, lambda n: _ahead(n, place, env))
+    place[node] = args[0].size(*args[1:]) if sizes else node.target(*args)  # type: ignore[operator]
+    return place[node]
+
+
+_NUMBER_OPERATORS = frozenset(
+    [getattr, operator.getitem, operator.mul, operator.floordiv, operator.add, operator.sub]
+)
 
 
 def _permutation(probe: torch.Tensor, result: Any) -> tuple[int, Any] | None:

@@ -142,8 +142,9 @@ def _grouped(
     """
     n_in, n_out = x.shape[1] // groups, out.shape[1] // groups
     # A group that became one channel wide is still a row of its rectangle, not a channel of its own.
-    single = (n_in == 1 or n_out == 1) and not c.units.anchors
     batch, channels = _first(c, x)
+    fixed_input = channels is None
+    single = (n_out == 1 or (n_in == 1 and not fixed_input)) and not c.units.anchors
     if channels is not None and channels.over:
         channels = c.tie(channels, [0])
     if channels is None:

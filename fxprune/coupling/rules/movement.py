@@ -320,12 +320,13 @@ def scatter(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     value, source = c.value(args[0]), c.value(args[1])
     dim = _dim(value, args[2] if len(args) > 2 else 0)
     rank = len(value.shape)
-    c.freeze_dim(value, dim, "overwritten in part, by position")
     if c.operator == "select_scatter":
         labels = c.select(value, dim, args[3] % value.shape[dim])
     else:
         start, end, step = (*args[3:], *(None, None, 1)[max(len(args) - 3, 0) :])
         labels = c.take(value, dim, np.arange(value.shape[dim])[slice(start, end, step)])
+        if source.shape[dim] != len(range(value.shape[dim])[slice(start, end, step)]):
+            raise RuntimeError(f"a slice is overwritten by a tensor of another size ({source.shape[dim]})")
     part = Value(source.shape, labels)
     c.unify([(part, range(len(source.shape))), (source, range(len(source.shape)))], ())
     whole, _ = c.unify([(value, range(rank))], range(rank), lambda zeros: False)
