@@ -172,7 +172,9 @@ def _plan(
         dissolved=tuple(sorted(dissolved)),
         settings={
             "ratio": ratio,
-            "importance": importance if isinstance(importance, str) else getattr(importance, "__name__", "custom"),
+            "importance": importance
+            if isinstance(importance, str)
+            else getattr(importance, "__name__", "custom"),
             "seed": seed,
         },
     )

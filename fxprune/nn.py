@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +33,14 @@ class MultiheadAttention(nn.Module):
         bias_k, bias_v: ``(1, 1, I)``, ``(1, 1, V)`` or None.
         out_proj: linear ``V -> E_out``.
     """
+
+    in_proj_weight: nn.Parameter | None
+    in_proj_bias: nn.Parameter | None
+    q_proj_weight: Any
+    k_proj_weight: Any
+    v_proj_weight: Any
+    bias_k: nn.Parameter | None
+    bias_v: nn.Parameter | None
 
     def __init__(self, source: nn.MultiheadAttention, qk_width: int, v_width: int, scale: float) -> None:
         super().__init__()

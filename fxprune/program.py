@@ -175,7 +175,8 @@ def _clone(
             for name, child in children.items()
         }
     if "_flat_weights" in state:  # recurrent layers keep a second list of their parameters
-        state["_flat_weights"] = [getattr(new, name, None) for name in module._flat_weights_names]
+        names: Any = module._flat_weights_names
+        state["_flat_weights"] = [getattr(new, name, None) for name in names]
     return new
 
 

@@ -51,13 +51,12 @@ class Verdict:
 
     def __str__(self) -> str:
         precision = str(self.dtype).removeprefix("torch.")
+        measured = f"(relative error {self.error:.1e} in {precision})"
         if self.exact:
-            return (
-                f"exact: the pruned network equals the masked original (relative error {self.error:.1e} in {precision})"
-            )
+            return f"exact: the pruned network equals the masked original {measured}"
         return (
             f"exact but for {len(self.skipped)} normalisations and reductions over narrowed axes: all other "
-            f"{self.compared} nodes equal those of the masked original (relative error {self.error:.1e} in {precision})"
+            f"{self.compared} nodes equal those of the masked original {measured}"
         )
 
 
@@ -108,19 +107,19 @@ def verify(
         raise ExampleInputsError(f"the captured {plan.model} {error}.") from error
     with torch.no_grad():
         if not inexact:
-            error = _whole(original, candidate, args, kwargs)
-            if error <= limit:
-                return Verdict(error, 0, (), dtype)
+            difference = _whole(original, candidate, args, kwargs)
+            if difference <= limit:
+                return Verdict(difference, 0, (), dtype)
         if not isinstance(candidate, fx.GraphModule):
             raise VerificationError(
-                f"the outputs differ from the masked original's by {error:.1e} (relative), and "
+                f"the outputs differ from the masked original's by {difference:.1e} (relative), and "
                 f"{type(pruned).__name__} is no GraphModule, so the node cannot be told."
             )
         walk = _Walk(original, candidate, narrowing, inexact, limit)
         worst = walk.run(inputs)
     if not inexact:
         raise VerificationError(
-            f"the outputs differ from the masked original's by {error:.1e} (relative), though no single "
+            f"the outputs differ from the masked original's by {difference:.1e} (relative), though no single "
             f"node of the graph differs: was {type(pruned).__name__} changed since it was pruned?"
         )
     _compare_weights(graph.captured.program, pruned, narrowing)  # the skipped nodes' own weights, too
@@ -154,23 +153,28 @@ def _masked(program: Program, narrowing: Narrowing, dtype: torch.dtype) -> fx.Gr
                 new = nn.Parameter(new, requires_grad=False) if new.is_floating_point() else new
             made[id(tensor)] = new
         tensors[name] = made[id(tensor)]
-    return replace(program, tensors=tensors, extras=extras).module().eval()  # type: ignore[return-value]
+    return replace(program, tensors=tensors, extras=extras).module().eval()
 
 
 def _compare_weights(program: Program, pruned: nn.Module, narrowing: Narrowing) -> None:
     """Refuse a network whose parameters and buffers are not the surviving slices of the original's."""
     axes = {id(state.tensor): state.axes for state in narrowing.graph.states.values()}
-    state = dict([*pruned.named_parameters(remove_duplicate=False), *pruned.named_buffers(remove_duplicate=False)])
+    state = dict(
+        [*pruned.named_parameters(remove_duplicate=False), *pruned.named_buffers(remove_duplicate=False)]
+    )
     for name, tensor in program.tensors.items():
         if name in state:
             wanted = narrow(tensor, axes.get(id(tensor), []), narrowing)
             error = _error(state[name].detach().to(wanted), wanted.detach())
             if error > 0:
-                users = [n.name for n in program.graph.nodes if name.startswith(f"{n.target}.") or n.target == name]
+                users = [
+                    n.name for n in program.graph.nodes if name.startswith(f"{n.target}.") or n.target == name
+                ]
                 raise VerificationError(
-                    f"the pruned network first differs from the masked original at node {users[0] if users else '?'}: "
-                    f"{name} is not the surviving slice of the original's (shape {tuple(state[name].shape)}, "
-                    f"expected {tuple(wanted.shape)}; relative error {error:.1e}). Verify before training on."
+                    f"the pruned network first differs from the masked original at node "
+                    f"{users[0] if users else '?'}: {name} is not the surviving slice of the "
+                    f"original's (shape {tuple(state[name].shape)}, expected {tuple(wanted.shape)}; "
+                    f"relative error {error:.1e}). Verify before training on."
                 )
 
 
@@ -186,7 +190,8 @@ def _whole(original: nn.Module, candidate: nn.Module, args: tuple[Any, ...], kwa
             except Exception as error:
                 if module is original:
                     raise ExampleInputsError(
-                        f"the original model does not run on the example inputs: {type(error).__name__}: {error}"
+                        f"the original model does not run on the example inputs: "
+                        f"{type(error).__name__}: {error}"
                     ) from error
                 return math.inf  # the walk will say where
     return _error(outputs[1], outputs[0])
@@ -251,10 +256,11 @@ class _Walk:
             self.compared += 1
             if error > self.limit:
                 original = next(n for n in self.original.graph.nodes if n.name == node.name)
-                where = describe_source(original)
+                source = describe_source(original)
+                where = f" ({source})" if source else ""
                 raise VerificationError(
-                    f"the pruned network first differs from the masked original at node {node.name}"
-                    f"{f' ({where})' if where else ''}: relative error {error:.1e}, allowed {self.limit:.0e}. "
+                    f"the pruned network first differs from the masked original at node "
+                    f"{node.name}{where}: relative error {error:.1e}, allowed {self.limit:.0e}. "
                     f"Got {_shapes(got.values[node])}, expected {_shapes(expected)}."
                 )
             worst = max(worst, error)
@@ -297,9 +303,7 @@ class _Stepper:
             try:
                 self.values[node] = self.interpreter.run_node(node)
             except Exception as error:
-                raise VerificationError(
-                    f"node {node.name} fails: {type(error).__name__}: {error}"
-                ) from error
+                raise VerificationError(f"node {node.name} fails: {type(error).__name__}: {error}") from error
         return node
 
     def _free(self) -> None:
@@ -328,7 +332,9 @@ class _Stepper:
 
 
 def _shapes(tree: Any) -> str:
-    return ", ".join(str(tuple(t.shape)) if isinstance(t, torch.Tensor) else repr(t) for t in pytree.tree_leaves(tree))
+    return ", ".join(
+        str(tuple(t.shape)) if isinstance(t, torch.Tensor) else repr(t) for t in pytree.tree_leaves(tree)
+    )
 
 
 __all__ = ["Verdict", "verify"]

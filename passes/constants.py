@@ -5,7 +5,7 @@ Burnt in before the literals are rewritten, so that sizes which were computed be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,14 +41,25 @@ class KeepConstants(Pass):
         graph, nodes = copy_graph(program.graph)
         had_users = {node.name for node in program.graph.nodes if node.users}
         for name, stale in sites:
-            values = {nodes[s]: narrowing.tree(s) for s in stale}
-            for node in (nodes[name],):
-                node.args = map_arg(node.args, lambda n, v=values: v.get(n, n))
-                node.kwargs = map_arg(node.kwargs, lambda n, v=values: v.get(n, n))
+            _burn_in(nodes[name], {nodes[s]: narrowing.tree(s) for s in stale})
         for node in reversed(list(graph.nodes)):  # what computed the numbers
-            if node.name in had_users and not node.users and isinstance(narrowing.tree(node.name), (*_NUMBERS, tuple)):
+            if (
+                node.name in had_users
+                and not node.users
+                and isinstance(narrowing.tree(node.name), (*_NUMBERS, tuple))
+            ):
                 graph.erase_node(node)
         return replace(program, graph=graph)
+
+
+def _burn_in(node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
+    """Give ``node`` the numbers in ``values`` in place of the nodes that computed them."""
+
+    def value(used: fx.Node) -> Any:
+        return values.get(used, used)
+
+    node.args = map_arg(node.args, value)
+    node.kwargs = map_arg(node.kwargs, value)
 
 
 def _stale(program: Program, narrowing: Narrowing) -> set[str]:
@@ -62,7 +73,12 @@ def _stale(program: Program, narrowing: Narrowing) -> set[str]:
             sizes[node.name] = kinds
         elif isinstance(result, _NUMBERS) and not isinstance(result, bool):
             inputs = node.all_input_nodes
-            if operator_name(node) == "getitem" and inputs and inputs[0].name in sizes and isinstance(node.args[1], int):
+            if (
+                operator_name(node) == "getitem"
+                and inputs
+                and inputs[0].name in sizes
+                and isinstance(node.args[1], int)
+            ):
                 kind: tuple[str, ...] = (sizes[inputs[0].name][node.args[1]],)
             else:
                 kind = tuple(k for n in inputs for k in sizes.get(n.name, ("free",)))

@@ -183,7 +183,9 @@ def _getitem(node: fx.Node, narrowing: Narrowing) -> Call | None:
         else:
             dim += _consumes(item, narrowing)
         new.append(item)
-    return (node.args[0], tuple(new) if isinstance(index, tuple) else new[0], *node.args[2:]), dict(node.kwargs)
+    return (node.args[0], tuple(new) if isinstance(index, tuple) else new[0], *node.args[2:]), dict(
+        node.kwargs
+    )
 
 
 def _consumes(item: Any, narrowing: Narrowing) -> int:
@@ -272,10 +274,14 @@ def _layer_norm(node: fx.Node, narrowing: Narrowing) -> Call | None:
     shape = _argument(node, 1, "normalized_shape")
     if value is None or not isinstance(shape, (list, tuple)):
         return None
-    return _with(node, 1, "normalized_shape", tuple(_sizes(shape, value, narrowing, len(value.shape) - len(shape))))
+    return _with(
+        node, 1, "normalized_shape", tuple(_sizes(shape, value, narrowing, len(value.shape) - len(shape)))
+    )
 
 
-@_edits("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution")
+@_edits(
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"
+)
 def _conv(node: fx.Node, narrowing: Narrowing) -> Call | None:
     """The groups of a functional convolution whose channels go group by group."""
     x, weight, out = narrowing.value(node.args[0]), narrowing.value(node.args[1]), narrowing.value(node)

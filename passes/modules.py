@@ -62,7 +62,9 @@ class UpdateModules(Pass):
             submodule = copy.get_submodule(name)
             if isinstance(submodule, nn.MultiheadAttention):
                 prefix = f"{path}.{name}." if name else f"{path}."
-                attention = _attention(submodule, {k: tuple(program.tensors[prefix + k].shape) for k in _names(submodule)})
+                attention = _attention(
+                    submodule, {k: tuple(program.tensors[prefix + k].shape) for k in _names(submodule)}
+                )
                 if not name:
                     return attention
                 parent, _, last = name.rpartition(".")
@@ -142,7 +144,13 @@ def _layer_norm(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shap
 
 
 def _group_norm(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | None) -> dict[str, Any]:
-    width = shapes["weight"][0] if "weight" in shapes else inputs[1] if inputs is not None else module.num_channels
+    width = (
+        shapes["weight"][0]
+        if "weight" in shapes
+        else inputs[1]
+        if inputs is not None
+        else module.num_channels
+    )
     groups = width if module.num_groups == module.num_channels else module.num_groups
     return {"num_channels": width, "num_groups": groups}
 
@@ -160,7 +168,9 @@ def _unflatten(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape
         return {}
     dim = module.dim % len(inputs)
     new = outputs[dim : dim + len(sizes)]
-    return {"unflattened_size": type(sizes)(-1 if old == -1 else n for old, n in zip(sizes, new, strict=True))}
+    return {
+        "unflattened_size": type(sizes)(-1 if old == -1 else n for old, n in zip(sizes, new, strict=True))
+    }
 
 
 def _prelu(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | None) -> dict[str, Any]:
@@ -177,7 +187,7 @@ def _recurrent(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape
 
 def _multihead(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | None) -> dict[str, Any]:
     """Only tells whether anything changed: the module is replaced as a whole."""
-    new = {key: shape for key, shape in shapes.items()}
+    new = dict(shapes)
     old = {key: tuple(p.shape) for key, p in module._parameters.items() if p is not None}
     return {} if new == old else {"embed_dim": -1}
 
@@ -210,7 +220,9 @@ _RULES: list[tuple[type, Callable[[Any, Shapes, Shape | None, Shape | None], dic
 ]
 
 
-def _attributes(module: nn.Module, shapes: Shapes, inputs: Shape | None, outputs: Shape | None) -> dict[str, Any]:
+def _attributes(
+    module: nn.Module, shapes: Shapes, inputs: Shape | None, outputs: Shape | None
+) -> dict[str, Any]:
     for kind, rule in _RULES:
         if isinstance(module, kind):
             return rule(module, shapes, inputs, outputs)

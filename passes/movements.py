@@ -21,7 +21,7 @@ from ..program import Program
 from .base import Narrowing, Pass, copy_graph, operator_name
 
 _FLIPS = frozenset(["flip", "fliplr", "flipud"])
-_COUNTING = frozenset("arange linspace logspace eye randperm".split())
+_COUNTING = frozenset(["arange", "linspace", "logspace", "eye", "randperm"])
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,12 @@ class SelectMovements(Pass):
                 rest = _rest(node, take.dim, len(take.value.shape))
                 pick = (nodes[origin], take.dim, where)
                 if rest is None:
-                    node.op, node.target, node.args, node.kwargs = "call_function", torch.index_select, pick, {}
+                    node.op, node.target, node.args, node.kwargs = (
+                        "call_function",
+                        torch.index_select,
+                        pick,
+                        {},
+                    )
                 else:
                     node.args, node.kwargs = (graph.call_function(torch.index_select, pick), *rest), {}
                 node.meta.pop("is_wrapped", None)
@@ -69,8 +74,11 @@ def _moves(node: fx.Node, narrowing: Narrowing) -> bool:
 def _rest(node: fx.Node, dim: int, rank: int) -> tuple[Any, ...] | None:
     """Arguments for what a movement does along the other dimensions, if it does anything."""
     if operator_name(node) == "roll":
+        shifts: Any
+        dims: Any
         shifts, dims = (
-            node.args[i] if len(node.args) > i else node.kwargs[name] for i, name in ((1, "shifts"), (2, "dims"))
+            node.args[i] if len(node.args) > i else node.kwargs[name]
+            for i, name in ((1, "shifts"), (2, "dims"))
         )
         if isinstance(dims, int):
             return None
@@ -143,14 +151,23 @@ class NarrowConstants(Pass):
 
 
 def _is_constant(value: Value | None, node: fx.Node) -> bool:
-    return value is not None and value.state is not None and value.state.tensor is None and value.state.name == node.name
+    return (
+        value is not None
+        and value.state is not None
+        and value.state.tensor is None
+        and value.state.name == node.name
+    )
 
 
-def _constant(graph: fx.Graph, extras: dict[str, torch.Tensor], name: str, index: Any, program: Program) -> fx.Node:
+def _constant(
+    graph: fx.Graph, extras: dict[str, torch.Tensor], name: str, index: Any, program: Program
+) -> fx.Node:
     """A node that reads ``index`` from a new buffer outside of the state dict."""
     name = f"_{name}"
     while name in extras or name in program.tensors:
         name += "_"
-    device = next((t.device for t in program.tensors.values() if t.device.type != "meta"), torch.device("cpu"))
+    device = next(
+        (t.device for t in program.tensors.values() if t.device.type != "meta"), torch.device("cpu")
+    )
     extras[name] = torch.from_numpy(np.ascontiguousarray(index)).to(device)
     return graph.get_attr(name)

@@ -73,7 +73,11 @@ def narrow(tensor: torch.Tensor, labels: Sequence[Label | None], narrowing: Narr
 def _restride(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     memory_format = formats.get(old.dim())
-    if memory_format is not None and not old.is_contiguous() and old.is_contiguous(memory_format=memory_format):
+    if (
+        memory_format is not None
+        and not old.is_contiguous()
+        and old.is_contiguous(memory_format=memory_format)
+    ):
         return new.contiguous(memory_format=memory_format)
     return new.contiguous()
 

@@ -134,7 +134,10 @@ def _compact(narrowing: Narrowing) -> Any:
 def _survivors(
     narrowing: Narrowing, label_of: Callable[[int], Label | None], label: Label, compact: Any
 ) -> Label | None:
-    """A label after narrowing, ``ids: (*surviving rows, survivors)``; ``label_of`` gives those of its rows."""
+    """A label after narrowing, ``ids: (*surviving rows, survivors)``.
+
+    ``label_of`` gives the labels of its rows.
+    """
     ids, mask = label.ids, narrowing.alive(label)
     for place, dim in enumerate(label.over):
         rows = label_of(dim)
@@ -180,7 +183,9 @@ def _compare(run: Run, narrowing: Narrowing, compact: Any) -> list[Violation]:
 def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     """Equal operators and numbers, to the last bit or so."""
     return len(a) == len(b) and all(
-        len(x) == len(y) and x[0] == y[0] and all(math.isclose(p, q, rel_tol=1e-12) for p, q in zip(x[1:], y[1:], strict=True))
+        len(x) == len(y)
+        and x[0] == y[0]
+        and all(math.isclose(p, q, rel_tol=1e-12) for p, q in zip(x[1:], y[1:], strict=True))
         for x, y in zip(a, b, strict=True)
     )
 

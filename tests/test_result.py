@@ -133,7 +133,9 @@ def test_kind(name: str) -> None:
     assert fxprune.prune(model, inputs, ratio=0.5).meta["fxprune"] == plan
     assert sum(p.numel() for p in pruned.parameters()) < 0.75 * sum(p.numel() for p in model.parameters())
     pruned.graph.lint()
-    assert [n.target for n in pruned.graph.nodes if n.op == "placeholder"] == ["words" if "words" in pruned.code else "x"]
+    assert [n.target for n in pruned.graph.nodes if n.op == "placeholder"] == [
+        "words" if "words" in pruned.code else "x"
+    ]
 
 
 @every_model
@@ -331,9 +333,13 @@ def test_compile(name: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_export(name: str, strict: bool) -> None:
     """``torch.export`` takes it, with a batch size that may vary, and the same parameter names."""
-    _, inputs, plan, pruned = made(name)
+    _, inputs, _, pruned = made(name)
     pruned.eval()
-    batch = {next(n.target for n in pruned.graph.nodes if n.op == "placeholder"): {0: torch.export.Dim("batch", min=2, max=64)}}
+    batch = {
+        next(n.target for n in pruned.graph.nodes if n.op == "placeholder"): {
+            0: torch.export.Dim("batch", min=2, max=64)
+        }
+    }
     program = torch.export.export(pruned, (inputs,), dynamic_shapes=batch, strict=strict)
     for given in (inputs, torch.cat([inputs, inputs])):
         torch.testing.assert_close(logits(program.module()(given)), logits(pruned(given)))

@@ -48,6 +48,9 @@ def capture(
     """Capture ``model`` with the first rung that can.
 
     Args:
+        model: the model.
+        args: its positional inputs.
+        kwargs: its keyword inputs.
         dissolve: names of functions to trace into (see :func:`fxprune.capture.symbolic.function_name`).
 
     Raises:
@@ -67,14 +70,17 @@ def capture(
         except CaptureError as refusal:
             refusals.append((rung, refusal))
             continue
-        report = f"captured {name} by {rung}: {len(program.graph.nodes)} nodes, {len(program.modules)} leaf modules."
-        for other, refusal in refusals:
-            report += f" ({other} could not: {refusal})"
+        report = (
+            f"captured {name} by {rung}: {len(program.graph.nodes)} nodes, "
+            f"{len(program.modules)} leaf modules."
+        )
+        for other, reason in refusals:
+            report += f" ({other} could not: {reason})"
         report += "".join(f" Note: {note}." for note in program.notes)
         if refusals:
             report += " Control flow follows the shapes of the example inputs."
         return Captured(program, rung, report, name)
-    reasons = "\n".join(f"  {rung}: {refusal}" for rung, refusal in refusals)
+    reasons = "\n".join(f"  {rung}: {reason}" for rung, reason in refusals)
     raise CaptureError(
         f"{name} could not be captured as a graph.\n{reasons}\n"
         f"Next: capture the part that can be (prune model.backbone, say), or move the control flow that "

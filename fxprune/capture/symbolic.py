@@ -22,7 +22,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable, Iterator
-from types import FunctionType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -35,7 +35,11 @@ from ..inputs import meta_like, to_meta
 from ..nn import TrainingFlag
 from ..program import Program, Skeleton, clone_module
 
-_SKIPPED = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep, "<")
+_SKIPPED = (
+    os.path.dirname(torch.__file__) + os.sep,
+    os.path.dirname(os.path.dirname(__file__)) + os.sep,
+    "<",
+)
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
@@ -54,6 +58,9 @@ def trace_with_shapes(
     """As :func:`trace`, with the shapes of the inputs known while tracing.
 
     Args:
+        model: the model.
+        args: its positional inputs.
+        kwargs: its keyword inputs.
         dissolve: functions to trace into, as ``module.name``, though torch.fx was told to keep them whole.
     """
     return _ShapeTracer(model, _arguments(model, args, kwargs), dissolve).program()
@@ -62,7 +69,12 @@ def trace_with_shapes(
 def function_name(target: Any) -> str | None:
     """``module.name`` of a Python function that a graph calls as one node; None for an operator."""
     module = getattr(target, "__module__", None) or ""
-    if not isinstance(target, FunctionType) or module.partition(".")[0] in ("torch", "fxprune", "_operator", "math"):
+    if not isinstance(target, FunctionType) or module.partition(".")[0] in (
+        "torch",
+        "fxprune",
+        "_operator",
+        "math",
+    ):
         return None
     return f"{module}.{target.__qualname__}"
 
@@ -75,7 +87,7 @@ def check_value(value: Any, expected: Any, name: str) -> None:
 
 def _arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The given inputs by name; positional extras of ``*args`` are numbered."""
-    lazy = next((n for n, p in _tensors(model) if isinstance(p, nn.parameter.UninitializedTensorMixin)), None)
+    lazy = next((n for n, p in _tensors(model) if nn.parameter.is_lazy(p)), None)
     if lazy is not None:
         raise CaptureError(f"{lazy} is uninitialized: run the model once on real inputs, then prune it.")
     signature = inspect.signature(model.forward)
@@ -143,10 +155,14 @@ class _Tracer(fx.Tracer):
                 node.meta.pop("is_wrapped", None)
         odd = next((p for p in paths if any(keyword.iskeyword(part) for part in p.split("."))), None)
         if odd is not None:
-            raise CaptureError(f"torch.fx cannot write code for {odd!r}, because a Python keyword is part of it.")
+            raise CaptureError(
+                f"torch.fx cannot write code for {odd!r}, because a Python keyword is part of it."
+            )
         fixed = sorted(path for path, module in self.model.named_modules() if module in asked)
         mode = "training" if self.model.training else "evaluation"
-        notes = [f"control flow on self.training in {p or 'the model'} stays that of {mode} mode" for p in fixed]
+        notes = [
+            f"control flow on self.training in {p or 'the model'} stays that of {mode} mode" for p in fixed
+        ]
         return Program(
             graph=graph,
             modules={str(n.target): self.leaf(str(n.target)) for n in graph.nodes if n.op == "call_module"},
@@ -188,10 +204,10 @@ class _Tracer(fx.Tracer):
         leaves, spec = pytree.tree_flatten(given)
         self.given[name] = to_meta(given)
         if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
-            proxy = self.create_proxy("placeholder", name, (given,), {})
-            self.create_proxy("call_function", check_value, (proxy, given, name), {})
+            checked = self.create_proxy("placeholder", name, (given,), {})
+            self.create_proxy("call_function", check_value, (checked, given, name), {})
             return given
-        proxy = self.create_proxy("placeholder", name, (), {})
+        proxy: Any = self.create_proxy("placeholder", name, (), {})
         if isinstance(given, torch.Tensor):
             return proxy
         items = []
@@ -235,9 +251,9 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
-        frame = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code.co_filename.startswith(_SKIPPED):
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         if frame is not None and node.op not in ("placeholder", "output"):
             node.meta["source"] = (frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
         return node
@@ -280,7 +296,8 @@ class _ShapeProxy(fx.Proxy):
         return len(self.value)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([self[i] for i in range(len(self.value))])
+        proxy: Any = self  # torch.fx gives it __getitem__ at run time
+        return iter([proxy[i] for i in range(len(self.value))])
 
     def __setitem__(self, key: Any, item: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, item), {})
@@ -308,8 +325,8 @@ class _ShapeTracer(_Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         if kind == "call_function" and function_name(target) in self.dissolve:
-            plain = map_aggregate((args, kwargs), lambda a: a)
-            return target(*_mutable(plain[0]), **_mutable(plain[1]))  # type: ignore[index]
+            plain: Any = map_aggregate((args, kwargs), lambda a: a)
+            return target(*_mutable(plain[0]), **_mutable(plain[1]))
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         self.values[proxy.node] = self._evaluate(proxy.node)
         return proxy
@@ -334,7 +351,8 @@ class _ShapeTracer(_Tracer):
             return self._meta(self.tensors[str(node.target)])
         if node.op == "output":
             return None
-        args, kwargs = (map_arg(a, self.values.__getitem__) for a in (node.args, node.kwargs))
+        args: Any = map_arg(node.args, self.values.__getitem__)
+        kwargs: Any = map_arg(node.kwargs, self.values.__getitem__)
         self.evaluating = True
         try:
             with torch.no_grad():
@@ -453,7 +471,7 @@ def _dynamic_training(model: nn.Module, asked: set[nn.Module]) -> Iterator[None]
     def write(module: nn.Module, value: Any) -> None:
         module.__dict__["training"] = value
 
-    nn.Module.training = property(read, write)  # type: ignore[assignment, misc]
+    nn.Module.training = property(read, write)  # type: ignore[assignment]
     try:
         yield
     finally:

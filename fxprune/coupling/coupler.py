@@ -7,7 +7,7 @@ index algebra is done by numpy on arrays of unit numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -98,7 +98,9 @@ class Coupler:
                 if value.is_open(dim):
                     self.adopt(value, dim, self.units.fresh(value.shape[dim]), ())
 
-    def adopt(self, value: Value, dim: int, ids: Ids, over: tuple[int, ...], axis: Axis | None = None) -> Label:
+    def adopt(
+        self, value: Value, dim: int, ids: Ids, over: tuple[int, ...], axis: Axis | None = None
+    ) -> Label:
         """Label an open axis with ``ids``; ``over`` are dimensions of ``value``."""
         state = value.state
         if state is None:
@@ -108,7 +110,9 @@ class Coupler:
         if state.tensor is None and state.node is not None:
             self.by_size.add(state.node)
         own = Axis(state.name, value.dims[dim])
-        label = Label(ids, tuple(value.dims[d] for d in over), own, zero=isinstance(state.tensor, torch.nn.Parameter))
+        label = Label(
+            ids, tuple(value.dims[d] for d in over), own, zero=isinstance(state.tensor, torch.nn.Parameter)
+        )
         state.axes[value.dims[dim]] = label
         if axis is not None:
             self.edges.append((axis, own, self.node))
@@ -250,8 +254,8 @@ class Coupler:
             if first_state is None:
                 return OPEN
             place, value, dim, names, _ = first_state
-            label = self.adopt(value, dim, self.units.fresh(value.shape[dim]), ())
-            labelled = [(place, value, dim, names, label)]
+            adopted = self.adopt(value, dim, self.units.fresh(value.shape[dim]), ())
+            labelled = [(place, value, dim, names, adopted)]
         if len(labelled) > 1:
             labelled.sort(key=lambda use: len(use[4].over) if use[4] is not None else 0)
         _, _, _, names, first = labelled[0]
@@ -339,12 +343,16 @@ class Coupler:
         """Labels after picking one index along ``dim`` and dropping the dimension."""
         self.materialize(value)
         own = value.label(dim)
-        if own is not None or any(o is not None and dim in o.over for o in map(value.label, range(len(value.shape)))):
+        if own is not None or any(
+            o is not None and dim in o.over for o in map(value.label, range(len(value.shape)))
+        ):
             self.delicate()
         if own is not None and own.over:
             self.freeze(own, "one column of a rectangle is selected")
         elif own is not None:
-            event = Event(own.ids[index : index + 1], own.axis, self.node, "this index is selected by its number")
+            event = Event(
+                own.ids[index : index + 1], own.axis, self.node, "this index is selected by its number"
+            )
             self.frozen.append(event)
         labels: list[Label | None] = []
         for d in range(len(value.shape)):
@@ -354,7 +362,7 @@ class Coupler:
             if label is not None:
                 ids, over = label.ids, list(label.over)
                 if dim in over:
-                    ids = ids.take(index, axis=over.index(dim))
+                    ids = cast(Ids, ids.take(index, axis=over.index(dim)))  # ids has a further axis
                     over.remove(dim)
                 shifted = tuple(o - (o > dim) for o in over)
                 label = Label(ids, shifted, label.axis, label.zero, label.row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,7 +79,9 @@ class Explanation:
         lines = [str(self.axis)]
         lines += [f"  in {group!r}" for group in self.groups]
         if self.frozen is not None:
-            lines.append(f"  frozen: {self.frozen.reason} at {self.frozen.node} {self.frozen.source}".rstrip())
+            lines.append(
+                f"  frozen: {self.frozen.reason} at {self.frozen.node} {self.frozen.source}".rstrip()
+            )
         for axis, path in self.paths.items():
             lines.append(f"  {axis} goes with it")
             lines += [f"    {link}" for link in path]
@@ -125,13 +128,17 @@ class CouplingGraph:
             for state in self._states.values():
                 for label in state.axes if state.name.startswith(f"{node.target}.") else []:
                     if label is not None:
-                        yield Event(label.ids.reshape(-1), label.axis, node, "this module could not be rewritten")
+                        yield Event(
+                            label.ids.reshape(-1), label.axis, node, "this module could not be rewritten"
+                        )
         for near in (node, *node.all_input_nodes):
             for value in tree_values(self._run.values.get(near)):
                 for dim in range(len(value.shape)):
                     label = value.label(dim)
                     if label is not None:
-                        yield Event(label.ids.reshape(-1), label.axis, node, "this node could not be rewritten")
+                        yield Event(
+                            label.ids.reshape(-1), label.axis, node, "this node could not be rewritten"
+                        )
 
     # -- what users read ------------------------------------------------------------------------
 
@@ -230,7 +237,7 @@ class CouplingGraph:
 
     def _links(self, path: list[Axis]) -> tuple[Link, ...]:
         links = []
-        for a, b in zip(path, path[1:], strict=False):
+        for a, b in itertools.pairwise(path):
             nodes = self.networkx.edges[a, b]["nodes"]
             node = nodes[0] if nodes else None
             links.append(Link(b, a, node.name if node is not None else "", describe_source(node)))

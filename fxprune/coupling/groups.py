@@ -43,7 +43,9 @@ class Member:
 
     def __repr__(self) -> str:
         shape = tuple(self.tensor.shape)
-        return f"Member({self.axis}, shape={shape}, {int((self.units >= 0).sum())} of {self.units.size} indices)"
+        return (
+            f"Member({self.axis}, shape={shape}, {int((self.units >= 0).sum())} of {self.units.size} indices)"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,10 +243,9 @@ def _balance(
             place[inside[uneven]] += (counts[uneven].astype(np.uint64) * keys).sum(axis=1, dtype=np.uint64)
         constraints.append((rectangle, inside[uneven], counts[uneven]))
     classes = np.flatnonzero(prunable)
-    values, inverse = np.unique(place[classes], return_inverse=True)
+    _, inverse = np.unique(place[classes], return_inverse=True)
     by_atom = np.argsort(inverse, kind="stable")
     atoms = np.split(classes[by_atom], np.flatnonzero(np.diff(inverse[by_atom])) + 1) if classes.size else []
-    del values
     links = nx.Graph()
     links.add_nodes_from(range(len(atoms)))
     atom_of = np.full(roots.size, -1)
@@ -258,13 +259,13 @@ def _balance(
             for row in np.flatnonzero(unit_counts).tolist():
                 columns = atoms[number].size * int(unit_counts[row])
                 rows_atoms[row].append((columns, int(signature[atoms[number][0]]), number))
-        rows = [sorted(rows_atoms.get(row, [])) for row in range(counts.shape[1])]
-        shapes = [[atom[0] for atom in row] for row in rows]
+        by_row = [sorted(rows_atoms.get(row, [])) for row in range(counts.shape[1])]
+        shapes = [[atom[0] for atom in row] for row in by_row]
         if any(shape != shapes[0] for shape in shapes):
             broken.append(rectangle)
             continue
-        for row in rows[1:]:
-            links.add_edges_from((a[2], b[2]) for a, b in zip(rows[0], row, strict=True) if a[2] != b[2])
+        for other in by_row[1:]:
+            links.add_edges_from((a[2], b[2]) for a, b in zip(by_row[0], other, strict=True) if a[2] != b[2])
     bands = [tuple(atoms[i] for i in sorted(part)) for part in nx.connected_components(links)]
     return bands, broken
 
@@ -313,7 +314,8 @@ def _collect(
             found = []
             for state, dim in axes[number]:
                 label = state.axes[dim]
-                assert label is not None and state.tensor is not None
+                assert label is not None
+                assert state.tensor is not None
                 classes = roots[label.ids]
                 units = np.where(group_of[classes] == number, position[classes], -1)
                 axis = Axis(state.name, dim)

@@ -96,7 +96,7 @@ class _Interpreter(TorchDispatchMode):
         seeds: Mapping[str, list[Label | None]],
         known: Callable[[fx.Node], Any] | None,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.known = known
         self.program = program
         self.coupler = coupler
@@ -135,7 +135,11 @@ class _Interpreter(TorchDispatchMode):
         if rule is None:
             self._unknown(func, args, kwargs)
         else:
-            if self._literal and rule.family in ("movement", "constants") and coupler.operator not in _BY_DIMENSION:
+            if (
+                self._literal
+                and rule.family in ("movement", "constants")
+                and coupler.operator not in _BY_DIMENSION
+            ):
                 coupler.delicate()
             rule.apply(coupler, args, kwargs, out)
             if rule.family == "pointwise":
@@ -214,7 +218,8 @@ class _Interpreter(TorchDispatchMode):
         self._quiet = node in self._interior or node in self._detours
         if self._quiet or not _is_movement(node, _VIEWS) or not isinstance(node.args[0], fx.Node):
             return
-        source = env[node.args[0]] if node.args[0] in env else None
+        # Not env.get, which would pass over _Known.__missing__.
+        source = env[node.args[0]] if node.args[0] in env else None  # noqa: SIM401
         if not isinstance(source, torch.Tensor) or source.dim() < 2:
             return
         chain = [node]
@@ -233,9 +238,10 @@ class _Interpreter(TorchDispatchMode):
             probe = torch.arange(source.numel()).reshape(source.shape)
             place: dict[fx.Node, Any] = {node.args[0]: probe}
             for step in chain:
-                args, kwargs = (map_arg(a, lambda n: _ahead(n, place, env)) for a in (step.args, step.kwargs))
-                call = getattr(args[0], str(step.target)) if step.op == "call_method" else step.target
-                place[step] = call(*args[1:], **kwargs) if step.op == "call_method" else call(*args, **kwargs)  # type: ignore[operator]
+                args: Any = map_arg(step.args, lambda n: _ahead(n, place, env))
+                kwargs: Any = map_arg(step.kwargs, lambda n: _ahead(n, place, env))
+                call: Any = getattr(args[0], str(step.target)) if step.op == "call_method" else step.target
+                place[step] = call(*(args[1:] if step.op == "call_method" else args), **kwargs)
             for end in reversed(ends):
                 found = _permutation(probe, place[chain[end - 1]])
                 if found is not None:
@@ -285,10 +291,14 @@ class _Interpreter(TorchDispatchMode):
         return meta
 
     def _module(self, path: str) -> torch.nn.Module:
-        return clone_module(self.program.modules[path], lambda name, _: self._tensor(f"{path}.{name}"), share=True)
+        return clone_module(
+            self.program.modules[path], lambda name, _: self._tensor(f"{path}.{name}"), share=True
+        )
 
 
-_BY_DIMENSION = frozenset("cat stack permute transpose t unsqueeze squeeze alias detach".split())
+_BY_DIMENSION = frozenset(
+    ["cat", "stack", "permute", "transpose", "t", "unsqueeze", "squeeze", "alias", "detach"]
+)
 """Movements whose arguments name dimensions, never sizes."""
 
 _VIEWS = frozenset(["view", "reshape", "flatten", "unflatten", "_unsafe_view"])
@@ -353,8 +363,9 @@ def _ahead(node: fx.Node, place: dict[fx.Node, Any], env: Mapping[fx.Node, Any])
     sizes = node.op == "call_method" and node.target == "size"
     if not sizes and (node.op != "call_function" or node.target not in _NUMBER_OPERATORS):
         raise KeyError(node)
-    args = map_arg(node.args, lambda n: _ahead(n, place, env))
-    place[node] = args[0].size(*args[1:]) if sizes else node.target(*args)  # type: ignore[operator]
+    args: Any = map_arg(node.args, lambda n: _ahead(n, place, env))
+    target: Any = node.target
+    place[node] = args[0].size(*args[1:]) if sizes else target(*args)
     return place[node]
 
 
@@ -378,11 +389,16 @@ def _permutation(probe: torch.Tensor, result: Any) -> tuple[int, Any] | None:
 
 def _failed(node: fx.Node, error: Exception, args: Any, parameters: str) -> Exception:
     where = describe_source(node)
-    what = f"{node.op} {node.target}" if node.op != "call_function" else getattr(node.target, "__name__", node.target)
+    what = (
+        f"{node.op} {node.target}"
+        if node.op != "call_function"
+        else getattr(node.target, "__name__", node.target)
+    )
     shapes = [str(tuple(t.shape)) for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
     given = f" Its inputs have the shapes {', '.join(shapes)}." if shapes else ""
     given += f" Its parameters: {parameters}." if parameters else ""
-    message = f"node {node.name} ({what}{', ' + where if where else ''}) failed: {type(error).__name__}: {error}.{given}"
+    at = f", {where}" if where else ""
+    message = f"node {node.name} ({what}{at}) failed: {type(error).__name__}: {error}.{given}"
     if isinstance(error, NotImplementedError) or "meta" in str(error).lower():
         failure: CaptureError | ExampleInputsError = CaptureError(
             f"{message}\nThe analysis runs on shapes alone; this node needs the values of a tensor. Next: "

@@ -17,7 +17,11 @@ aten = torch.ops.aten
 
 
 def _plain(tensor: Any) -> bool:
-    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_floating_point() and tensor.is_contiguous()
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.is_floating_point()
+        and tensor.is_contiguous()
+    )
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:

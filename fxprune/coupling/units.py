@@ -189,10 +189,6 @@ class Value:
         label = self.label(dim)
         return label is not None and label.zero and not self.storage[0]
 
-    def tracked(self) -> bool:
-        """Whether any dimension is labelled or open."""
-        return self.state is not None or any(label is not None for label in self.labels)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rectangle:

@@ -40,7 +40,9 @@ def score(graph: CouplingGraph, importance: Importance, seed: int = 0) -> Callab
     if isinstance(importance, str):
         if importance not in BUILT_IN:
             names = ", ".join(repr(name) for name in BUILT_IN)
-            raise ImportanceError(f"unknown importance {importance!r}; use {names}, or a function of a group.")
+            raise ImportanceError(
+                f"unknown importance {importance!r}; use {names}, or a function of a group."
+            )
         by_class = BUILT_IN[importance](graph, seed)
         return lambda group: by_class[group.units]
     if not callable(importance):
@@ -62,7 +64,9 @@ def _checked(scores: Any, group: Group) -> Scores:
             f"number for each of its {group.size} units."
         ) from error
     if np.iscomplexobj(scores):
-        raise ImportanceError(f"the importance function returned complex numbers for {group!r}; they have no order.")
+        raise ImportanceError(
+            f"the importance function returned complex numbers for {group!r}; they have no order."
+        )
     if array.shape != (group.size,):
         raise ImportanceError(
             f"the importance function returned shape {array.shape} for {group!r}; expected ({group.size},)."

@@ -73,12 +73,18 @@ class PruningPlan:
             if type(size) is not int:
                 raise PlanError(f"the plan removes units of {group!r}, a group of which it knows no size.")
             if not _whole_numbers(gone):
-                raise PlanError(f"the plan's units of {group!r} must be a list of whole numbers, got {gone!r}.")
+                raise PlanError(
+                    f"the plan's units of {group!r} must be a list of whole numbers, got {gone!r}."
+                )
             wrong = [unit for unit in gone if not 0 <= unit < size]
             if wrong:
-                raise PlanError(f"the plan names units {wrong} of the group {group!r}, which has {size} units.")
+                raise PlanError(
+                    f"the plan names units {wrong} of the group {group!r}, which has {size} units."
+                )
             if len(set(gone)) == size:
-                raise PlanError(f"the plan removes every unit of the group {group!r}; at least one must stay.")
+                raise PlanError(
+                    f"the plan removes every unit of the group {group!r}; at least one must stay."
+                )
 
     def __repr__(self) -> str:
         gone = sum(len(units) for units in self.removed.values())

@@ -13,9 +13,9 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
-@rule("empty", "empty_strided", "zeros", "ones", "full", "rand", "randn", "randint", "arange", "linspace", "eye",
-      "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided", "scalar_tensor", "logspace",
-      "tril_indices", "triu_indices", "randperm")  # fmt: skip
+@rule("empty", "empty_strided", "zeros", "ones", "full", "rand", "randn", "randint", "arange", "linspace",
+      "eye", "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided", "scalar_tensor",
+      "logspace", "tril_indices", "triu_indices", "randperm")  # fmt: skip
 def factory(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     c.constant(out)
 

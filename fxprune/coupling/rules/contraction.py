@@ -95,7 +95,6 @@ def convolution(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> No
         if weight.state is None or not weight.is_open(dim):
             c.freeze_dim(weight, dim, "kernel axis of a convolution")
     space = [("space", d) for d in range(2, out.dim())]
-    kernel = [("kernel", d) for d in range(2, out.dim())]
     into, outof = (0, 1) if transposed else (1, 0)
     if groups == 1:
         names = ["o", "c"]
@@ -103,14 +102,16 @@ def convolution(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> No
             names.reverse()
         # Open kernel axes stay open: they are no channels.
         flat = Value((weight.shape[0], weight.shape[1]), weight.labels[:2], weight.state, weight.dims[:2])
-        operands: list[tuple[Value, Sequence[Any]]] = [(flat, names), (Value(x.shape[:2], _first(c, x)), "nc")]
+        operands: list[tuple[Value, Sequence[Any]]] = [
+            (flat, names),
+            (Value(x.shape[:2], _first(c, x)), "nc"),
+        ]
         zero: ZeroRule = any
         if bias is not None:
             operands.insert(0, (bias, "o"))
             zero = _biased
         _contract(c, operands, ["n", "o", *space], out, zero)
         return
-    del kernel
     _grouped(c, x, weight, bias, groups, into, outof, out)
 
 
@@ -170,7 +171,13 @@ def _grouped(
     inner, inner_cells, repeats = (outof, cells, n_in) if grouped_in else (into, ids, n_out)
     outer_flat = (ids if grouped_in else cells).reshape(-1)
     outer = into if grouped_in else outof
-    c.unify([(_column(weight, outer), "c"), (Value((outer_flat.size,), [Label(outer_flat, (), axis, True)]), "c")], "")
+    c.unify(
+        [
+            (_column(weight, outer), "c"),
+            (Value((outer_flat.size,), [Label(outer_flat, (), axis, True)]), "c"),
+        ],
+        "",
+    )
     if weight.shape[inner] > 1:
         per_index = np.repeat(inner_cells, repeats, axis=0)
         if single:

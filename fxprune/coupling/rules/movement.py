@@ -38,7 +38,9 @@ def as_strided(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> Non
     size, stride = tuple(args[1]), tuple(args[2])
     same = size == value.shape and all(a == b for a, b, n in zip(before, stride, size, strict=True) if n > 1)
     if not same or (len(args) > 3 and args[3]):
-        c.freeze_value(value, "its memory is viewed with other strides", "use view, permute or reshape instead")
+        c.freeze_value(
+            value, "its memory is viewed with other strides", "use view, permute or reshape instead"
+        )
     elif out is not args[0]:
         c.permute(out, value, range(len(size)))
 
@@ -99,7 +101,8 @@ def expand(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
 @rule("slice", "slice_copy")
 def slice_(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     value = c.value(args[0])
-    dim, start, end, step = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])
+    given: list[Any] = [*args[1:], *(0, None, None, 1)[len(args) - 1 :]]
+    dim, start, end, step = given
     dim = _dim(value, dim)
     index = np.arange(value.shape[dim])[slice(start, end, step)]
     if index.size == value.shape[dim]:
@@ -219,7 +222,9 @@ def _pick(c: Coupler, value: Value, dim: int, index: torch.Tensor, out: torch.Te
         c.put(out, labels)
         return
     if known.numel() and int(known.max()) >= value.shape[dim]:
-        raise IndexError(f"index {int(known.max())} is out of range for a dimension of size {value.shape[dim]}")
+        raise IndexError(
+            f"index {int(known.max())} is out of range for a dimension of size {value.shape[dim]}"
+        )
     c.put(out, c.pick(value, dim, known.cpu().numpy() % value.shape[dim]))
 
 
@@ -308,7 +313,9 @@ def glu(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     value = c.value(args[0])
     dim = _dim(value, args[1] if len(args) > 1 else -1)
     half = value.shape[dim] // 2
-    halves = [Value(tuple(out.shape), c.take(value, dim, np.arange(k * half, (k + 1) * half))) for k in (0, 1)]
+    halves = [
+        Value(tuple(out.shape), c.take(value, dim, np.arange(k * half, (k + 1) * half))) for k in (0, 1)
+    ]
     names = range(out.dim())
     labels, _ = c.unify([(part, names) for part in halves], names, lambda zeros: zeros[0])
     c.put(out, labels)
@@ -323,7 +330,8 @@ def scatter(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     if c.operator == "select_scatter":
         labels = c.select(value, dim, args[3] % value.shape[dim])
     else:
-        start, end, step = (*args[3:], *(None, None, 1)[max(len(args) - 3, 0) :])
+        given: list[Any] = [*args[3:], *(None, None, 1)[max(len(args) - 3, 0) :]]
+        start, end, step = given
         labels = c.take(value, dim, np.arange(value.shape[dim])[slice(start, end, step)])
         if source.shape[dim] != len(range(value.shape[dim])[slice(start, end, step)]):
             raise RuntimeError(f"a slice is overwritten by a tensor of another size ({source.shape[dim]})")

@@ -16,8 +16,9 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
-@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
-      "_native_batch_norm_legit_functional", "_batch_norm_with_update", "_batch_norm_no_update")  # fmt: skip
+@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+      "_native_batch_norm_legit_functional", "_batch_norm_with_update", "_batch_norm_no_update",
+      "cudnn_batch_norm")  # fmt: skip
 def batch_norm(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
     """``x: (N, C, *)``; weight, bias, running mean and variance ``(C)``."""
     x = c.value(args[0])
@@ -87,8 +88,8 @@ def _along(c: Coupler, args: Args, out: torch.Tensor, reason: str) -> None:
     c.put(out, labels)
 
 
-@rule("sum", "mean", "amax", "amin", "var", "std", "var_mean", "std_mean", "prod", "norm", "logsumexp", "any", "all",
-      "linalg_vector_norm", "max.dim", "min.dim", "max.default", "min.default", "aminmax", "argmax",
+@rule("sum", "mean", "amax", "amin", "var", "std", "var_mean", "std_mean", "prod", "norm", "logsumexp", "any",
+      "all", "linalg_vector_norm", "max.dim", "min.dim", "max.default", "min.default", "aminmax", "argmax",
       "argmin")  # fmt: skip
 def reduction(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Reduced dimensions vanish or become 1. A sum of zeros at removed indices is exact."""

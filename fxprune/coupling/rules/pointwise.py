@@ -11,15 +11,20 @@ from ..registry import rule
 from ..units import OPEN, Label, Value
 
 # f(0) = 0, so a channel that is zero stays zero.
-_KEEPS_ZERO = frozenset(
-    "abs alias asin asinh atan atanh ceil clone contiguous deg2rad detach dropout elu erf expm1 floor frac gelu "
-    "hardshrink hardswish hardtanh leaky_relu lift lift_fresh lift_fresh_copy log1p mish native_dropout neg "
-    "negative nan_to_num positive prelu _prelu_kernel rad2deg relu relu6 round selu sgn sign silu sin sinh "
-    "softshrink sqrt square tan tanh tanh_ trunc _to_copy to _conj conj real".split()
-)
+_KEEPS_ZERO = frozenset([
+    "abs", "alias", "asin", "asinh", "atan", "atanh", "ceil", "clone", "contiguous", "deg2rad", "detach",
+    "dropout", "elu", "erf", "expm1", "floor", "frac", "gelu", "hardshrink", "hardswish", "hardtanh",
+    "leaky_relu", "lift", "lift_fresh", "lift_fresh_copy", "log1p", "mish", "native_dropout", "neg",
+    "negative", "nan_to_num", "positive", "prelu", "_prelu_kernel", "rad2deg", "relu", "relu6", "round",
+    "selu", "sgn", "sign", "silu", "sin", "sinh", "softshrink", "sqrt", "square", "tan", "tanh", "tanh_",
+    "trunc", "_to_copy", "to", "_conj", "conj", "real",
+])  # fmt: skip
 _ANY = frozenset(["mul", "multiply"])
 _FIRST = frozenset(["div", "divide", "true_divide", "floor_divide", "fmod", "remainder"])
-_ALL = frozenset("add sub subtract rsub maximum minimum max min lerp where hypot addcmul addcdiv".split())
+_ALL = frozenset([
+    "add", "sub", "subtract", "rsub", "maximum", "minimum", "max", "min", "lerp", "where", "hypot",
+    "addcmul", "addcdiv",
+])  # fmt: skip
 
 
 def _zero_rule(name: str, args: tuple[Any, ...]) -> ZeroRule:
