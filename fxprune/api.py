@@ -141,6 +141,7 @@ def _plan(
     graph = analyze(model, example_inputs)
     args, kwargs = normalize(example_inputs)
     dissolved: frozenset[str] = frozenset()
+    notes = []
     scores = score(graph, importance, seed)
     for _ in range(_ATTEMPTS):
         removed = select(graph, ratio, scores, where)
@@ -152,15 +153,17 @@ def _plan(
             # The widths are numbers inside these functions: trace into them, then decide again.
             try:
                 opened = _analyze(model, to_meta(args), to_meta(kwargs), dissolved | whole)
-            except CaptureError:
+            except CaptureError as refusal:
+                notes.append(f"could not trace into {', '.join(sorted(whole))}: {refusal}")
                 opened = None
             if opened is not None:
                 graph, dissolved = opened.hold(set(graph.held)) if graph.held else opened, dissolved | whole
                 scores = score(graph, importance, seed)
                 continue
-        graph = graph.hold(_around(graph, rewritten.violations[0].node))
-    else:
         first = rewritten.violations[0]
+        notes.append(f"held node {first.node}, which could not be rewritten: {first.reason}")
+        graph = graph.hold(_around(graph, first.node))
+    else:
         raise RewriteError(f"the graph could not be rewritten at node {first.node}: {first.reason}.")
     made = PruningPlan(
         model=graph.captured.class_name,
@@ -170,6 +173,7 @@ def _plan(
         removed=removed,
         held=graph.held,
         dissolved=tuple(sorted(dissolved)),
+        notes=tuple(notes),
         settings={
             "ratio": ratio,
             "importance": importance

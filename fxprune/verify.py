@@ -111,9 +111,10 @@ def verify(
             if difference <= limit:
                 return Verdict(difference, 0, (), dtype)
         if not isinstance(candidate, fx.GraphModule):
+            differs = "" if inexact else f"the outputs differ by {difference:.1e} (relative), and "
             raise VerificationError(
-                f"the outputs differ from the masked original's by {difference:.1e} (relative), and "
-                f"{type(pruned).__name__} is no GraphModule, so the node cannot be told."
+                f"{differs}{type(pruned).__name__} is no GraphModule, so it cannot be compared with the "
+                f"masked original node by node. Give verify the module that plan.apply(model) returned."
             )
         walk = _Walk(original, candidate, narrowing, inexact, limit)
         worst = walk.run(inputs)

@@ -21,6 +21,8 @@ from .base import Narrowing, Pass, copy_graph, operator_name
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Edit = Callable[[fx.Node, Narrowing], Call | None]
 _EDITS: dict[str, Edit] = {}
+_AS_SPLIT = frozenset(["chunk", "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes"])
+"""Operators that become a plain split with sizes."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class RewriteLiterals(Pass):
             if edited is None:
                 continue
             node.args, node.kwargs = edited
-            if operator_name(node) == "chunk":  # parts of unequal width are a split
+            if operator_name(node) in _AS_SPLIT:  # parts of unequal width are a split
                 node.target = "split" if node.op == "call_method" else torch.split
         return replace(program, graph=graph)
 
@@ -120,7 +122,7 @@ def _factory(node: fx.Node, narrowing: Narrowing) -> Call | None:
     return (*node.args[:at], *new, *node.args[at + count :]), dict(node.kwargs)
 
 
-@_edits("split", "chunk", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split", "split_copy",
+@_edits("split", "split_with_sizes", "tensor_split", *_AS_SPLIT, "split_copy",
         "split_with_sizes_copy")  # fmt: skip
 def _split(node: fx.Node, narrowing: Narrowing) -> Call | None:
     source, parts = narrowing.value(node.args[0]), narrowing.tree(node.name)
@@ -134,7 +136,7 @@ def _split(node: fx.Node, narrowing: Narrowing) -> Call | None:
                              "indices_or_sections") if k in node.kwargs), "split_size")  # fmt: skip
     if operator_name(node) == "tensor_split":
         return _with(node, 1, name, tuple(np.cumsum(sizes)[:-1].tolist()))
-    if operator_name(node) == "chunk":
+    if operator_name(node) in _AS_SPLIT:
         return (node.args[0], sizes), {"dim": dim}
     return _with(node, 1, name, sizes)
 

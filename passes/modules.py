@@ -185,6 +185,10 @@ def _recurrent(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape
     return changes
 
 
+def _cell(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | None) -> dict[str, Any]:
+    return {"input_size": shapes["weight_ih"][1], "hidden_size": shapes["weight_hh"][1]}
+
+
 def _multihead(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | None) -> dict[str, Any]:
     """Only tells whether anything changed: the module is replaced as a whole."""
     new = dict(shapes)
@@ -215,6 +219,7 @@ _RULES: list[tuple[type, Callable[[Any, Shapes, Shape | None, Shape | None], dic
     (nn.Unflatten, _unflatten),
     (nn.PReLU, _prelu),
     (nn.RNNBase, _recurrent),
+    (nn.RNNCellBase, _cell),
     (nn.MultiheadAttention, _multihead),
     (MultiheadAttention, _narrowed_multihead),
 ]

@@ -63,7 +63,20 @@ def rewrite(graph: CouplingGraph, removed: Mapping[str, Sequence[int]]) -> Rewri
     program = NarrowParameters(shapes_only=True)(graph.captured.program, narrowing)
     for rewriting in PIPELINE:
         program = rewriting(program, narrowing)
-    return Rewritten(program, narrowing, tuple(_check(program, narrowing)))
+    found = [replace(v, node=_named(program, graph, v.node)) for v in _check(program, narrowing)]
+    return Rewritten(program, narrowing, tuple(found))
+
+
+def _named(program: Program, graph: CouplingGraph, name: str) -> str:
+    """The node ``name``, or where a pass inserted it the first node of the original that follows."""
+    names = {node.name for node in graph.captured.program.graph.nodes}
+    following = [node for node in program.graph.nodes if node.name == name]
+    while following:
+        node = following.pop(0)
+        if node.name in names:
+            return node.name
+        following += node.users
+    return "output"
 
 
 def _check(program: Program, narrowing: Narrowing) -> list[Violation]:

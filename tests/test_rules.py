@@ -215,6 +215,8 @@ CASES = [
     Case("split", lambda x: torch.cat(x.split(5, 1)[::-1], 1)),
     Case("split_copy", lambda x: aten.split_copy.Tensor(x, 5, 1)[1], shrinks=False),
     Case("split_with_sizes", lambda x: x.split([5, 4, 3], 1)[1]),
+    Case("unsafe_split", lambda x: torch.cat(x.unsafe_split(6, 1)[::-1], 1)),
+    Case("unsafe_split_with_sizes", lambda x: x.unsafe_split_with_sizes([5, 4, 3], 1)[1]),
     Case("split_with_sizes_copy", lambda x: aten.split_with_sizes_copy.default(x, [5, 4, 3], 1)[1], shrinks=False),
     Case("chunk", lambda x: x.chunk(5, 1)[1], composite=True),
     Case("flip", lambda x: x.flip(1, 3)),

@@ -294,6 +294,8 @@ class Coupler:
 
     def permute(self, out: torch.Tensor, value: Value, order: Sequence[int]) -> None:
         """Dimension ``i`` of the result is dimension ``order[i]`` of ``value``; -1 is a new one of size 1."""
+        if getattr(out, "_fxprune_value", None) is value and list(order) != list(range(len(value.shape))):
+            del out._fxprune_value  # type: ignore[attr-defined]  # permuted in place
         if value.state is not None and -1 not in order and len(order) == len(value.shape):
             dims = tuple(value.dims[d] for d in order)
             out._fxprune_value = Value(  # type: ignore[attr-defined]

@@ -65,10 +65,10 @@ def rule_for(operator: torch._ops.OpOverload) -> Rule | None:
     except KeyError:
         pass
     found = _lookup(operator)
-    if found is None and operator._schema.name.endswith("_"):  # the in-place form of an operator
-        plain = getattr(torch.ops.aten, operator._schema.name.partition("::")[2][:-1], None)
-        overload = getattr(plain, operator._overloadname, None)
-        found = _lookup(overload) if overload is not None else None
+    name = operator._schema.name.partition("::")[2]
+    if found is None and name.endswith("_"):  # the in-place form of an operator
+        overload = getattr(getattr(torch.ops.aten, name[:-1], None), operator._overloadname, None)
+        found = _lookup(overload) if overload is not None else _RULES.get(f"aten.{name[:-1]}")
     _FOUND[operator] = found
     return found
 

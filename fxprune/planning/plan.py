@@ -34,6 +34,7 @@ class PruningPlan:
         removed: positions of the units to remove, by the group's name; groups that stay are left out.
         held: names of graph nodes that could not be rewritten; nothing around them is narrowed.
         dissolved: functions that had to be traced into, as ``module.name``.
+        notes: why nodes were held, for people.
         settings: how the plan was made (ratio, importance, seed); for the record only.
     """
 
@@ -44,6 +45,7 @@ class PruningPlan:
     removed: Mapping[str, list[int]]
     held: tuple[str, ...] = ()
     dissolved: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def apply(self, model: nn.Module) -> fx.GraphModule:
@@ -99,6 +101,7 @@ class PruningPlan:
         for name, size in self.sizes.items():
             gone = len(self.removed.get(name, ()))
             lines.append(f"  {name:<{width}}  {size:>6} -> {size - gone:>6}")
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
     def to_json(self) -> str:
@@ -116,7 +119,8 @@ class PruningPlan:
             data = json.loads(text)
             if data.pop("fxprune_plan") != VERSION:
                 raise PlanError(f"this plan has another version than {VERSION}, which fxprune reads.")
-            plan = PruningPlan(**{**data, "held": tuple(data["held"]), "dissolved": tuple(data["dissolved"])})
+            sequences = {name: tuple(data[name]) for name in ("held", "dissolved", "notes")}
+            plan = PruningPlan(**{**data, **sequences})
             plan.validate()
             return plan
         except (ValueError, KeyError, TypeError, AttributeError) as error:

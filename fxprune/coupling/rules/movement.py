@@ -130,7 +130,8 @@ def unbind(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
         c.put_view(part, value, c.select(value, dim, index))
 
 
-@rule("split", "split_with_sizes", "chunk", "split_copy", "split_with_sizes_copy")
+@rule("split", "split_with_sizes", "chunk", "split_copy", "split_with_sizes_copy", "unsafe_split",
+      "unsafe_split_with_sizes")  # fmt: skip
 def split(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
     value = c.value(args[0])
     dim = _dim(value, args[2] if len(args) > 2 else kwargs.get("dim", 0))
