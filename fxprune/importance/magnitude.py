@@ -50,6 +50,10 @@ def _powers(
     """
     assert state.tensor is not None
     tensor = state.tensor.detach()
+    if tensor.dim() == 1:
+        vector = tensor.to("cpu", torch.float64).numpy()
+        yield np.abs(vector) ** p
+        return
     kept = [sorted((*label.over, dim)) for dim, label in labels]
     inner = max(max(dims) for dims in kept) + 1  # dimensions from here on belong to no label
     shape = (*tensor.shape[:inner], math.prod(tensor.shape[inner:]))
