@@ -86,6 +86,28 @@ def _convolution(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _new(x, x.shape[0], weight.shape[0], *sizes)
 
 
+def _product(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``mm`` and ``bmm``, and ``addmm`` with a bias in front."""
+    *bias, a, b = args
+    if kwargs or not a.is_floating_point() or any(t.dtype != a.dtype for t in (*bias, b)):
+        return None
+    if (
+        a.dim() != b.dim()
+        or a.dim() not in (2, 3)
+        or a.shape[-1] != b.shape[-2]
+        or a.shape[:-2] != b.shape[:-2]
+    ):
+        return None
+    if any(tuple(t.shape) != (b.shape[-1],) for t in bias):
+        return None
+    return _new(a, *a.shape[:-1], b.shape[-1])
+
+
+def _softmax(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    return _like(x) if _plain(x) and not kwargs and len(args) > 1 and args[2:] in ((), (False,)) else None
+
+
 def _layer_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, shape, weight, bias = args[:4]
     n = len(shape)
@@ -112,6 +134,9 @@ SHORTCUTS: dict[Any, Shortcut] = {
                                aten.hardsigmoid_, aten.tanh_, aten.leaky_relu_, aten.elu_)],
         _in_place,
     ),
+    **dict.fromkeys([aten.mm.default, aten.bmm.default, aten.addmm.default], _product),
+    **dict.fromkeys([aten._softmax.default, aten._safe_softmax.default], _softmax),
+    **dict.fromkeys([aten.add.Scalar, aten.sub.Scalar, aten.mul.Scalar, aten.div.Scalar], _binary),
     aten.add_.Tensor: _in_place,
     aten.mul_.Tensor: _in_place,
 }  # fmt: skip
