@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
@@ -27,19 +27,17 @@ class UpdateModules(Pass):
     """
 
     def requires(self, program: Program, narrowing: Narrowing) -> Sequence[Any]:
-        sites = []
+        calls: dict[str, fx.Node] = {}
         for node in program.graph.nodes:
-            if node.op == "call_module" and node.target not in sites:
-                sites.append(node.target)
-        return [path for path in sites if self._update(program, narrowing, path) is not None]
+            if node.op == "call_module":
+                calls.setdefault(node.target, node)
+        updated = ((path, self._update(program, narrowing, path, node)) for path, node in calls.items())
+        return [(path, module) for path, module in updated if module is not None]
 
     def run(self, program: Program, narrowing: Narrowing, sites: Sequence[Any]) -> Program:
-        modules = dict(program.modules)
-        for path in sites:
-            modules[path] = self._update(program, narrowing, path) or modules[path]
-        return replace(program, modules=modules)
+        return replace(program, modules={**program.modules, **dict(sites)})
 
-    def _update(self, program: Program, narrowing: Narrowing, path: str) -> nn.Module | None:
+    def _update(self, program: Program, narrowing: Narrowing, path: str, call: fx.Node) -> nn.Module | None:
         """A changed copy of the leaf module at ``path``, or None if nothing in it changes."""
         leaf = program.modules[path]
         changes = {}
@@ -50,7 +48,7 @@ class UpdateModules(Pass):
                 for key, tensor in [*module._parameters.items(), *module._buffers.items()]
                 if tensor is not None
             }
-            inputs, outputs = _ends(program, narrowing, path) if not name else (None, None)
+            inputs, outputs = _ends(narrowing, call) if not name else (None, None)
             new = _attributes(module, shapes, inputs, outputs)
             attributes = {k: v for k, v in new.items() if getattr(module, k) != v}
             if attributes:
@@ -74,14 +72,11 @@ class UpdateModules(Pass):
         return copy
 
 
-def _ends(program: Program, narrowing: Narrowing, path: str) -> tuple[Shape | None, Shape | None]:
-    """Narrowed shapes of the first input and of the output of the module at ``path``."""
-    for node in program.graph.nodes:
-        if node.op == "call_module" and node.target == path and node.args:
-            ends = [narrowing.value(end) for end in (node.args[0], node)]
-            into, out = (narrowing.shape(value) if value is not None else None for value in ends)
-            return into, out
-    return None, None
+def _ends(narrowing: Narrowing, call: fx.Node) -> tuple[Shape | None, Shape | None]:
+    """Narrowed shapes of the first input and of the output of a module's first call."""
+    ends = [narrowing.value(end) for end in (call.args[0] if call.args else None, call)]
+    into, out = (narrowing.shape(value) if value is not None else None for value in ends)
+    return into, out
 
 
 def _names(module: nn.Module) -> list[str]:

@@ -125,8 +125,10 @@ class _Tracer(fx.Tracer):
         self.alive: list[torch.Tensor] = []  # constants whose id must stay theirs
         self.given: dict[str, Any] = {}
         self.flags: dict[str, TrainingFlag] = {}
-        self.tensors = dict(_tensors(model))
-        self.tensor_names = {id(tensor): name for name, tensor in reversed(list(_tensors(model)))}
+        named = list(_tensors(model))
+        self.names = tuple(name for name, _ in named)
+        self.tensors = dict(named)
+        self.tensor_names = {id(tensor): name for name, tensor in reversed(named)}
         self.tensor_proxies: dict[str, fx.Proxy] = {}
 
     def program(self) -> Program:
@@ -166,8 +168,8 @@ class _Tracer(fx.Tracer):
         return Program(
             graph=graph,
             modules={str(n.target): self.leaf(str(n.target)) for n in graph.nodes if n.op == "call_module"},
-            tensors=dict(_tensors(self.model)),
-            skeleton=_skeleton(self.model),
+            tensors={name: self.tensors[name] for name in self.names},
+            skeleton=_skeleton(self.model, self.names),
             extras=self.constants,
             notes=tuple(notes),
         )
@@ -236,7 +238,7 @@ class _Tracer(fx.Tracer):
             owner = self.path_of_module(a.owner) if a.owner is not self.model else ""
             path = f"{owner}.training_flag" if owner else "training_flag"
             if path not in self.flags:
-                self.flags[path] = TrainingFlag().train(bool(a))
+                self.flags[path] = TrainingFlag().train(int(a) != 0)
             return self.create_node("call_module", path, (), {})
         if isinstance(a, torch.Tensor):
             name = self.tensor_names.get(id(a))
@@ -397,7 +399,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _skeleton(model: nn.Module) -> Skeleton:
+def _skeleton(model: nn.Module, names: tuple[str, ...]) -> Skeleton:
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
     training: dict[str, bool] = {}
@@ -414,7 +416,6 @@ def _skeleton(model: nn.Module) -> Skeleton:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 buffers[f"{path}.{name}" if path else name] = name not in module._non_persistent_buffers_set
-    names = tuple(name for name, _ in _tensors(model))
     return Skeleton(training, aliases, buffers, names)
 
 
