@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import check
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
@@ -1891,7 +1891,7 @@ def sort_over_channels(net, x):
     return net.c(net.b(net.a(x).sort(dim=1)[0]))
 
 
-@torch.library.custom_op("fxprune_tests::mystery", mutates_args=())
+@library.custom_op("fxprune_tests::mystery", mutates_args=())
 def mystery(x: Tensor) -> Tensor:
     return x.cumsum(-1).flip(-1)
 
