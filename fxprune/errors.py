@@ -31,6 +31,10 @@ class PlanError(FxpruneError):
     """A plan is malformed, or does not belong to the model that it is applied to."""
 
 
+class TrainingError(FxpruneError):
+    """A regulariser or the state of an optimiser does not fit the model."""
+
+
 class RewriteError(FxpruneError):
     """A graph could not be rewritten although every offending axis was frozen."""
 

@@ -22,7 +22,7 @@ from .coupling.units import Value
 from .errors import ExampleInputsError, VerificationError
 from .inputs import normalize
 from .passes import Narrowing
-from .passes.parameters import narrow
+from .passes.parameters import narrow, surviving
 from .planning.plan import PruningPlan
 from .program import Program, describe_source
 
@@ -144,13 +144,9 @@ def _masked(program: Program, narrowing: Narrowing, dtype: torch.dtype) -> fx.Gr
         if id(tensor) not in made:
             new = _cast(tensor, dtype)
             if isinstance(tensor, nn.Parameter):
-                for axis, label in enumerate(axes.get(id(tensor), [])):
-                    if label is not None and narrowing.narrows(label):
-                        order = [*label.over, axis]
-                        mask = torch.from_numpy(narrowing.alive(label)).to(new.device)
-                        shape = [new.shape[d] if d in order else 1 for d in range(new.dim())]
-                        mask = mask.permute([order.index(d) for d in sorted(order)]).reshape(shape)
-                        new = torch.where(mask, new, torch.zeros((), dtype=new.dtype, device=new.device))
+                alive = surviving(tensor.shape, axes.get(id(tensor), []), narrowing)
+                if alive is not None:
+                    new.masked_fill_(~alive.to(new.device), 0)
                 new = nn.Parameter(new, requires_grad=False) if new.is_floating_point() else new
             made[id(tensor)] = new
         tensors[name] = made[id(tensor)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,12 +42,20 @@ class NarrowParameters(Pass):
 
 def _shrink(tensor: torch.Tensor, labels: Sequence[Label | None], narrowing: Narrowing) -> torch.Tensor:
     """A meta tensor of the narrowed shape."""
-    shape = list(tensor.shape)
+    shape = narrowed_shape(tensor.shape, labels, narrowing)
+    return torch.empty(shape, dtype=tensor.dtype, device="meta")
+
+
+def narrowed_shape(
+    shape: Sequence[int], labels: Sequence[Label | None], narrowing: Narrowing
+) -> tuple[int, ...]:
+    """The shape that a tensor of this ``shape`` will have."""
+    new = list(shape)
     for axis, label in enumerate(labels):
         kept = narrowing.kept(label)
         if kept is not None:
-            shape[axis] = kept.index.shape[-1]
-    return torch.empty(shape, dtype=tensor.dtype, device="meta")
+            new[axis] = kept.index.shape[-1]
+    return tuple(new)
 
 
 def narrow(tensor: torch.Tensor, labels: Sequence[Label | None], narrowing: Narrowing) -> torch.Tensor:
@@ -55,8 +63,12 @@ def narrow(tensor: torch.Tensor, labels: Sequence[Label | None], narrowing: Narr
 
     Always a copy; parameter or not, dtype, device and memory format are kept.
     """
+    return pick(tensor, {d: k for d, label in enumerate(labels) if (k := narrowing.kept(label)) is not None})
+
+
+def pick(tensor: torch.Tensor, kept: Mapping[int, Kept]) -> torch.Tensor:
+    """A copy of ``tensor`` with the ``kept`` indices along each of these axes; else as :func:`narrow`."""
     data = tensor.detach()
-    kept = {axis: k for axis, label in enumerate(labels) if (k := narrowing.kept(label)) is not None}
     flat = {axis: k for axis, k in kept.items() if not k.over}
     new = data if kept else data.clone()
     for axis, k in kept.items():
@@ -68,6 +80,21 @@ def narrow(tensor: torch.Tensor, labels: Sequence[Label | None], narrowing: Narr
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(new, requires_grad=tensor.requires_grad)
     return new
+
+
+def surviving(
+    shape: Sequence[int], labels: Sequence[Label | None], narrowing: Narrowing
+) -> torch.Tensor | None:
+    """True where the entries of a tensor of this ``shape`` survive; None where all do."""
+    mask = None
+    for axis, label in enumerate(labels):
+        if label is not None and narrowing.narrows(label):
+            order = [*label.over, axis]
+            alive = torch.from_numpy(narrowing.alive(label))
+            alive = alive.permute([order.index(d) for d in sorted(order)])
+            alive = alive.reshape([size if d in order else 1 for d, size in enumerate(shape)])
+            mask = alive if mask is None else mask & alive
+    return None if mask is None else mask.expand(*shape)
 
 
 def _restride(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:

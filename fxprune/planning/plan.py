@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import PlanError
 
 if TYPE_CHECKING:
-    from torch import fx, nn
+    from torch import Tensor, fx, nn
+    from torch.optim import Optimizer
+
+    _Optimizer = TypeVar("_Optimizer", bound=Optimizer)
 
 VERSION = 1
 
@@ -57,6 +60,81 @@ class PruningPlan:
         from ..api import apply
 
         return apply(self, model)
+
+    def mask(self, model: nn.Module) -> nn.Module:
+        """A copy of ``model``, of the same class and shapes, in which the removed entries are held at zero.
+
+        It can be trained like any other, with any optimiser, and ``plan.apply`` of it gives a network that
+        computes the same, wherever the narrowed groups are exact. Names, module tree and state dict
+        are those of the model. Removed entries get no gradient; a forward pre-hook of the copy sets them to
+        zero again should anything else have written to them (a loaded state dict, momentum from before). The
+        copy may be copied and pickled. ``model`` is not changed.
+
+        Raises:
+            PlanError: if the plan is for another architecture.
+        """
+        from ..training import mask
+
+        return mask(self, model)
+
+    def masks(self, model: nn.Module) -> dict[str, Tensor]:
+        """Which entries survive: a boolean tensor of the parameter's shape for each parameter that narrows.
+
+        Args:
+            model: any copy of the architecture; may live on the meta device.
+
+        Raises:
+            PlanError: if the plan is for another architecture.
+        """
+        from ..training import masks
+
+        return masks(self, model)
+
+    def narrow_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+        """The part of a state dict that survives, as copies: moving averages, checkpoints.
+
+        An exponential moving average in ``torch.optim.swa_utils.AveragedModel`` goes on like this::
+
+            narrowed = AveragedModel(pruned, avg_fn=...)
+            narrowed.module.load_state_dict(plan.narrow_state_dict(ema.module.state_dict(), model))
+            narrowed.n_averaged.copy_(ema.n_averaged)
+
+        Args:
+            state: tensors by the names of the model, all or some of them.
+            model: any copy of the architecture; may live on the meta device.
+
+        Raises:
+            PlanError: for names or shapes that the architecture does not have.
+        """
+        from ..training import narrow_state_dict
+
+        return narrow_state_dict(self, state, model)
+
+    def apply_to_optimizer(self, optimizer: _Optimizer, model: nn.Module, pruned: nn.Module) -> _Optimizer:
+        """An optimiser of the same class for the parameters of ``pruned``, with the state that survives.
+
+        Parameter groups and their settings are kept. State of a parameter's shape (momentum, variance) is
+        narrowed as the parameter is, single numbers (step counts) are copied; so training goes on
+        as it would with ``plan.mask(model)``. Nothing given is changed.
+
+        A learning-rate scheduler is pointed to the result by ``scheduler.optimizer = narrowed``: it reads and
+        writes the rates of the parameter groups, which are the same. Gradient scalers hold nothing
+        that belongs to parameters. For moving averages see :meth:`narrow_state_dict`.
+
+        Args:
+            optimizer: the optimiser that trains ``model``.
+            model: the model that the optimiser has the parameters of: the original, or ``plan.mask`` of it.
+            pruned: what ``plan.apply(model)`` returned.
+
+        Raises:
+            TrainingError: if the optimiser is not that of ``model``, if ``pruned`` has other shapes than the
+                plan says, or if the optimiser keeps state that cannot be narrowed (the factored
+                variances of Adafactor, the flat history of LBFGS).
+            PlanError: if the plan is for another architecture.
+        """
+        from ..training import narrow_optimizer
+
+        return narrow_optimizer(self, optimizer, model, pruned)
 
     def validate(self) -> None:
         """Check that the fields are what they should be.
