@@ -15,7 +15,7 @@ from .capture.symbolic import function_name
 from .coupling.graph import CouplingGraph
 from .coupling.groups import Group
 from .errors import CaptureError, ExampleInputsError, PlanError, RewriteError
-from .importance import Importance, score
+from .importance import Importance, describe, score
 from .inputs import describe_inputs, normalize, restore_inputs, to_meta
 from .passes import Rewritten, rewrite
 from .planning.plan import PruningPlan
@@ -92,10 +92,11 @@ def plan(
         model: the model to prune; it is not changed.
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
         ratio: share of units to remove from every group, ``0 <= ratio < 1``; each group keeps one.
-        importance: ``"l1"``, ``"l2"``, ``"random"``, or a function ``group -> scores`` that returns one
-            number for each of ``group.size`` units; the lowest go first.
+        importance: ``"l1"``, ``"l2"``, ``"random"`` or another name in ``fxprune.importance.BUILT_IN``; a
+            criterion, ``fxprune.importance.Taylor(loss, data)`` say; or a function ``group -> scores`` that
+            returns one number for each of ``group.size`` units. The lowest go first.
         where: only groups for which this is true are narrowed, ``lambda group: group.exact`` say.
-        seed: for ``importance="random"``.
+        seed: for criteria with something random.
 
     Raises:
         RatioError, ImportanceError, CaptureError, ExampleInputsError: for bad arguments.
@@ -168,7 +169,7 @@ def _plan(
     args, kwargs = normalize(example_inputs)
     dissolved: frozenset[str] = frozenset()
     notes = []
-    scores = score(graph, importance, seed)
+    scores = score(graph, importance, seed, model)
     for _ in range(_ATTEMPTS):
         removed = select(graph, ratio, scores, where)
         rewritten = rewrite(graph, removed)
@@ -184,7 +185,7 @@ def _plan(
                 opened = None
             if opened is not None:
                 graph, dissolved = opened.hold(set(graph.held)) if graph.held else opened, dissolved | whole
-                scores = score(graph, importance, seed)
+                scores = score(graph, importance, seed, model, scores)
                 continue
         first = rewritten.violations[0]
         notes.append(f"held node {first.node}, which could not be rewritten: {first.reason}")
@@ -202,9 +203,7 @@ def _plan(
         notes=tuple(notes),
         settings={
             "ratio": ratio,
-            "importance": importance
-            if isinstance(importance, str)
-            else getattr(importance, "__name__", "custom"),
+            "importance": describe(importance),
             "seed": seed,
         },
     )

@@ -1,55 +1,126 @@
 """Score: one number for each unit of each group; the units with the lowest go first.
 
 A criterion is a function of a group. The built-in ones see the whole graph at once, because a weight
-that belongs to several groups is then read once.
+that belongs to several groups is then read once. Each family has its file:
+
+- weights alone: :class:`Magnitude`, :class:`LAMP`, :class:`BNScale`, :class:`FPGM`, random.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import nn
 
 from ..coupling.graph import CouplingGraph
 from ..coupling.groups import Group
 from ..errors import ImportanceError
-from .magnitude import magnitude, random
+from .base import Criterion, MemberCriterion, Scores
+from .magnitude import LAMP, BNScale, Magnitude, magnitude, random
+from .similarity import FPGM
 
-__all__ = ["BUILT_IN", "Importance", "score"]
+__all__ = [
+    "BUILT_IN",
+    "FPGM",
+    "LAMP",
+    "BNScale",
+    "Criterion",
+    "Importance",
+    "Magnitude",
+    "MemberCriterion",
+    "describe",
+    "score",
+]
 
-Scores = NDArray[np.float64]
-Importance = str | Callable[[Group], Any]
-"""``"l1"``, ``"l2"``, ``"random"``, or a function of a group that returns ``group.size`` numbers."""
+Importance = str | Criterion | Callable[[Group], Any]
+"""A name from :data:`BUILT_IN`, a criterion, or a function of a group that returns ``group.size`` numbers."""
 
-BUILT_IN: dict[str, Callable[[CouplingGraph, int], Scores]] = {
+BY_CLASS: dict[str, Callable[[CouplingGraph, int], Scores]] = {
     "l1": lambda graph, seed: magnitude(graph, 1),
     "l2": lambda graph, seed: magnitude(graph, 2),
     "random": random,
 }
 
+BUILT_IN: dict[str, Callable[[CouplingGraph, int], Scores] | Criterion] = {
+    **BY_CLASS,
+    "bn_scale": BNScale(),
+    "lamp": LAMP(),
+    "fpgm": FPGM(),
+}
+"""Criteria that need nothing but the weights, by name."""
 
-def score(graph: CouplingGraph, importance: Importance, seed: int = 0) -> Callable[[Group], Scores]:
+WITH_DATA: dict[str, str] = {}
+"""What has to be given for the others."""
+
+
+def score(
+    graph: CouplingGraph,
+    importance: Importance,
+    seed: int = 0,
+    model: nn.Module | None = None,
+    earlier: Callable[[Group], Scores] | None = None,
+) -> Callable[[Group], Scores]:
     """A function from group to scores ``(group.size,)``; higher is more important.
 
+    Args:
+        graph: the analysis.
+        importance: a name, a criterion, or a function of a group.
+        seed: for criteria with something random.
+        model: the model that was analysed; criteria that run it need it.
+        earlier: what this function returned for another analysis of the same model. Criteria that only read
+            the members of groups are not asked again, so that data are gone through once.
+
     Raises:
-        ImportanceError: for an unknown name, or scores of the wrong number, not finite, or complex.
+        ImportanceError: for an unknown name, for what a criterion cannot measure, or scores of the wrong
+            number, not finite, or complex.
     """
+    found: Any = BUILT_IN.get(importance) if isinstance(importance, str) else importance
     if isinstance(importance, str):
-        if importance not in BUILT_IN:
-            names = ", ".join(repr(name) for name in BUILT_IN)
-            raise ImportanceError(
-                f"unknown importance {importance!r}; use {names}, or a function of a group."
-            )
-        by_class = BUILT_IN[importance](graph, seed)
-        return lambda group: by_class[group.units]
-    if not callable(importance):
+        if found is None:
+            raise _unknown(importance)
+        if importance in BY_CLASS:
+            by_class = BY_CLASS[importance](graph, seed)
+            return lambda group: by_class[group.units]
+    if isinstance(found, type) and issubclass(found, Criterion):
         raise ImportanceError(
-            f"importance must be a name or a function of a group, got {type(importance).__name__}."
+            f"importance is the class {found.__name__}; give an instance, {_example(found)}."
         )
-    return lambda group: _checked(importance(group), group)
+    if isinstance(found, Criterion):
+        if earlier is not None:
+            return earlier
+        found = found.prepare(graph, model if model is not None else nn.Module(), seed)
+    if not callable(found):
+        raise ImportanceError(
+            f"importance must be a name, a criterion or a function of a group, got {type(found).__name__}."
+        )
+    return lambda group: _checked(found(group), group)
+
+
+def describe(importance: Importance) -> str:
+    """What a plan's settings say of an importance."""
+    if isinstance(importance, (str, Criterion)):
+        return str(importance)
+    return getattr(importance, "__name__", "custom")
+
+
+def _unknown(name: str) -> ImportanceError:
+    if name in WITH_DATA:
+        return ImportanceError(f"importance {name!r} needs more than a name: give {WITH_DATA[name]}.")
+    close = difflib.get_close_matches(name.lower(), [*BUILT_IN, *WITH_DATA], n=1, cutoff=0.4)
+    nearest = f" Did you mean {close[0]!r}?" if close else ""
+    names = ", ".join(map(repr, BUILT_IN))
+    return ImportanceError(
+        f"unknown importance {name!r}; use {names}, a criterion from fxprune.importance, or a function of a "
+        f"group.{nearest}"
+    )
+
+
+def _example(criterion: type[Criterion]) -> str:
+    return f"fxprune.importance.{criterion.__name__}(...)"
 
 
 def _checked(scores: Any, group: Group) -> Scores:
@@ -60,17 +131,15 @@ def _checked(scores: Any, group: Group) -> Scores:
         array = np.asarray(np.real(scores), dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ImportanceError(
-            f"the importance function returned {type(scores).__name__} for {group!r}; it must return one "
+            f"the importance returned {type(scores).__name__} for {group!r}; it must return one "
             f"number for each of its {group.size} units."
         ) from error
     if np.iscomplexobj(scores):
-        raise ImportanceError(
-            f"the importance function returned complex numbers for {group!r}; they have no order."
-        )
+        raise ImportanceError(f"the importance returned complex numbers for {group!r}; they have no order.")
     if array.shape != (group.size,):
         raise ImportanceError(
-            f"the importance function returned shape {array.shape} for {group!r}; expected ({group.size},)."
+            f"the importance returned shape {array.shape} for {group!r}; expected ({group.size},)."
         )
     if not np.isfinite(array).all():
-        raise ImportanceError(f"the importance function returned NaN or infinity for {group!r}.")
+        raise ImportanceError(f"the importance returned NaN or infinity for {group!r}.")
     return array

@@ -1,22 +1,30 @@
-"""Criteria that need only the weights."""
+"""Criteria made of the sizes of weights."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import fx, nn
 
 from ..coupling.graph import CouplingGraph
-from ..coupling.units import Label, State
+from ..coupling.groups import Group
+from ..coupling.units import Axis, Label, State
+from ..errors import ImportanceError
+from ..program import Program
+from .base import Entries, Measure, MemberCriterion, Scores
 
 _CHUNK = 1 << 20
 """Entries of a weight that are handled at once: few enough to stay in the processor's cache."""
 
 
-def magnitude(graph: CouplingGraph, p: int) -> NDArray[np.float64]:
+def magnitude(graph: CouplingGraph, p: float) -> NDArray[np.float64]:
     """The Lp norm of all parameter entries that go with a unit, by class.
 
     ``score(u) = (sum over entries w removed with u of |w|^p)^(1/p)``, over all members of the group, as
@@ -25,15 +33,21 @@ def magnitude(graph: CouplingGraph, p: int) -> NDArray[np.float64]:
     not count.
     """
     total = np.zeros(graph.run.coupler.units.count)
+    for _, label, powers in _axes(graph, p):
+        np.add.at(total, graph.classes(label.ids).reshape(-1), powers.reshape(-1))
+    scores: NDArray[np.float64] = total ** (1 / p)
+    return scores
+
+
+def _axes(graph: CouplingGraph, p: float) -> Iterator[tuple[Axis, Label, NDArray[np.float64]]]:
+    """All labelled axes of parameters; the sums of ``|w|^p`` at their indices have the shape of the ids."""
     scratch = torch.empty(_CHUNK)
     for state in graph.states.values():
         labels = [(dim, label) for dim, label in enumerate(state.axes) if label is not None]
         if not isinstance(state.tensor, torch.nn.Parameter) or not labels:
             continue
-        for (_, label), powers in zip(labels, _powers(state, labels, p, scratch), strict=True):
-            np.add.at(total, graph.classes(label.ids).reshape(-1), powers.reshape(-1))
-    scores: NDArray[np.float64] = total ** (1 / p)
-    return scores
+        for (dim, label), powers in zip(labels, _powers(state, labels, p, scratch), strict=True):
+            yield Axis(state.name, dim), label, powers
 
 
 def random(graph: CouplingGraph, seed: int) -> NDArray[np.float64]:
@@ -42,7 +56,7 @@ def random(graph: CouplingGraph, seed: int) -> NDArray[np.float64]:
 
 
 def _powers(
-    state: State, labels: list[tuple[int, Label]], p: int, scratch: torch.Tensor
+    state: State, labels: list[tuple[int, Label]], p: float, scratch: torch.Tensor
 ) -> Iterator[NDArray[np.float64]]:
     """For each label the sum of ``|w|^p`` over the dimensions that it does not have, in the order of its ids.
 
@@ -64,7 +78,9 @@ def _powers(
         powers = scratch[: chunk.numel()].view(chunk.shape) if chunk.numel() <= scratch.numel() else None
         if chunk.dtype != scratch.dtype or chunk.device != scratch.device:
             chunk, powers = chunk.to(scratch.device, torch.promote_types(chunk.dtype, scratch.dtype)), None
-        powers = torch.abs(chunk, out=powers) if p == 1 else torch.mul(chunk, chunk, out=powers)
+        powers = torch.mul(chunk, chunk, out=powers) if p == 2 else torch.abs(chunk, out=powers)
+        if p not in (1, 2):
+            powers = powers.pow_(p)
         powers = powers.sum(-1) if shape[-1] > 1 else powers.squeeze(-1)
         for dims, result in zip(kept, results, strict=True):
             gone = [d for d in range(inner) if d not in dims]
@@ -76,3 +92,126 @@ def _powers(
         start += chunk.shape[0]
     for (dim, label), dims, result in zip(labels, kept, results, strict=True):
         yield result.transpose([dims.index(d) for d in (*label.over, dim)])
+
+
+@dataclass(frozen=True)
+class Magnitude(MemberCriterion):
+    """The Lp norm of the parameter entries that go with a unit.
+
+    ``score(u) = (reduce over members m of sum over entries w of m at u of |w|^p)^(1/p)``, then normalised.
+    With ``reduce="sum"`` this is the group norm of DepGraph (Fang et al., CVPR 2023,
+    https://arxiv.org/abs/2301.12900), what ``importance="l2"`` stands for; with ``members="root"`` and
+    ``p=1`` the filter norm of Li et al. (ICLR 2017, https://arxiv.org/abs/1608.08710). Torch-Pruning leaves
+    out the root ``1/p``, which orders the units of a group in the same way.
+
+    Attributes:
+        p: degree of the norm, ``p > 0``.
+    """
+
+    p: float = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        p: Any = self.p
+        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 < p < math.inf:
+            raise ImportanceError(
+                f"p={self.p!r} is no degree of a norm; use a number above 0, such as 1 or 2."
+            )
+
+    def measure(self, graph: CouplingGraph, model: nn.Module, seed: int) -> Measure:
+        """Sums of ``|w|^p``; every weight is read once."""
+        sums = Entries(lambda member: member.tensor.detach().abs() ** self.p)
+        for axis, label, powers in _axes(graph, self.p):
+            sums.sums[axis, label.over] = powers
+        return sums
+
+    def finish(self, scores: Scores | None, group: Group) -> Scores:
+        """Take the root, then normalise."""
+        return super().finish(None if scores is None else scores ** (1 / self.p), group)
+
+
+@dataclass(frozen=True)
+class LAMP(Magnitude):
+    """Layer-adaptive magnitude: the share of a unit in all units of its group that are no smaller.
+
+    ``score(u) = s(u) / sum over v with s(v) >= s(u) of s(v)``, where ``s(u) = reduce over members of
+    sum |w|^p`` without the root; equal ones count in the order of their positions. Lee et al., ICLR 2021,
+    https://arxiv.org/abs/2010.07611, for single weights and ``p=2``; here for the units of a group. It orders
+    the units of one group as :class:`Magnitude` does, and makes groups comparable: the largest unit of each
+    scores 1.
+    """
+
+    def finish(self, scores: Scores | None, group: Group) -> Scores:
+        """The share in what is no smaller."""
+        if scores is not None:
+            order = np.argsort(scores, kind="stable")
+            ranked = scores[order]
+            above = np.cumsum(ranked[::-1])[::-1]
+            scores = np.empty_like(scores)
+            scores[order] = np.divide(ranked, above, out=np.zeros_like(ranked), where=above > 0)
+        return MemberCriterion.finish(self, scores, group)
+
+
+@dataclass(frozen=True)
+class BNScale(MemberCriterion):
+    """The scale of the batch normalisations that a unit passes through.
+
+    ``score(u) = reduce over batch norms of |gamma_u|``: Network Slimming (Liu et al., ICCV 2017,
+    https://arxiv.org/abs/1708.06519). Groups without a batch normalisation are scored by ``otherwise``;
+    both are divided by their mean, so that groups can be compared.
+    """
+
+    reduce: str = field(default="mean", kw_only=True)
+    normalize: Any = field(default="mean", kw_only=True)
+    otherwise: MemberCriterion = field(default=Magnitude(reduce="mean", normalize="mean"), kw_only=True)
+
+    def measure(self, graph: CouplingGraph, model: nn.Module, seed: int) -> Measure:
+        """Sizes of the scales; None for any other parameter."""
+        scales = _batch_norm_scales(graph.captured.program)
+        return Entries(lambda member: member.tensor.detach().abs() if id(member.tensor) in scales else None)
+
+    def prepare(self, graph: CouplingGraph, model: nn.Module, seed: int) -> Any:
+        """Scores by the scales; those of ``otherwise`` where there are none."""
+        measure = self.measure(graph, model, seed)
+        otherwise = self.otherwise.prepare(graph, model, seed)
+
+        def scores(group: Group) -> Scores:
+            found = self.joined(group, measure)
+            return otherwise(group) if found is None else self.finish(found, group)
+
+        return scores
+
+
+def _batch_norm_scales(program: Program) -> set[int]:
+    """Which tensors are scales of batch normalisations, as ``id``."""
+    found = set()
+    for node in program.graph.nodes:
+        if node.op == "call_module":
+            name = f"{node.target}.weight"
+            norm = isinstance(program.modules[str(node.target)], nn.modules.batchnorm._BatchNorm)
+        else:
+            scale = _argument(node, "weight") if "batch_norm" in _function_name(node) else None
+            norm = isinstance(scale, fx.Node) and scale.op == "get_attr"
+            name = str(scale.target) if isinstance(scale, fx.Node) else ""
+        if norm and name in program.tensors:
+            found.add(id(program.tensors[name]))
+    return found
+
+
+def _function_name(node: fx.Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return str(schema.name if schema is not None else getattr(node.target, "__name__", ""))
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """The argument called ``name`` of a call of a function or an ATen operator."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    target: Any = node.target
+    schema = getattr(target, "_schema", None)
+    try:
+        names = [a.name for a in schema.arguments] if schema else list(inspect.signature(target).parameters)
+    except (TypeError, ValueError):  # a function without a signature
+        return None
+    place = names.index(name) if name in names else len(node.args)
+    return node.args[place] if place < len(node.args) else None
