@@ -1,9 +1,11 @@
 """fxprune: a compiler pass over ``torch.fx`` graphs that makes trained networks physically narrower."""
 
+from . import functional
 from .api import analyze, plan, prune
 from .cost import Count, count
 from .coupling.graph import CouplingGraph
 from .coupling.groups import Group, Member
+from .coupling.removal import Removal, removable
 from .errors import FxpruneError, VerificationError
 from .planning.plan import PruningPlan
 from .verify import Verdict, verify
@@ -16,11 +18,14 @@ __all__ = [
     "Group",
     "Member",
     "PruningPlan",
+    "Removal",
     "Verdict",
     "VerificationError",
     "analyze",
     "count",
+    "functional",
     "plan",
     "prune",
+    "removable",
     "verify",
 ]

@@ -35,6 +35,14 @@ class TrainingError(FxpruneError):
     """A regulariser or the state of an optimiser does not fit the model."""
 
 
+class AxisError(FxpruneError, LookupError):
+    """A parameter, a dimension or an index that the graph does not have."""
+
+
+class ChannelError(FxpruneError, ValueError):
+    """Channels that a layer does not have, or cannot lose by itself."""
+
+
 class RewriteError(FxpruneError):
     """A graph could not be rewritten although every offending axis was frozen."""
 

@@ -60,7 +60,7 @@ class UpdateModules(Pass):
             submodule = copy.get_submodule(name)
             if isinstance(submodule, nn.MultiheadAttention):
                 prefix = f"{path}.{name}." if name else f"{path}."
-                attention = _attention(
+                attention = free_attention(
                     submodule, {k: tuple(program.tensors[prefix + k].shape) for k in _names(submodule)}
                 )
                 if not name:
@@ -83,7 +83,8 @@ def _names(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters(remove_duplicate=False)]
 
 
-def _attention(source: nn.MultiheadAttention, shapes: Shapes) -> MultiheadAttention:
+def free_attention(source: nn.MultiheadAttention, shapes: Shapes) -> MultiheadAttention:
+    """Attention with the parameters of ``source``, which have these shapes, and with its scale."""
     v_width = shapes["out_proj.weight"][1]
     packed = shapes.get("in_proj_weight")
     qk_width = (packed[0] - v_width) // 2 if packed else shapes["q_proj_weight"][0]
@@ -229,4 +230,4 @@ def _attributes(
     return {}
 
 
-__all__ = ["UpdateModules"]
+__all__ = ["UpdateModules", "free_attention"]

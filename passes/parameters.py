@@ -76,7 +76,7 @@ def pick(tensor: torch.Tensor, kept: Mapping[int, Kept]) -> torch.Tensor:
             new = _gather(new, axis, k)
     if flat:
         new = _pick(new, flat)
-    new = _restride(new, data)
+    new = restride(new, data)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(new, requires_grad=tensor.requires_grad)
     return new
@@ -97,7 +97,8 @@ def surviving(
     return None if mask is None else mask.expand(*shape)
 
 
-def _restride(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+def restride(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """``new`` in the memory format of ``old``: channels last, or contiguous."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     memory_format = formats.get(old.dim())
     if (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fxprune
 from fxprune.cost import Count, count, latency_ratio, measure_latency
 from fxprune.errors import ExampleInputsError
 
@@ -50,22 +51,28 @@ class Masked(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("model", "inputs", "params", "macs"),
+    ("model", "inputs", "params", "macs", "activations"),
     [
-        (nn.Conv2d(3, 8, 3, padding=1), torch.zeros(2, 3, 5, 5), 8 * 27 + 8, 2 * 25 * 8 * 27),
-        (nn.Conv2d(4, 8, 3, groups=2, bias=False), torch.zeros(1, 4, 5, 5), 8 * 18, 9 * 8 * 18),
-        (nn.ConvTranspose2d(4, 6, 2, stride=2, bias=False), torch.zeros(1, 4, 3, 3), 96, 9 * 96),
-        (nn.Linear(5, 7), torch.zeros(3, 5), 42, 3 * 35),
-        (nn.LSTM(3, 4, bias=False), torch.zeros(6, 1, 3), 16 * 7, 6 * 16 * 7),
-        (Tied(), torch.zeros(2, 3, dtype=torch.long), 40, 6 * 40),
+        (nn.Conv2d(3, 8, 3, padding=1), torch.zeros(2, 3, 5, 5), 8 * 27 + 8, 2 * 25 * 8 * 27, 2 * 25 * 8),
+        (nn.Conv2d(4, 8, 3, groups=2, bias=False), torch.zeros(1, 4, 5, 5), 8 * 18, 9 * 8 * 18, 9 * 8),
+        (nn.ConvTranspose2d(4, 6, 2, stride=2, bias=False), torch.zeros(1, 4, 3, 3), 96, 9 * 96, 36 * 6),
+        (nn.Linear(5, 7), torch.zeros(3, 5), 42, 3 * 35, 21),
+        (nn.LSTM(3, 4, bias=False), torch.zeros(6, 1, 3), 16 * 7, 6 * 16 * 7, 2 * 6 * 16),
+        (Tied(), torch.zeros(2, 3, dtype=torch.long), 40, 6 * 40, 60),
         # Projections in and out, then two products of (positions, 8) with (positions, 8).
-        (Attend(), torch.zeros(1, 6, 8), 8 * 24 + 24 + 72, 6 * (8 * 24 + 64) + 2 * 6 * 6 * 8),
-        (Masked(), {"x": torch.zeros(2, 4), "options": {"shift": torch.zeros(4)}}, 16, 32),
+        (
+            Attend(),
+            torch.zeros(1, 6, 8),
+            8 * 24 + 24 + 72,
+            6 * (8 * 24 + 64) + 2 * 6 * 6 * 8,
+            6 * (24 + 8) + 2 * 36 + 48,
+        ),
+        (Masked(), {"x": torch.zeros(2, 4), "options": {"shift": torch.zeros(4)}}, 16, 32, 8),
     ],
     ids=["conv", "grouped", "transposed", "linear", "lstm", "tied", "attention", "keywords"],
 )
-def test_count_by_hand(model: nn.Module, inputs: object, params: int, macs: int) -> None:
-    assert count(model, inputs) == Count(params=params, macs=macs, bytes=4 * params)
+def test_count_by_hand(model: nn.Module, inputs: object, params: int, macs: int, activations: int) -> None:
+    assert count(model, inputs) == Count(params, macs, activations, bytes=4 * params)
 
 
 def test_bytes_hold_saved_buffers_once() -> None:
@@ -90,7 +97,7 @@ def test_count_on_meta_and_in_float16() -> None:
     with torch.device("meta"):
         model = nn.Linear(30_000, 30_000, dtype=torch.float16)
         inputs = torch.zeros(1, 30_000, dtype=torch.float16)
-    assert count(model, inputs) == Count(params=900_030_000, macs=900_000_000, bytes=1_800_060_000)
+    assert count(model, inputs) == Count(900_030_000, 900_000_000, 30_000, 1_800_060_000)
 
 
 def test_torchvision_figures() -> None:
@@ -103,6 +110,25 @@ def test_torchvision_figures() -> None:
     assert (resnet.params, vit.params) == (11_689_512, 86_567_656)
     assert resnet.macs / 1e9 == pytest.approx(1.814, rel=1e-3)
     assert vit.macs / 1e9 == pytest.approx(17.564, rel=1e-3)
+    assert (
+        resnet.activations
+        == 64 * 112**2
+        + sum(
+            width * size**2 * convolutions
+            for width, size, convolutions in [(64, 56, 4), (128, 28, 5), (256, 14, 5), (512, 7, 5)]
+        )
+        + 1000
+    )
+
+
+def test_pruned_networks_are_counted_alike() -> None:
+    """A narrowed network costs what a network built as narrow costs."""
+
+    def build(width: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 4, 3))
+
+    x = torch.zeros(2, 3, 8, 8)
+    assert count(fxprune.prune(build(8), x, ratio=0.5), x) == count(build(4), x)
 
 
 def test_wrong_inputs_and_lazy_modules_are_named() -> None:
