@@ -5,8 +5,10 @@ from .api import analyze, plan, prune
 from .cost import Count, count
 from .coupling.graph import CouplingGraph
 from .coupling.groups import Group, Member
+from .coupling.registry import register_module, register_rule, unregister
 from .coupling.removal import Removal, removable
 from .errors import FxpruneError, VerificationError
+from .leaves import Registration
 from .planning.plan import PruningPlan
 from .verify import Verdict, verify
 
@@ -18,6 +20,7 @@ __all__ = [
     "Group",
     "Member",
     "PruningPlan",
+    "Registration",
     "Removal",
     "Verdict",
     "VerificationError",
@@ -26,6 +29,9 @@ __all__ = [
     "functional",
     "plan",
     "prune",
+    "register_module",
+    "register_rule",
     "removable",
+    "unregister",
     "verify",
 ]

@@ -52,7 +52,7 @@ class VerificationError(FxpruneError):
 
 
 class RuleError(FxpruneError, ValueError):
-    """An operator rule was registered twice, or for something that is no operator."""
+    """The rule of an operator or module is no rule, was registered twice, or does not fit what it is for."""
 
 
 class CheckpointError(FxpruneError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,12 +10,10 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from ..leaves import Attributes, Shape, Shapes, leaf_for
 from ..nn import MultiheadAttention
 from ..program import Program, clone_module
 from .base import Narrowing, Pass
-
-Shape = tuple[int, ...]
-Shapes = dict[str, Shape]
 
 
 @dataclass(frozen=True)
@@ -204,7 +202,7 @@ def _narrowed_multihead(
     return {"qk_width": parts * module.qk_width // old, "v_width": parts * module.v_width // old}
 
 
-_RULES: list[tuple[type, Callable[[Any, Shapes, Shape | None, Shape | None], dict[str, Any]]]] = [
+_RULES: list[tuple[type, Attributes]] = [
     (_ConvNd, _conv),
     (nn.Linear, _linear),
     (_NormBase, _batch_norm),
@@ -223,7 +221,10 @@ _RULES: list[tuple[type, Callable[[Any, Shapes, Shape | None, Shape | None], dic
 
 def _attributes(
     module: nn.Module, shapes: Shapes, inputs: Shape | None, outputs: Shape | None
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
+    leaf = leaf_for(module)
+    if leaf is not None and leaf.attributes is not None:
+        return leaf.attributes(module, shapes, inputs, outputs)
     for kind, rule in _RULES:
         if isinstance(module, kind):
             return rule(module, shapes, inputs, outputs)

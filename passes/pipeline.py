@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from ..coupling.graph import CouplingGraph
 from ..coupling.interpreter import Run, interpret
 from ..coupling.units import Label, Units, Value
-from ..errors import CaptureError, ExampleInputsError
+from ..errors import CaptureError, ExampleInputsError, RuleError
 from ..program import Program
 from .base import Narrowing, Pass
 from .constants import KeepConstants
@@ -110,7 +110,7 @@ def _check(program: Program, narrowing: Narrowing) -> list[Violation]:
 
     try:
         run = interpret(program, graph.inputs, Units(anchors=int(compact.max())), seeds, known)
-    except (ExampleInputsError, CaptureError) as error:
+    except (ExampleInputsError, CaptureError, RuleError) as error:
         node = getattr(error, "node", None)
         return [Violation(node.name if node is not None else "", str(error))]
     return list(_compare(run, narrowing, compact))

@@ -490,7 +490,7 @@ def test_a_shuffle_before_a_flatten_is_a_permutation() -> None:
 def test_every_rule_has_a_case() -> None:
     """A rule without a case in the table above must not be registered."""
     covered = {name for case in CASES for name in case.operators.split()}
-    known = {name.removeprefix("aten.") for name in registered()}
+    known = {name.removeprefix("aten.") for name, own in registered().items() if own.family != "custom"}
     assert known - covered == set()
     assert covered - known == set()
 

@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, ExampleInputsError
 from ..inputs import meta_like, to_meta
+from ..leaves import leaf_for
 from ..nn import TrainingFlag
 from ..program import Program, Skeleton, clone_module
 
@@ -387,7 +388,11 @@ def _mutable(tree: Any) -> Any:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is called as one node: those of ``torch.nn``, and none that merely contain."""
+    """Whether a module is called as one node: those of ``torch.nn`` that do not merely contain, and those
+    that were registered (:func:`fxprune.register_module`).
+    """
+    if leaf_for(module) is not None:
+        return True
     name = type(module).__module__
     return name.startswith(("torch.nn.", "torch.ao.nn.", "fxprune.nn")) and not isinstance(
         module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -19,8 +19,9 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from ..errors import CaptureError, ExampleInputsError
+from ..errors import CaptureError, ExampleInputsError, FxpruneError
 from ..inputs import meta_like
+from ..leaves import leaf_for
 from ..program import Program, clone_module, describe_source
 from .coupler import Coupler
 from .registry import rule_for
@@ -127,7 +128,7 @@ class _Interpreter(TorchDispatchMode):
         shortcut = SHORTCUTS.get(func)
         out = shortcut(args, kwargs) if shortcut is not None else None
         if out is None:
-            out = func(*args, **kwargs)
+            out = self._shapes_only(func, args, kwargs)
         self._calls += 1
         coupler = self.coupler
         rule = rule_for(func)
@@ -148,11 +149,24 @@ class _Interpreter(TorchDispatchMode):
                     self._numbers.append((coupler.operator.rstrip("_"), *numbers))
         return out
 
+    def _shapes_only(self, func: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError as error:
+            if func.namespace in ("aten", "prims") or not _lacks_kernel(error):
+                raise
+            raise CaptureError(
+                f"the operator {func} does not run on shapes alone: it has no fake kernel. Next: write one, "
+                f"a function of the same arguments that returns empty tensors of the right shapes, and "
+                f'register it with torch\'s library.register_fake("{func._schema.name}").'
+            ) from error
+
     def _unknown(self, func: Any, args: Any, kwargs: Any) -> None:
         reason = f"used by {func}, an operator without a rule"
         for tensor in pytree.tree_leaves((args, kwargs)):
             if isinstance(tensor, torch.Tensor):
-                self.coupler.freeze_value(self.coupler.value(tensor), reason, "register a rule for it")
+                remedy = f"fxprune.register_rule({func}, ...) says how it couples"
+                self.coupler.freeze_value(self.coupler.value(tensor), reason, remedy)
 
     # -- graph nodes ----------------------------------------------------------------------------
 
@@ -189,13 +203,16 @@ class _Interpreter(TorchDispatchMode):
                     if node.op == "call_module":
                         if node.target not in modules:
                             modules[node.target] = self._module(node.target)
-                        result = modules[node.target](*args, **kwargs)
+                        result = self._call(modules[node.target], args, kwargs)
                     elif node.target is operator.getitem:
                         result = args[0][_index(args[1])]
                     elif node.op == "call_method":
                         result = getattr(args[0], node.target)(*args[1:], **kwargs)
                     else:
                         result = node.target(*args, **kwargs)
+                except FxpruneError as error:
+                    error.node = node  # type: ignore[attr-defined]
+                    raise
                 except Exception as error:  # whatever a user's node raises
                     raise _failed(node, error, args, self._shapes(node)) from error
                 if self._numbers:
@@ -206,6 +223,26 @@ class _Interpreter(TorchDispatchMode):
             if node in self._detours:
                 self._finish_detour(node, env)
             self.values[node] = self._describe(result)
+
+    def _call(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        """Run a leaf module; one with a rule of its own is not followed inside."""
+        leaf = leaf_for(module)
+        if leaf is not None:
+            self.coupler.delicate()  # nobody knows what it does with sizes
+        if leaf is None or leaf.couple is None:
+            return module(*args, **kwargs)
+        quiet, self._quiet = self._quiet, True
+        try:
+            result = module(*args, **kwargs)
+        except Exception as error:  # whatever a user's forward raises on shapes
+            if leaf.outputs is None or not _needs_values(error):
+                raise
+            result = leaf.outputs(module, args, kwargs)
+        finally:
+            self._quiet = quiet
+        self.coupler.operator = leaf.module_class.__qualname__
+        leaf.couple(self.coupler, module, args, kwargs, result)
+        return result
 
     # -- views that amount to a permutation -----------------------------------------------------
 
@@ -387,6 +424,15 @@ def _permutation(probe: torch.Tensor, result: Any) -> tuple[int, Any] | None:
     return None
 
 
+def _lacks_kernel(error: Exception) -> bool:
+    return isinstance(error, NotImplementedError) or "no fake impl" in str(error)
+
+
+def _needs_values(error: Exception) -> bool:
+    """Whether something failed because it was given shapes alone."""
+    return _lacks_kernel(error) or "meta" in str(error).lower()
+
+
 def _failed(node: fx.Node, error: Exception, args: Any, parameters: str) -> Exception:
     where = describe_source(node)
     what = (
@@ -399,7 +445,7 @@ def _failed(node: fx.Node, error: Exception, args: Any, parameters: str) -> Exce
     given += f" Its parameters: {parameters}." if parameters else ""
     at = f", {where}" if where else ""
     message = f"node {node.name} ({what}{at}) failed: {type(error).__name__}: {error}.{given}"
-    if isinstance(error, NotImplementedError) or "meta" in str(error).lower():
+    if _needs_values(error):
         failure: CaptureError | ExampleInputsError = CaptureError(
             f"{message}\nThe analysis runs on shapes alone; this node needs the values of a tensor. Next: "
             f"compute it outside of the model, or prune the submodules around it."

@@ -1,0 +1,143 @@
+"""Module classes that stay whole in a captured graph, and the attributes in which modules keep widths."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from .errors import RuleError
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+Attributes = Callable[[Any, Shapes, Shape | None, Shape | None], Mapping[str, Any]]
+"""``(module, shapes of its tensors, of its first input, of its output) -> new values of attributes``."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A registered module class.
+
+    Attributes:
+        module_class: the class.
+        couple: how it couples, ``(coupler, module, args, kwargs, out)``; None to follow its ``forward``.
+        outputs: makes meta tensors of the results' shapes from the inputs; None if only ``forward`` can.
+        attributes: what it remembers of its widths, or None.
+        site: ``file:line`` of the registration.
+        given: what it was registered with, to tell whether a second registration is the same.
+    """
+
+    module_class: type[nn.Module]
+    couple: Callable[..., None] | None
+    outputs: Callable[..., Any] | None
+    attributes: Attributes | None
+    site: str
+    given: Any
+
+
+class Registration:
+    """Undoes a registration by :meth:`remove`, or at the end of a ``with`` block."""
+
+    def __init__(self, undo: Callable[[], None]) -> None:
+        self._undo = undo
+
+    def remove(self) -> None:
+        self._undo()
+
+    def __enter__(self) -> Registration:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+_LEAVES: dict[type, Leaf] = {}
+
+
+def leaf_for(module: nn.Module) -> Leaf | None:
+    """The registration of a module's class, or of the nearest class that it inherits from."""
+    if not _LEAVES:
+        return None
+    return next((_LEAVES[kind] for kind in type(module).__mro__ if kind in _LEAVES), None)
+
+
+def register_leaf(leaf: Leaf, same: Callable[[Any, Any], bool]) -> None:
+    """Add a registration; one that says the same may be there already."""
+    present = _LEAVES.get(leaf.module_class)
+    if present is not None and not same(present.given, leaf.given):
+        name = leaf.module_class.__qualname__
+        raise RuleError(
+            f"{name} is registered twice, differently: {present.site} and {leaf.site}. "
+            f"fxprune.unregister({name}) removes the first."
+        )
+    _LEAVES[leaf.module_class] = leaf
+
+
+def unregister_leaf(module_class: type) -> None:
+    _LEAVES.pop(module_class, None)
+
+
+_AXIS = re.compile(r"^([\w.]+)\[(-?\d+)\]$")
+
+
+def attribute_rule(given: Any, name: str) -> Attributes | None:
+    """The function that a table of attributes (or a function) stands for."""
+    if given is None:
+        return None
+    if callable(given):
+        function: Attributes = given
+        return function
+    if not isinstance(given, dict):
+        raise RuleError(
+            f"the attributes of {name} are a dict such as {{'channels': 'weight[0]'}}, or a function; got "
+            f"{given!r}."
+        )
+    axes = {}
+    for attribute, axis in given.items():
+        match = _AXIS.match(axis) if isinstance(axis, str) else None
+        if match is None:
+            raise RuleError(
+                f"the attribute {attribute!r} of {name} follows an axis such as 'weight[0]', 'input[1]' or "
+                f"'output[-1]'; got {axis!r}."
+            )
+        axes[attribute] = (match[1], int(match[2]))
+
+    def changes(
+        module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | None
+    ) -> Mapping[str, Any]:
+        known = {**shapes, "input": inputs, "output": outputs}
+        new = {}
+        for attribute, (tensor, dim) in axes.items():
+            if not hasattr(module, attribute):
+                raise RuleError(f"{name} has no attribute {attribute!r}, which its registration names.")
+            if tensor not in known:
+                raise RuleError(
+                    f"{name} has no tensor {tensor!r}, which its registration names; it has "
+                    f"{', '.join(known)}."
+                )
+            shape = known[tensor]
+            if shape is None:
+                continue
+            if not -len(shape) <= dim < len(shape):
+                raise RuleError(f"{tensor} of {name} has {len(shape)} axes, so there is no {tensor}[{dim}].")
+            new[attribute] = shape[dim]
+        return new
+
+    return changes
+
+
+__all__ = [
+    "Attributes",
+    "Leaf",
+    "Registration",
+    "attribute_rule",
+    "leaf_for",
+    "register_leaf",
+    "unregister_leaf",
+]
