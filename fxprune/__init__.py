@@ -9,11 +9,13 @@ from .coupling.registry import register_module, register_rule, unregister
 from .coupling.removal import Removal, removable
 from .errors import FxpruneError, VerificationError
 from .leaves import Registration
+from .planning.budget import Budget
 from .planning.plan import PruningPlan
 from .verify import Verdict, verify
 
 __version__ = "0.1.0"
 __all__ = [
+    "Budget",
     "Count",
     "CouplingGraph",
     "FxpruneError",

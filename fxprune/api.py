@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -18,8 +18,11 @@ from .errors import CaptureError, ExampleInputsError, PlanError, RewriteError
 from .importance import Importance, describe, score
 from .inputs import describe_inputs, normalize, restore_inputs, to_meta
 from .passes import Rewritten, rewrite
-from .planning.plan import PruningPlan
-from .planning.selection import check_ratio, select
+from .planning.budget import Budget
+from .planning.check import problems
+from .planning.patterns import Pattern
+from .planning.plan import Problem, PruningPlan
+from .planning.selection import Scope, Selection, select
 
 _ATTEMPTS = 100
 
@@ -81,44 +84,79 @@ def _analyze(
 def plan(
     model: nn.Module,
     example_inputs: Any,
-    ratio: float = 0.5,
+    ratio: float | None = None,
     importance: Importance = "l2",
     where: Callable[[Group], bool] | None = None,
     seed: int = 0,
+    *,
+    scope: Scope = "local",
+    ratios: Mapping[Pattern, float] | None = None,
+    scopes: Mapping[Pattern | tuple[Pattern, ...], float] | None = None,
+    max_ratio: float = 1.0,
+    keep: Pattern | Sequence[Pattern] = (),
+    round_to: int | Mapping[Pattern, int] | None = None,
+    budget: Budget | None = None,
 ) -> PruningPlan:
     """Decide what to remove. The same arguments give the same plan.
+
+    Layers are named as in ``model.named_modules()``: ``"layer1.0.conv1"``, ``"layer1"`` for all in it,
+    ``"layer*.conv1"``, or by type, ``nn.Conv2d``. What is meant is what the layer puts out; the inputs of
+    a layer are the outputs of others (``"fc.weight[1]"`` names that very axis).
 
     Args:
         model: the model to prune; it is not changed.
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
-        ratio: share of units to remove from every group, ``0 <= ratio < 1``; each group keeps one.
+        ratio: share of units to remove, ``0 <= ratio < 1``; 0.5 unless a budget is given. Every row of
+            units keeps one.
         importance: ``"l1"``, ``"l2"``, ``"random"`` or another name in ``fxprune.importance.BUILT_IN``; a
             criterion, ``fxprune.importance.Taylor(loss, data)`` say; or a function ``group -> scores`` that
             returns one number for each of ``group.size`` units. The lowest go first.
         where: only groups for which this is true are narrowed, ``lambda group: group.exact`` say.
         seed: for criteria with something random.
+        scope: what loses ``ratio`` of its units: ``"local"`` every group, ``"global"`` all groups ranked
+            together, ``"isomorphic"`` the groups of the same structure ranked together (Fang et al., ECCV
+            2024, https://arxiv.org/abs/2407.04616). Ranking compares scores between groups.
+        ratios: ratios of single layers, ``{"layer1": 0.3, nn.Linear: 0.2}``. Where several apply, the
+            last counts.
+        scopes: layers that are ranked together, and the ratio of their units to remove,
+            ``{("layer1", "layer2"): 0.3, "layer3": 0.6}``. ``ratios`` takes precedence.
+        max_ratio: largest share that is removed from any row.
+        keep: layers that stay as wide as they are.
+        round_to: what the units left in each row are a multiple of, as near as can be; one number, or one
+            by layer. Where rows are shorter than that, their sum is. What cannot be rounded stays whole.
+        budget: what may be left, in place of ``ratio``: ``Budget(macs=0.5)``.
 
     Raises:
-        RatioError, ImportanceError, CaptureError, ExampleInputsError: for bad arguments.
+        RatioError, SelectionError, BudgetError, ImportanceError, CaptureError, ExampleInputsError: for
+            bad arguments; names the nearest valid choice.
     """
-    return _plan(model, example_inputs, ratio, importance, where, seed)[0]
+    selection = Selection.checked(ratio, where, scope, ratios, scopes, max_ratio, keep, round_to, budget)
+    return _plan(model, example_inputs, selection, importance, seed)[0]
 
 
 @_stage
 def prune(
     model: nn.Module,
     example_inputs: Any,
-    ratio: float = 0.5,
+    ratio: float | None = None,
     importance: Importance = "l2",
     where: Callable[[Group], bool] | None = None,
     seed: int = 0,
+    *,
+    scope: Scope = "local",
+    ratios: Mapping[Pattern, float] | None = None,
+    scopes: Mapping[Pattern | tuple[Pattern, ...], float] | None = None,
+    max_ratio: float = 1.0,
+    keep: Pattern | Sequence[Pattern] = (),
+    round_to: int | Mapping[Pattern, int] | None = None,
+    budget: Budget | None = None,
 ) -> fx.GraphModule:
     """A narrower copy of ``model``; arguments as for :func:`plan`.
 
     The result's ``meta["fxprune"]`` holds the :class:`~fxprune.planning.plan.PruningPlan`.
     """
-    made, rewritten = _plan(model, example_inputs, ratio, importance, where, seed)
-    return _finish(made, rewritten)
+    selection = Selection.checked(ratio, where, scope, ratios, scopes, max_ratio, keep, round_to, budget)
+    return _finish(*_plan(model, example_inputs, selection, importance, seed))
 
 
 @_stage
@@ -141,11 +179,7 @@ def graph_for(made: PruningPlan, model: nn.Module) -> CouplingGraph:
         PlanError: if the plan does not fit the model, or removes what is not there.
     """
     made.validate()
-    _check_architecture(made, model)
-    args, kwargs = restore_inputs(made.inputs)
-    graph = _analyze(model, args, kwargs, frozenset(made.dissolved))
-    if made.held:
-        graph = graph.hold(set(made.held))
+    graph = _graph_of(made, model)
     sizes = {group.name: group.size for group in graph.groups}
     for name in made.removed:
         if sizes.get(name) != made.sizes.get(name):
@@ -156,23 +190,38 @@ def graph_for(made: PruningPlan, model: nn.Module) -> CouplingGraph:
     return graph
 
 
+def _graph_of(made: PruningPlan, model: nn.Module) -> CouplingGraph:
+    _check_architecture(made, model)
+    args, kwargs = restore_inputs(made.inputs)
+    graph = _analyze(model, args, kwargs, frozenset(made.dissolved))
+    return graph.hold(set(made.held)) if made.held else graph
+
+
+@_stage
+def check(made: PruningPlan, model: nn.Module | CouplingGraph) -> tuple[Problem, ...]:
+    """See :meth:`PruningPlan.check`."""
+    try:
+        graph = model if isinstance(model, CouplingGraph) else _graph_of(made, model)
+    except PlanError as error:
+        return (Problem("", str(error)),)
+    return tuple(problems(made, graph.groups))
+
+
 def _plan(
     model: nn.Module,
     example_inputs: Any,
-    ratio: float,
+    selection: Selection,
     importance: Importance,
-    where: Callable[[Group], bool] | None,
     seed: int,
 ) -> tuple[PruningPlan, Rewritten]:
-    ratio = check_ratio(ratio)
     graph = analyze(model, example_inputs)
     args, kwargs = normalize(example_inputs)
     dissolved: frozenset[str] = frozenset()
     notes = []
     scores = score(graph, importance, seed, model)
     for _ in range(_ATTEMPTS):
-        removed = select(graph, ratio, scores, where)
-        rewritten = rewrite(graph, removed)
+        selected = select(graph, selection, scores, model)
+        rewritten = rewrite(graph, selected.removed)
         if not rewritten.violations:
             break
         whole = {name for v in rewritten.violations if (name := _function(graph, v.node))} - dissolved
@@ -197,12 +246,12 @@ def _plan(
         inputs=describe_inputs(args, kwargs),
         shapes=graph.tensor_names(),
         sizes={group.name: group.size for group in graph.groups},
-        removed=removed,
+        removed=selected.removed,
         held=graph.held,
         dissolved=tuple(sorted(dissolved)),
-        notes=tuple(notes),
+        notes=(*selected.notes, *notes),
         settings={
-            "ratio": ratio,
+            **selection.settings(),
             "importance": describe(importance),
             "seed": seed,
         },

@@ -23,6 +23,14 @@ class RatioError(FxpruneError, ValueError):
     """A ratio lies outside ``0 <= ratio < 1``."""
 
 
+class SelectionError(FxpruneError, ValueError):
+    """A layer is unknown, or an argument that says what to narrow is malformed."""
+
+
+class BudgetError(FxpruneError, ValueError):
+    """A budget is malformed, contradicts another argument, or cannot be met."""
+
+
 class ImportanceError(FxpruneError, ValueError):
     """An importance is unknown, or returned something that is no score."""
 

@@ -54,6 +54,7 @@ def interpret(
     units: Units | None = None,
     seeds: Mapping[str, list[Label | None]] | None = None,
     known: Callable[[fx.Node], Any] | None = None,
+    observe: Callable[[Any, Any, Any, Any], None] | None = None,
 ) -> Run:
     """Run ``program`` on meta ``inputs`` (one for each placeholder) and collect labels.
 
@@ -64,11 +65,12 @@ def interpret(
         seeds: labels for the axes of parameters and buffers, by the tensor's name, for a check.
         known: gives the values (a tree of :class:`Value` and numbers) of nodes that need not be run, None
             for those that do.
+        observe: called as ``observe(operator, args, kwargs, out)`` after each ATen call.
 
     Raises:
         ExampleInputsError: where a node fails on the inputs' shapes; names the node and its source.
     """
-    interpreter = _Interpreter(program, Coupler(units), seeds or {}, known)
+    interpreter = _Interpreter(program, Coupler(units), seeds or {}, known, observe)
     with _slow_paths(), torch.no_grad(), interpreter:
         interpreter.run(inputs)
     return Run(interpreter.coupler, interpreter.states, interpreter.values, interpreter.scalars)
@@ -96,8 +98,10 @@ class _Interpreter(TorchDispatchMode):
         coupler: Coupler,
         seeds: Mapping[str, list[Label | None]],
         known: Callable[[fx.Node], Any] | None,
+        observe: Callable[[Any, Any, Any, Any], None] | None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.observe = observe
         self.known = known
         self.program = program
         self.coupler = coupler
@@ -147,6 +151,8 @@ class _Interpreter(TorchDispatchMode):
                 numbers = [a for a in args if isinstance(a, (int, float)) and not isinstance(a, bool)]
                 if numbers:
                     self._numbers.append((coupler.operator.rstrip("_"), *numbers))
+        if self.observe is not None:
+            self.observe(func, args, kwargs, out)
         return out
 
     def _shapes_only(self, func: Any, args: Any, kwargs: Any) -> Any:

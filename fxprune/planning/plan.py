@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import PlanError
+from .patterns import nearest
 
 if TYPE_CHECKING:
     from torch import Tensor, fx, nn
     from torch.optim import Optimizer
 
     _Optimizer = TypeVar("_Optimizer", bound=Optimizer)
+
+    from ..coupling.graph import CouplingGraph
 
 VERSION = 1
 
@@ -23,11 +26,52 @@ def _whole_numbers(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
+class Narrowed:
+    """What a plan does to one group.
+
+    Attributes:
+        group: the group's name.
+        size: number of its units.
+        removed: positions of the units that go, ascending.
+    """
+
+    group: str
+    size: int
+    removed: tuple[int, ...]
+
+    @property
+    def kept(self) -> int:
+        """Number of units that stay."""
+        return self.size - len(self.removed)
+
+    def __str__(self) -> str:
+        return f"{self.group}: {self.size} -> {self.kept} units"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A constraint that a plan breaks.
+
+    Attributes:
+        group: the group where it does; empty for the plan as a whole.
+        reason: which constraint, and what would mend it.
+    """
+
+    group: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.group}: {self.reason}" if self.group else self.reason
+
+
+@dataclass(frozen=True)
 class PruningPlan:
     """Which units of which groups are removed from one architecture.
 
     A plan holds names and numbers only: it pickles, compares with ``==`` and goes through JSON
-    (:meth:`to_json`, :meth:`from_json`).
+    (:meth:`to_json`, :meth:`from_json`). Iterating gives a :class:`Narrowed` for each group, those that
+    stay whole included. A plan is edited by making another one (:meth:`with_removed`, :meth:`without`);
+    :meth:`check` says which constraint an edit breaks.
 
     Attributes:
         model: class name of the model.
@@ -60,6 +104,42 @@ class PruningPlan:
         from ..api import apply
 
         return apply(self, model)
+
+    def __iter__(self) -> Iterator[Narrowed]:
+        for name, size in self.sizes.items():
+            yield Narrowed(name, size, tuple(self.removed.get(name, ())))
+
+    def with_removed(self, removed: Mapping[str, Sequence[int]]) -> PruningPlan:
+        """The plan with other positions removed from the groups named; an empty list leaves one whole.
+
+        Raises:
+            PlanError: if there is no such group; names the nearest.
+        """
+        for name in removed:
+            self._known(name)
+        merged = {name: list(self.removed.get(name, ())) for name in self.sizes}
+        merged |= {name: sorted(units) for name, units in removed.items()}
+        return replace(self, removed={name: units for name, units in merged.items() if units})
+
+    def without(self, *groups: str) -> PruningPlan:
+        """The plan with these groups left whole.
+
+        Raises:
+            PlanError: if there is no such group; names the nearest.
+        """
+        return self.with_removed({name: [] for name in groups})
+
+    def check(self, model: nn.Module | CouplingGraph) -> tuple[Problem, ...]:
+        """Every constraint that the plan breaks, for a model or its analysis; empty if it can be applied."""
+        from ..api import check
+
+        return check(self, model)
+
+    def _known(self, name: str) -> None:
+        if name not in self.sizes:
+            close = nearest(name, self.sizes, 1)
+            hint = f"; the nearest is {close[0]!r}" if close else ""
+            raise PlanError(f"the plan knows no group {name!r}{hint}.")
 
     def mask(self, model: nn.Module) -> nn.Module:
         """A copy of ``model``, of the same class and shapes, in which the removed entries are held at zero.

@@ -1,0 +1,170 @@
+"""Budgets: how much of a network may be left, and the search for a selection that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from ..coupling.units import Ids
+from ..errors import BudgetError
+from .costs import CostModel, Mask
+
+_NEAR = 0.99
+"""A budget is used up if what is left costs at least this share of it, where one step allows it."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be left of a network. All that is given must hold.
+
+    A number up to 1 is the share to keep of what the model has now, a larger one an amount.
+
+    Attributes:
+        params: parameters; ``0.5`` or ``5_000_000``.
+        macs: multiply-accumulates of one forward pass over the example inputs; ``0.5`` or ``2e9``.
+        size_mb: size of the state dict in units of 10^6 bytes, always an amount.
+
+    Raises:
+        BudgetError: if nothing is given, or something that is no positive number.
+    """
+
+    params: float | None = None
+    macs: float | None = None
+    size_mb: float | None = None
+
+    def __post_init__(self) -> None:
+        given = self.settings()
+        if not given:
+            names = ", ".join(f.name for f in fields(self))
+            raise BudgetError(f"a budget needs at least one of {names}, such as Budget(macs=0.5).")
+        for name, value in given.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 < value < float("inf"):
+                what = "an amount" if name == "size_mb" else "a share up to 1, or an amount"
+                raise BudgetError(f"{name} is {what} to keep, larger than 0; got {value!r}.")
+
+    def settings(self) -> dict[str, Any]:
+        """What is given, by name."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """A metric and the largest value that it may have."""
+
+    name: str
+    cost: Callable[[Ids], float]
+    most: float
+    now: float
+
+
+class Search:
+    """Finds how many steps to take, of a given order of steps, so that a budget is met.
+
+    Costs fall with every step. The search takes the shortest run of steps from the front of the order
+    that meets the budget. Where its last step undershoots by more than 1 %, it takes smaller steps back,
+    the last ones first, as long as the budget allows.
+
+    Args:
+        costs: the cost model.
+        owner: ``(steps,)`` number of the set that loses the step; the steps of a set are in their order.
+        step: ``(units,)`` the step that takes each class of units; ``steps`` for those that always stay,
+            -1 for those that are gone already.
+        sets: number of sets.
+    """
+
+    def __init__(self, costs: CostModel, owner: Ids, step: Ids, sets: int) -> None:
+        self.costs = costs
+        self.owner = owner
+        self.sets = sets
+        self._step = step
+        self._taken = np.zeros(owner.size + 2, dtype=bool)
+        self._taken[-1] = True  # where -1 points to
+
+    def run(self, budget: Budget) -> tuple[Ids, Mapping[str, float]]:
+        """Number of steps that each set loses, ``(sets,)``, and what is left by metric.
+
+        Raises:
+            BudgetError: if the budget cannot be met; says what the least is that can be reached.
+        """
+        limits = self._limits(budget)
+        count = self.owner.size
+        if self._use(self._first(count), limits) > 1:
+            raise self._unreachable(limits)
+        low, high = -1, count  # the first `high` steps are enough, the first `low` are not
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._use(self._first(middle), limits) <= 1:
+                high = middle
+            else:
+                low = middle
+        taken = self._first(high)
+        self._give_back(taken, limits)
+        sizes = self._sizes(taken)
+        chosen: Ids = np.bincount(self.owner[taken[:count]], minlength=self.sets)
+        return chosen, {limit.name: limit.cost(sizes) for limit in limits}
+
+    def _limits(self, budget: Budget) -> list[_Limit]:
+        full = self.costs.sizes(np.ones(self.costs.prunable.size, dtype=bool))
+        limits = []
+        for name, value in budget.settings().items():
+            cost = {"params": self.costs.params, "macs": self.costs.macs, "size_mb": self._megabytes}[name]
+            now = cost(full)
+            most = value * now if value <= 1 and name != "size_mb" else value
+            limits.append(_Limit(name, cost, most, now))
+        return limits
+
+    def _megabytes(self, sizes: Ids) -> float:
+        return self.costs.bytes(sizes) / 1e6
+
+    def _first(self, count: int) -> Mask:
+        taken = self._taken.copy()
+        taken[:count] = True
+        return taken
+
+    def _sizes(self, taken: Mask) -> Ids:
+        return self.costs.sizes(~taken[self._step])
+
+    def _use(self, taken: Mask, limits: list[_Limit]) -> float:
+        """The largest share of a limit that is used."""
+        sizes = self._sizes(taken)
+        return max(limit.cost(sizes) / limit.most for limit in limits)
+
+    def _give_back(self, taken: Mask, limits: list[_Limit]) -> None:
+        """Restore steps, each the last of its set, as long as all limits hold and are not used up."""
+        if self._use(taken, limits) >= _NEAR:
+            return
+        ended = np.zeros(self.sets, dtype=bool)
+        for place in np.flatnonzero(taken[: self.owner.size])[::-1].tolist():
+            if ended[self.owner[place]]:
+                continue
+            taken[place] = False
+            use = self._use(taken, limits)
+            if use > 1:
+                taken[place] = True
+                ended[self.owner[place]] = True  # its earlier steps come after this one
+            elif use >= _NEAR:
+                return
+
+    def _unreachable(self, limits: list[_Limit]) -> BudgetError:
+        sizes = self._sizes(self._first(self.owner.size))
+        lines = []
+        for limit in limits:
+            least = limit.cost(sizes)
+            if least > limit.most:
+                lines.append(
+                    f"{limit.name} = {limit.most:,.10g} ({limit.most / limit.now:.3g} of the original) "
+                    f"cannot be met: the least that can be reached is {least:,.10g} "
+                    f"({least / limit.now:.3g})."
+                )
+        large = ", ".join(f"{name} ({entries:,})" for name, entries in self.costs.largest(sizes))
+        return BudgetError(
+            f"{' '.join(lines)} With everything removed that may be, the largest parameters are {large}. Ask "
+            f"for more, or let more go (keep, where, max_ratio, round_to and frozen axes limit what goes)."
+        )
+
+
+__all__ = ["Budget", "Search"]

@@ -1,0 +1,226 @@
+"""The cost model: what a plan would leave, from the coupling graph alone.
+
+Every size in a network is a constant or the number of surviving indices of a label. Parameters are
+products of sizes; the multiply-accumulates of an ATen call are the formula of torch's own FLOP counter,
+given the narrowed shapes. So the prediction for a plan equals :func:`fxprune.count` on the narrowed model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import flop_registry
+
+from ..cost import Count
+from ..coupling.graph import CouplingGraph
+from ..coupling.interpreter import interpret
+from ..coupling.units import Ids, Label, Value
+
+Mask = NDArray[np.bool_]
+aten = torch.ops.aten
+
+
+def _linear_flop(x: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * x.numel() * weight.shape[0]
+
+
+# Reaches a dispatch mode whole for inference tensors; torch's counter would decompose it there.
+_FORMULAS: dict[Any, Any] = {aten.linear: _linear_flop}
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """A tensor that an ATen call is given or returns.
+
+    Attributes:
+        dims: for each dimension, where its size stands in what :meth:`CostModel.sizes` returns.
+        dtype: the dtype.
+    """
+
+    dims: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """An ATen call of the network, with an :class:`Operand` in place of each tensor.
+
+    Attributes:
+        operator: the ``OpOverload``.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        out: the result.
+        dims: ``dims`` of all operands, one after the other.
+    """
+
+    operator: Any
+    args: Any
+    kwargs: Any
+    out: Any
+    dims: Ids
+
+    def given(self, sizes: Ids, make: Callable[[list[int], torch.dtype], Any]) -> tuple[Any, Any, Any]:
+        """``(args, kwargs, out)`` with ``make(shape, dtype)`` in place of each operand."""
+
+        def tensor(operand: Operand) -> Any:
+            return make([int(sizes[d]) for d in operand.dims], operand.dtype)
+
+        tree: tuple[Any, Any, Any] = pytree.tree_map_only(Operand, tensor, (self.args, self.kwargs, self.out))
+        return tree
+
+
+class CostModel:
+    """Parameters, MACs and bytes of a network for any choice of surviving units.
+
+    Calling it with the ``removed`` units of a plan gives what :func:`fxprune.count` would say about the
+    narrowed model.
+
+    Args:
+        graph: the analysis; its network is interpreted once more, on shapes.
+    """
+
+    def __init__(self, graph: CouplingGraph) -> None:
+        self.graph = graph
+        self.prunable: Mask = np.zeros(graph.run.coupler.units.count, dtype=bool)
+        for group in graph.groups:
+            self.prunable[group.units] = True
+        self._full: list[int] = []
+        self._constants: dict[int, int] = {}
+        self._labels: dict[int, tuple[Ids, int]] = {}
+        self._rows: list[Ids] = []
+        self._where: list[int] = []
+        self.calls = tuple(self._interpret())
+        formulas = {**flop_registry, **_FORMULAS}
+        self._counted = [
+            (call, formulas[call.operator.overloadpacket])
+            for call in self.calls
+            if call.operator.overloadpacket in formulas
+        ]
+        self._tensors()
+        self._classes = np.concatenate([r.reshape(-1) for r in self._rows]) if self._rows else _NONE
+        widths = np.concatenate([np.full(*r.shape) for r in self._rows]) if self._rows else _NONE
+        self._row_starts = np.cumsum(widths) - widths
+        heights = np.array([len(r) for r in self._rows], dtype=np.int64)
+        self._label_starts = np.cumsum(heights) - heights
+        self._known: dict[tuple[int, bytes], int] = {}
+
+    def _interpret(self) -> Iterable[Call]:
+        seen: list[tuple[Any, Any]] = []
+
+        def observe(operator: Any, args: Any, kwargs: Any, out: Any) -> None:
+            value = self.graph.run.coupler.value
+            seen.append((operator, pytree.tree_map_only(torch.Tensor, value, (args, kwargs, out))))
+
+        run = interpret(self.graph.captured.program, self.graph.inputs, observe=observe)
+        assert run.coupler.units.count == self.graph.run.coupler.units.count  # the same numbers again
+        # Axes of parameters take their labels from what they meet, so that all are known only now.
+        for operator, tree in seen:
+            dims: list[int] = []
+            args, kwargs, out = pytree.tree_map_only(Value, partial(self._operand, dims=dims), tree)
+            yield Call(operator, args, kwargs, out, np.array(dims, dtype=np.int64))
+
+    def _operand(self, value: Value, dims: list[int]) -> Operand:
+        own = tuple(self._place(value.label(d), size) for d, size in enumerate(value.shape))
+        dims.extend(own)
+        return Operand(own, value.dtype)
+
+    def _place(self, label: Label | None, size: int) -> int:
+        """Where the size of a dimension stands in :meth:`sizes`."""
+        if label is not None and size > 1:
+            if id(label.ids) not in self._labels:
+                rows = self.graph.classes(label.ids).reshape(-1, label.ids.shape[-1])
+                place = -1
+                if self.prunable[rows].any():
+                    place = len(self._full)
+                    self._full.append(size)
+                    self._rows.append(rows)
+                    self._where.append(place)
+                self._labels[id(label.ids)] = label.ids, place  # kept, so that its id stays taken
+            place = self._labels[id(label.ids)][1]
+            if place >= 0:
+                return place
+        if size not in self._constants:
+            self._constants[size] = len(self._full)
+            self._full.append(size)
+        return self._constants[size]
+
+    def _tensors(self) -> None:
+        """Sizes of parameters and of what a state dict holds; a tied tensor counts once."""
+        program = self.graph.captured.program
+        axes = {id(state.tensor): state.axes for state in self.graph.states.values()}
+        saved = {id(t) for name, t in program.tensors.items() if program.skeleton.buffers.get(name, True)}
+        tensors = {id(tensor): (name, tensor) for name, tensor in reversed([*program.tensors.items()])}
+        rank = max((tensor.dim() for _, tensor in tensors.values()), default=0)
+        one = self._place(None, 1)
+        dims, parameter, stored = [], [], []
+        for number, (_, tensor) in tensors.items():
+            labels = axes.get(number, [None] * tensor.dim())
+            own = [self._place(label, size) for label, size in zip(labels, tensor.shape, strict=True)]
+            dims.append(own + [one] * (rank - len(own)))
+            parameter.append(isinstance(tensor, torch.nn.Parameter))
+            stored.append(tensor.element_size() if number in saved else 0)
+        self._names = [name for name, _ in tensors.values()]
+        self._dims = np.array(dims, dtype=np.int64).reshape(len(dims), rank)
+        self._is_parameter = np.array(parameter, dtype=bool)
+        self._stored = np.array(stored, dtype=np.int64)
+
+    # -- what is left ---------------------------------------------------------------------------
+
+    def alive(self, removed: Mapping[str, Sequence[int]]) -> Mask:
+        """For each class of units whether it survives, ``(units,)``."""
+        mask = np.ones(self.prunable.size, dtype=bool)
+        for group in self.graph.groups:
+            if removed.get(group.name):
+                mask[group.units[list(removed[group.name])]] = False
+        return mask
+
+    def sizes(self, alive: Mask) -> Ids:
+        """All sizes that occur in the network, where only the ``alive`` classes survive."""
+        sizes = np.array(self._full, dtype=np.int64)
+        if self._rows:
+            columns = np.add.reduceat(alive[self._classes], self._row_starts, dtype=np.int64)
+            sizes[self._where] = np.maximum.reduceat(columns, self._label_starts)  # rows that go are empty
+        return sizes
+
+    def params(self, sizes: Ids) -> int:
+        """Number of parameter entries."""
+        return int(sizes[self._dims].prod(axis=1)[self._is_parameter].sum())
+
+    def bytes(self, sizes: Ids) -> int:
+        """Bytes of all tensors that a state dict holds."""
+        return int((sizes[self._dims].prod(axis=1) * self._stored).sum())
+
+    def macs(self, sizes: Ids) -> int:
+        """Multiply-accumulates of one forward pass over the example inputs' batch."""
+        total = 0
+        for number, (call, formula) in enumerate(self._counted):
+            key = number, sizes[call.dims].tobytes()
+            if key not in self._known:
+                args, kwargs, out = call.given(sizes, _meta)
+                self._known[key] = int(formula(*args, **kwargs, out_val=out))
+            total += self._known[key]
+        return total // 2  # torch counts a multiplication and an addition as two
+
+    def largest(self, sizes: Ids, n: int = 3) -> list[tuple[str, int]]:
+        """The ``n`` largest parameters and their numbers of entries."""
+        entries = sizes[self._dims].prod(axis=1) * self._is_parameter
+        return [(self._names[i], int(entries[i])) for i in np.argsort(-entries, kind="stable")[:n].tolist()]
+
+    def __call__(self, removed: Mapping[str, Sequence[int]]) -> Count:
+        """What is left without the ``removed`` positions of each group."""
+        sizes = self.sizes(self.alive(removed))
+        return Count(self.params(sizes), self.macs(sizes), self.bytes(sizes))
+
+
+_NONE: Ids = np.empty(0, dtype=np.int64)
+
+
+def _meta(shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")

@@ -1,0 +1,105 @@
+"""Which groups a name or a module type means."""
+
+from __future__ import annotations
+
+import difflib
+from collections import defaultdict
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from ..coupling.graph import CouplingGraph
+from ..errors import SelectionError
+
+Pattern = str | type[nn.Module]
+"""A name with ``*``, ``?`` as in a shell, or a module type."""
+
+_INPUTS_FIRST = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag)
+
+
+class Names:
+    """Looks up groups by the layers whose *outputs* they are.
+
+    A pattern means a group if it matches the name of
+
+    - a module whose output is narrowed with the group (``layer1.0.conv1``) or a container of it
+      (``layer1``),
+    - a parameter of such a module (``layer1.0.conv1.weight``),
+    - any axis of the group (``layer1.0.conv1.weight[1]``), or the group itself.
+
+    A module type means the groups of all modules of that type, containers included. The input of a layer
+    is not meant by its name: it is the output of another layer.
+    """
+
+    def __init__(self, model: nn.Module, graph: CouplingGraph) -> None:
+        self._modules = dict(model.named_modules())
+        self._by_name: dict[str, set[str]] = defaultdict(set)
+        aliases: dict[int, list[str]] = defaultdict(list)
+        for name, tensor in graph.captured.program.tensors.items():
+            aliases[id(tensor)].append(name)
+        known = {*self._modules, *graph.captured.program.tensors} - {""}
+        for group in graph.groups:
+            self._by_name[group.name].add(group.name)
+            for member in group.members:
+                for name in aliases[id(member.tensor)]:
+                    self._by_name[f"{name}[{member.axis.dim}]"].add(group.name)
+                    if member.trainable and self._is_output(name, member.axis.dim):
+                        for part in (name, *_ancestors(name)):
+                            self._by_name[part].add(group.name)
+        self._names = sorted(known | set(self._by_name))
+
+    def _is_output(self, name: str, dim: int) -> bool:
+        """Whether a parameter's axis is an output of the layer; all axes are where there is no layer."""
+        module = self._modules.get(name.rpartition(".")[0])
+        if not any(
+            cls.__module__.startswith("torch.nn.") and cls is not nn.Module for cls in type(module).mro()
+        ):
+            return True
+        return dim == (1 if isinstance(module, _INPUTS_FIRST) else 0)
+
+    def groups(self, pattern: Any, what: str) -> set[str]:
+        """Names of the groups that ``pattern`` means; ``what`` it is for, in messages.
+
+        Raises:
+            SelectionError: if nothing in the model has such a name or type; suggests some that do.
+        """
+        found: set[str] = set()
+        if isinstance(pattern, type) and issubclass(pattern, nn.Module):
+            paths = [path for path, module in self._modules.items() if path and isinstance(module, pattern)]
+            if not paths:
+                types = sorted({type(module).__name__ for module in self._modules.values()})
+                raise SelectionError(
+                    f"{what} names the module type {pattern.__name__}, which the model does not have; "
+                    f"{_suggest(pattern.__name__, types)}"
+                )
+            return found.union(*(self._by_name.get(path, ()) for path in paths))
+        if not isinstance(pattern, str):
+            raise SelectionError(
+                f"{what} takes names (layer1.0.conv1, layer1.*) and module types (nn.Linear); "
+                f"got {pattern!r}."
+            )
+        names = [name for name in self._names if name == pattern or fnmatchcase(name, pattern)]
+        if not names:
+            raise SelectionError(
+                f"{what} names {pattern!r}, which matches no module, parameter or group of the model; "
+                f"{_suggest(pattern, self._names)}"
+            )
+        return found.union(*(self._by_name.get(name, ()) for name in names))
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def nearest(name: str, valid: Any, n: int = 3) -> list[str]:
+    """The valid names that are most alike, best first."""
+    return difflib.get_close_matches(name, list(valid), n=n, cutoff=0.0)
+
+
+def _suggest(name: str, valid: list[str]) -> str:
+    close = nearest(name, valid)
+    return f"the nearest are {', '.join(map(repr, close))}." if close else "it has none."
