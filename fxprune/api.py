@@ -252,6 +252,7 @@ def _plan(
         notes=(*selected.notes, *notes),
         settings={
             **selection.settings(),
+            **({"left": dict(selected.left)} if selected.left else {}),
             "importance": describe(importance),
             "seed": seed,
         },

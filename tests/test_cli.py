@@ -375,6 +375,10 @@ class TestErrors:
             (["nets:build", "--ratio", "1"], "--ratio 1 is out of range"),
             (["nets:build", "--ratio", "-0.1"], "out of range"),
             (["nets:build", "--ratio", "nan"], "out of range"),
+            (["nets:build", "--input-shape", "1,3,8,8", "--ratio", "0.5", "--macs", "0.5"], "contradict"),
+            (["nets:build", "--params", "0"], "larger than 0"),
+            (["nets:build", "--input-shape", "1,3,8,8", "--params", "0.01"], "the least that can be reached"),
+            (["nets:build", "--input-shape", "1,3,8,8", "--keep", "nothing"], "the nearest are"),
             (["torchvision:resnet"], "did you mean"),
             (["nets:build", "--checkpoint", "nowhere.pt"], "no checkpoint file nowhere.pt"),
         ],
@@ -468,6 +472,14 @@ class TestEndToEnd:
         assert "latency" not in captured.out
         x = torch.randn(2, 3, 8, 8)
         torch.testing.assert_close(torch.export.load("same.pt2").module()(x), source(x))
+
+    def test_budgets_and_selection(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        argv = ["prune", "nets:build", "--input-shape", "1,3,8,8", "--params", "0.7", "--global", "--round-to", "2"]
+        assert main([*argv, "--max-ratio", "0.9", "--size-mb", "1", "--no-latency"]) == 0
+        captured = capsys.readouterr()
+        assert "params 0.7, size_mb 1 by l2, global ranking" in captured.err
+        rows = {line.split("  ")[0]: line.split() for line in captured.out.splitlines()}
+        assert 0.5 < float(rows["parameters"][-1].rstrip("x")) <= 0.7
 
     def test_exact_only_without_a_file(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         argv = ["prune", "nets:build", "--input-shape", "1,3,8,8", "--exact-only", "--importance", "random"]

@@ -41,6 +41,8 @@ examples:
       random weights: shows what becomes of the shape, the size and the speed
   fxprune prune torchvision:resnet18 --weights DEFAULT --ratio 0.3 --out resnet18.pt2
       torchvision's pretrained weights (they are downloaded)
+  fxprune prune torchvision:resnet50 --macs 0.5 --global --round-to 8 --keep layer1 --out resnet50.pt2
+      half of the multiply-accumulates, taken where it hurts least, in widths that hardware likes
   fxprune prune torchvision:vit_b_16 --checkpoint mine.safetensors --exact-only
       your own weights; leaves alone what a layer norm runs over
   fxprune prune mynets.resnet:build --checkpoint mine.pt --input-shape 1,3,32,32 --out small.pt2
@@ -50,6 +52,12 @@ In Python, the file is used with:
   model = torch.export.load("resnet18-half.pt2").module()
 
 exit codes: 0 done, 2 an error (one line says which), 130 interrupted"""
+
+_BUDGETS = (
+    ("--params", "KEEP", "budget: parameters to keep, a share such as 0.5 or a number such as 5e6"),
+    ("--macs", "KEEP", "budget: multiply-accumulates to keep, a share such as 0.5 or a number such as 2e9"),
+    ("--size-mb", "MB", "budget: size of the weights in units of 10^6 bytes; all budgets given are met"),
+)
 
 
 def add_prune_parser(commands: _SubParsers) -> None:
@@ -72,9 +80,46 @@ def add_prune_parser(commands: _SubParsers) -> None:
     pruning.add_argument(
         "--ratio",
         type=float,
-        default=0.5,
         help="share of the units of every group to remove, 0 <= RATIO < 1 (default: 0.5, which leaves about "
-        "a quarter of the parameters)",
+        "a quarter of the parameters; no default where a budget is given)",
+    )
+    for flag, metavar, what in _BUDGETS:
+        pruning.add_argument(flag, metavar=metavar, type=float, help=what)
+    ranking = pruning.add_mutually_exclusive_group()
+    ranking.add_argument(
+        "--global",
+        dest="scope",
+        action="store_const",
+        const="global",
+        default="local",
+        help="rank all units of the network together, so that layers that matter less lose more (default: "
+        "every group loses the same share)",
+    )
+    ranking.add_argument(
+        "--isomorphic",
+        dest="scope",
+        action="store_const",
+        const="isomorphic",
+        help="rank together only the groups that are built alike: the hidden layers of all blocks, say",
+    )
+    pruning.add_argument(
+        "--round-to",
+        metavar="N",
+        type=int,
+        help="leave a multiple of N units in every row; most hardware is fastest at multiples of 8",
+    )
+    pruning.add_argument(
+        "--max-ratio",
+        type=float,
+        default=1.0,
+        help="largest share that any group may lose, whatever its scores (default: 1, all but one unit)",
+    )
+    pruning.add_argument(
+        "--keep",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="leave the output of this layer as wide as it is; layer1, layer1.*.conv2; may be repeated",
     )
     pruning.add_argument(
         "--importance",
@@ -121,10 +166,14 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         FxpruneError: what cannot be done, and what to do next; then no file has been written.
     """
-    if not 0 <= options.ratio < 1:
+    if options.ratio is not None and not 0 <= options.ratio < 1:
         raise RatioError(
             f"--ratio {options.ratio:g} is out of range: it is a share, 0 <= ratio < 1, such as 0.5"
         )
+    given = {
+        name: value for name in ("params", "macs", "size_mb") if (value := getattr(options, name)) is not None
+    }
+    budget = fxprune.Budget(**given) if given else None
     shapes = [parse_shape(text) for text in options.input_shape]
     if options.out is not None:
         check_output(options.out)
@@ -155,14 +204,24 @@ def run(options: argparse.Namespace) -> int:
             importance=options.importance,
             where=_is_exact if options.exact_only else None,
             seed=options.seed,
+            scope=options.scope,
+            round_to=options.round_to,
+            max_ratio=options.max_ratio,
+            keep=options.keep,
+            budget=budget,
         )
+        asked = (
+            ", ".join(f"{name} {value:g}" for name, value in given.items())
+            or f"ratio {plan.settings['ratio']:g}"
+        )
+        ranked = "" if options.scope == "local" else f", {options.scope} ranking"
         exact = ", exact groups only" if options.exact_only else ""
-        say(f"ratio {options.ratio:g} by {options.importance}{exact}")
+        say("\n".join([f"{asked} by {options.importance}{ranked}{exact}", *plan.notes]))
     with progress.step("rewrite") as say:
         pruned: nn.Module = plan.apply(model)
         before, after = count(model, inputs), count(pruned, inputs)
         say(f"{_number(before.params)} -> {_number(after.params)} parameters")
-    if options.ratio > 0 and before.params == after.params:
+    if options.ratio != 0 and before.params == after.params:
         progress.note(
             "note",
             "nothing was removed: every group is frozen, left out, or too small for this ratio "

@@ -24,15 +24,6 @@ from ..coupling.interpreter import interpret
 from ..coupling.units import Ids, Label, Value
 
 Mask = NDArray[np.bool_]
-aten = torch.ops.aten
-
-
-def _linear_flop(x: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> int:
-    return 2 * x.numel() * weight.shape[0]
-
-
-# Reaches a dispatch mode whole for inference tensors; torch's counter would decompose it there.
-_FORMULAS: dict[Any, Any] = {aten.linear: _linear_flop}
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,11 +88,10 @@ class CostModel:
         self._rows: list[Ids] = []
         self._where: list[int] = []
         self.calls = tuple(self._interpret())
-        formulas = {**flop_registry, **_FORMULAS}
         self._counted = [
-            (call, formulas[call.operator.overloadpacket])
+            (call, flop_registry[call.operator.overloadpacket])
             for call in self.calls
-            if call.operator.overloadpacket in formulas
+            if call.operator.overloadpacket in flop_registry
         ]
         self._tensors()
         self._classes = np.concatenate([r.reshape(-1) for r in self._rows]) if self._rows else _NONE
@@ -118,7 +108,8 @@ class CostModel:
             value = self.graph.run.coupler.value
             seen.append((operator, pytree.tree_map_only(torch.Tensor, value, (args, kwargs, out))))
 
-        run = interpret(self.graph.captured.program, self.graph.inputs, observe=observe)
+        with torch.inference_mode(False):  # where a linear layer would not dissolve
+            run = interpret(self.graph.captured.program, self.graph.inputs, observe=observe)
         assert run.coupler.units.count == self.graph.run.coupler.units.count  # the same numbers again
         # Axes of parameters take their labels from what they meet, so that all are known only now.
         for operator, tree in seen:

@@ -109,7 +109,8 @@ class Selection:
                     f"{name} = {value:g} cannot be met with max_ratio = {max_ratio:g}; the nearest that can "
                     f"is {name} = {max_ratio:g}."
                 )
-        keep = (keep,) if isinstance(keep, (str, type)) else tuple(keep or ())
+        if not isinstance(keep, (list, tuple, set, frozenset)):
+            keep = (keep,)  # one pattern, or nothing that could be one
         for value in round_to.values() if isinstance(round_to, Mapping) else [round_to]:
             if value is not None and (type(value) is not int or value < 1):
                 raise SelectionError(
@@ -117,8 +118,8 @@ class Selection:
                     f"got {value!r}."
                 )
         return Selection(
-            ratio, where, scope, dict(tables["ratios"]), dict(tables["scopes"]), float(max_ratio), keep,
-            round_to, budget,
+            ratio, where, scope, dict(tables["ratios"]), dict(tables["scopes"]), float(max_ratio),
+            tuple(keep), round_to, budget,
         )  # fmt: skip
 
     def settings(self) -> dict[str, Any]:
@@ -156,12 +157,12 @@ class Selected:
     Attributes:
         removed: positions of the units that go, by the group's name.
         notes: what could not be had as asked, for people.
-        predicted: costs that are left, by metric; empty without a budget.
+        left: what is left, by the budget's metrics; empty without a budget.
     """
 
     removed: dict[str, list[int]]
     notes: tuple[str, ...] = ()
-    predicted: Mapping[str, float] = field(default_factory=dict)
+    left: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -241,11 +242,11 @@ def select(
 
     order = _order(sets, values)
     steps = _by_ratio(sets, order)
-    predicted: Mapping[str, float] = {}
+    left: Mapping[str, float] = {}
     if selection.budget is not None:
         costs = CostModel(graph)
         search = _search(costs, sets, steps, order, values)
-        chosen, predicted = search.run(selection.budget)
+        chosen, left = search.run(selection.budget)
         steps = steps + chosen
     removed: dict[str, list[int]] = defaultdict(list)
     for number, own in enumerate(sets):
@@ -253,7 +254,7 @@ def select(
             ranked = own.ranked(values(own.group))
             removed[own.group.name] += own.taken(ranked, 0, int(own.levels[steps[number] - 1])).tolist()
     in_order = {g.name: sorted(removed[g.name]) for g in graph.groups if g.name in removed}
-    return Selected(in_order, notes, predicted)
+    return Selected(in_order, notes, left)
 
 
 def _sets(graph: CouplingGraph, selection: Selection, model: nn.Module) -> tuple[list[_Set], tuple[str, ...]]:
