@@ -136,6 +136,8 @@ def test_amounts_and_combinations() -> None:
     assert 0.99 <= max(uses) <= 1
     (size,) = (fxprune.count(fxprune.prune(model, inputs, budget=Budget(size_mb=1.0)), inputs).bytes,)
     assert 0.99e6 <= size <= 1e6
+    wide = fxprune.count(fxprune.prune(model, inputs, budget=Budget(activations=0.5)), inputs).activations
+    assert 0.49 * before.activations <= wide <= 0.5 * before.activations
 
 
 def test_a_budget_that_holds_already_removes_nothing() -> None:

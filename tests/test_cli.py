@@ -427,7 +427,8 @@ class TestErrors:
         monkeypatch.setattr(
             fxprune, "analyze", lambda *_: SimpleNamespace(captured=SimpleNamespace(report=""))
         )
-        monkeypatch.setattr(fxprune, "plan", lambda *_, **__: SimpleNamespace(apply=lambda model: model))
+        plan = SimpleNamespace(apply=lambda model: model, settings={"ratio": 0.5}, notes=())
+        monkeypatch.setattr(fxprune, "plan", lambda *_, **__: plan)
         monkeypatch.setattr(fxprune, "verify", differ)
         argv = ["prune", "nets:build", "--input-shape", "1,3,8,8", "--out", "a.pt2", "--no-latency"]
         assert refused(capsys, *argv) == "error: node conv differs"
@@ -474,7 +475,17 @@ class TestEndToEnd:
         torch.testing.assert_close(torch.export.load("same.pt2").module()(x), source(x))
 
     def test_budgets_and_selection(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        argv = ["prune", "nets:build", "--input-shape", "1,3,8,8", "--params", "0.7", "--global", "--round-to", "2"]
+        argv = [
+            "prune",
+            "nets:build",
+            "--input-shape",
+            "1,3,8,8",
+            "--params",
+            "0.7",
+            "--global",
+            "--round-to",
+            "2",
+        ]
         assert main([*argv, "--max-ratio", "0.9", "--size-mb", "1", "--no-latency"]) == 0
         captured = capsys.readouterr()
         assert "params 0.7, size_mb 1 by l2, global ranking" in captured.err

@@ -25,6 +25,7 @@ class Budget:
     Attributes:
         params: parameters; ``0.5`` or ``5_000_000``.
         macs: multiply-accumulates of one forward pass over the example inputs; ``0.5`` or ``2e9``.
+        activations: entries that convolutions, matrix products and attention put out, likewise.
         size_mb: size of the state dict in units of 10^6 bytes, always an amount.
 
     Raises:
@@ -33,6 +34,7 @@ class Budget:
 
     params: float | None = None
     macs: float | None = None
+    activations: float | None = None
     size_mb: float | None = None
 
     def __post_init__(self) -> None:
@@ -110,8 +112,14 @@ class Search:
     def _limits(self, budget: Budget) -> list[_Limit]:
         full = self.costs.sizes(np.ones(self.costs.prunable.size, dtype=bool))
         limits = []
+        costs: dict[str, Callable[[Ids], float]] = {
+            "params": self.costs.params,
+            "macs": self.costs.macs,
+            "activations": self.costs.activations,
+            "size_mb": self._megabytes,
+        }
         for name, value in budget.settings().items():
-            cost = {"params": self.costs.params, "macs": self.costs.macs, "size_mb": self._megabytes}[name]
+            cost = costs[name]
             now = cost(full)
             most = value * now if value <= 1 and name != "size_mb" else value
             limits.append(_Limit(name, cost, most, now))

@@ -68,7 +68,7 @@ class Call:
 
 
 class CostModel:
-    """Parameters, MACs and bytes of a network for any choice of surviving units.
+    """Parameters, MACs, activations and bytes of a network for any choice of surviving units.
 
     Calling it with the ``removed`` units of a plan gives what :func:`fxprune.count` would say about the
     narrowed model.
@@ -199,6 +199,14 @@ class CostModel:
             total += self._known[key]
         return total // 2  # torch counts a multiplication and an addition as two
 
+    def activations(self, sizes: Ids) -> int:
+        """Entries that convolutions, matrix products and attention put out."""
+        total = 0
+        for call, _ in self._counted:
+            first = call.out if isinstance(call.out, Operand) else call.out[0]
+            total += int(sizes[list(first.dims)].prod())
+        return total
+
     def largest(self, sizes: Ids, n: int = 3) -> list[tuple[str, int]]:
         """The ``n`` largest parameters and their numbers of entries."""
         entries = sizes[self._dims].prod(axis=1) * self._is_parameter
@@ -207,7 +215,7 @@ class CostModel:
     def __call__(self, removed: Mapping[str, Sequence[int]]) -> Count:
         """What is left without the ``removed`` positions of each group."""
         sizes = self.sizes(self.alive(removed))
-        return Count(self.params(sizes), self.macs(sizes), self.bytes(sizes))
+        return Count(self.params(sizes), self.macs(sizes), self.activations(sizes), self.bytes(sizes))
 
 
 _NONE: Ids = np.empty(0, dtype=np.int64)
