@@ -304,7 +304,7 @@ class TestOutput:
         words: str,
     ) -> None:
         (folder / "taken.pt2").mkdir()
-        monkeypatch.setattr(prune_command, "load", lambda *_, **__: pytest.fail("work was started"))
+        monkeypatch.setattr(prune_command, "load_source", lambda *_, **__: pytest.fail("work was started"))
         line = refused(capsys, "prune", "nets:build", "--out", out)
         assert re.search(words, line)
         assert sorted(p.name for p in folder.iterdir()) == ["nets.py", "taken.pt2"]
@@ -406,7 +406,7 @@ class TestErrors:
         def fail(*_: Any, **__: Any) -> None:
             raise ZeroDivisionError("oh")
 
-        monkeypatch.setattr(prune_command, "load", fail)
+        monkeypatch.setattr(prune_command, "load_source", fail)
         line = refused(capsys, "prune", "nets:build")
         assert "unexpected ZeroDivisionError: oh" in line
         assert "--debug" in line
@@ -415,7 +415,7 @@ class TestErrors:
         def interrupt(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(prune_command, "load", interrupt)
+        monkeypatch.setattr(prune_command, "load_source", interrupt)
         assert main(["prune", "nets:build"]) == 130
 
     def test_nothing_is_written_when_verification_fails(

@@ -10,6 +10,7 @@ from importlib import metadata
 import torch
 
 from ..errors import FxpruneError
+from .inspect import add_inspect_parser
 from .prune import add_prune_parser
 
 __all__ = ["main"]
@@ -22,7 +23,7 @@ _EPILOG = """\
 example:
   fxprune prune torchvision:resnet18 --ratio 0.5 --out resnet18-half.pt2
 
-`fxprune prune --help` has more."""
+`fxprune prune --help` and `fxprune inspect --help` have more."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     add_prune_parser(commands)
+    add_inspect_parser(commands)
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import inspect
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ExampleInputsError, ModelSpecError
 
-__all__ = ["Loaded", "load", "load_checkpoint", "parse_shape"]
+__all__ = ["Loaded", "add_source", "load", "load_checkpoint", "load_source", "parse_shape"]
 
 _SHAPE_HINT = "write the sizes with commas, for example --input-shape 1,3,224,224"
 # How other programs wrap a state dict in a checkpoint.
@@ -44,6 +45,49 @@ class Loaded:
     inputs: Any
     weights: str
     inputs_from: str
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Add what says which model to load, and on which inputs to run it."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="torchvision:NAME, or package.module:factory, where factory is a function without arguments "
+        "that returns the model, a module class, or a module",
+    )
+    source = parser.add_argument_group("weights and inputs")
+    weights = source.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--weights", metavar="NAME", help="pretrained weights of a torchvision model, such as DEFAULT"
+    )
+    weights.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        type=Path,
+        help="state dict to load: .safetensors, or .pt (read without running any code in it)",
+    )
+    source.add_argument(
+        "--input-shape",
+        metavar="SIZES",
+        action="append",
+        default=[],
+        help="shape of an input, such as 1,3,224,224; once for each input, in order (default: a torchvision "
+        "classifier's own image size, or what the factory's module defines as example_inputs)",
+    )
+    source.add_argument(
+        "--seed", type=int, default=0, help="of random weights, inputs and scores (default: 0)"
+    )
+
+
+def load_source(options: argparse.Namespace) -> Loaded:
+    """:func:`load` as the options of :func:`add_source` ask for."""
+    return load(
+        options.model,
+        weights=options.weights,
+        checkpoint=options.checkpoint,
+        shapes=[parse_shape(text) for text in options.input_shape],
+        seed=options.seed,
+    )
 
 
 def load(

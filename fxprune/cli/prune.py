@@ -21,7 +21,7 @@ from ..cost import Count, count, measure_latency
 from ..errors import RatioError
 from ..inputs import normalize
 from .export import check_output, export, write
-from .loading import load, parse_shape
+from .loading import add_source, load_source
 
 if TYPE_CHECKING:
     _SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -70,12 +70,7 @@ def add_prune_parser(commands: _SubParsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="torchvision:NAME, or package.module:factory, where factory is a function without arguments "
-        "that returns the model, a module class, or a module",
-    )
+    add_source(parser)
     pruning = parser.add_argument_group("what to remove")
     pruning.add_argument(
         "--ratio",
@@ -132,28 +127,6 @@ def add_prune_parser(commands: _SubParsers) -> None:
         action="store_true",
         help="prune only where the result is exact: no normalisation or mean runs over the narrowed axis",
     )
-    pruning.add_argument(
-        "--seed", type=int, default=0, help="of random weights, inputs and scores (default: 0)"
-    )
-    source = parser.add_argument_group("weights and inputs")
-    weights = source.add_mutually_exclusive_group()
-    weights.add_argument(
-        "--weights", metavar="NAME", help="pretrained weights of a torchvision model, such as DEFAULT"
-    )
-    weights.add_argument(
-        "--checkpoint",
-        metavar="FILE",
-        type=Path,
-        help="state dict to load: .safetensors, or .pt (read without running any code in it)",
-    )
-    source.add_argument(
-        "--input-shape",
-        metavar="SIZES",
-        action="append",
-        default=[],
-        help="shape of an input, such as 1,3,224,224; once for each input, in order (default: a torchvision "
-        "classifier's own image size, or what the factory's module defines as example_inputs)",
-    )
     result = parser.add_argument_group("result")
     result.add_argument("--out", metavar="FILE.pt2", type=Path, help="write the pruned network here")
     result.add_argument("--no-latency", action="store_true", help="do not measure the latency")
@@ -174,19 +147,12 @@ def run(options: argparse.Namespace) -> int:
         name: value for name in ("params", "macs", "size_mb") if (value := getattr(options, name)) is not None
     }
     budget = fxprune.Budget(**given) if given else None
-    shapes = [parse_shape(text) for text in options.input_shape]
     if options.out is not None:
         check_output(options.out)
 
     progress = _Progress(Console(stderr=True, highlight=False))
     with progress.step("model") as say:
-        loaded = load(
-            options.model,
-            weights=options.weights,
-            checkpoint=options.checkpoint,
-            shapes=shapes,
-            seed=options.seed,
-        )
+        loaded = load_source(options)
         model, inputs = loaded.model, loaded.inputs
         args, kwargs = normalize(inputs)
         say(options.model)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 import numpy as np
@@ -18,6 +18,9 @@ from ..program import describe_source
 from .groups import Group, Grouping, form_groups
 from .interpreter import Run, interpret
 from .units import Axis, Event, Ids, State, Value
+
+if TYPE_CHECKING:
+    from ..report import Report
 
 
 @dataclass(frozen=True)
@@ -242,6 +245,12 @@ class CouplingGraph:
             node = nodes[0] if nodes else None
             links.append(Link(b, a, node.name if node is not None else "", describe_source(node)))
         return tuple(links)
+
+    def report(self) -> Report:
+        """What can be removed and what cannot, with reasons and shares of the costs; printing it shows it."""
+        from ..report import report
+
+        return report(self)
 
     # -- what the later stages read -------------------------------------------------------------
 

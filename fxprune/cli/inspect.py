@@ -1,0 +1,58 @@
+"""``fxprune inspect``: what can be narrowed in a network, what cannot, and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import fxprune
+
+from .loading import add_source, load_source
+
+if TYPE_CHECKING:
+    _SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+__all__ = ["add_inspect_parser", "run"]
+
+_DESCRIPTION = """\
+Say how a network was captured, which shares of its parameters and multiply-accumulates can be removed, which
+channels and hidden units go together, and what is frozen: where, why, and what would help. Nothing is
+computed but shapes."""
+
+_EPILOG = """\
+examples:
+  fxprune inspect torchvision:resnet18
+  fxprune inspect mynets.resnet:build --input-shape 1,3,32,32 --all
+  fxprune inspect torchvision:vit_b_16 --json | jq '.frozen[].reason'"""
+
+
+def add_inspect_parser(commands: _SubParsers) -> None:
+    """Add the ``inspect`` command and its options to the command line's parser."""
+    parser = commands.add_parser(
+        "inspect",
+        help="say what can be removed from a network and what cannot",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    add_source(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--all", action="store_true", help="every group and axis in a line of its own")
+    output.add_argument("--json", action="store_true", help="plain data in place of tables")
+    output.add_argument("--debug", action="store_true", help="show the full traceback of an error")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run ``fxprune inspect``: the report on stdout.
+
+    Raises:
+        FxpruneError: what cannot be done, and what to do next.
+    """
+    loaded = load_source(options)
+    report = fxprune.analyze(loaded.model, loaded.inputs).report()
+    text = json.dumps(report.as_dict(), indent=2) if options.json else report.text(all=options.all)
+    sys.stdout.write(f"{text}\n")
+    return 0

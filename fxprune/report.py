@@ -1,0 +1,291 @@
+"""What can be narrowed in a network, what cannot, and what would help: for people, and as plain data."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from .coupling.graph import CouplingGraph
+from .coupling.groups import Group
+from .planning.costs import CostModel
+
+MOST = 12
+"""Lines of a table in short form."""
+WIDTH = 110
+"""Of the text."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much of something can be removed.
+
+    Attributes:
+        total: all of it.
+        prunable: what would go if all units of all groups went; the rest is frozen.
+    """
+
+    total: int
+    prunable: int
+
+    @property
+    def frozen(self) -> int:
+        return self.total - self.prunable
+
+
+@dataclass(frozen=True)
+class GroupEntry:
+    """A group of the coupling graph.
+
+    Attributes:
+        name: the group's name, for ``plan.removed`` and ``where``.
+        units: how many can be removed.
+        rows: rows of equal length that they lie in; 1 where they are free.
+        members: axes of parameters and buffers that are narrowed together.
+        exact: whether the pruned network equals the masked one.
+        because: what makes it inexact, with the node; empty if exact.
+        params: parameter entries that go if all of its units go.
+        macs: multiply-accumulates that go with them.
+    """
+
+    name: str
+    units: int
+    rows: int
+    members: tuple[str, ...]
+    exact: bool
+    because: str
+    params: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class FrozenEntry:
+    """An axis of a parameter that stays.
+
+    Attributes:
+        axis: name of the parameter and dimension.
+        size: of the axis.
+        reason: why it stays.
+        node: the graph node that froze it.
+        source: ``file:line in function`` of that node, or empty.
+        remedy: what would free it, or empty.
+    """
+
+    axis: str
+    size: int
+    reason: str
+    node: str
+    source: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Made by :meth:`fxprune.CouplingGraph.report`; printing it shows the short form.
+
+    Attributes:
+        model: class name of the model.
+        rung: the rung of the capture ladder that was used.
+        capture: what was captured and how, and why no rung before could.
+        params: parameter entries.
+        macs: multiply-accumulates of one forward pass over the example inputs.
+        groups: what can be removed together, the largest share of parameters first.
+        blocks: the same with the groups of repeated blocks in one entry: numbers in which they differ are
+            ``*``, members are those of the first, costs those of all.
+        frozen: what stays.
+    """
+
+    model: str
+    rung: str
+    capture: str
+    params: Share
+    macs: Share
+    groups: tuple[GroupEntry, ...]
+    blocks: tuple[GroupEntry, ...]
+    frozen: tuple[FrozenEntry, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+    def text(self, all: bool = False) -> str:
+        """The report as text.
+
+        Args:
+            all: one line for every group and axis, where the short form joins repeated blocks and leaves out
+                what comes after the first dozen.
+        """
+        console = Console(file=io.StringIO(), width=WIDTH, highlight=False)
+        for part in self.parts(all):
+            console.print(part)
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue().rstrip()
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from self.parts()
+
+    def parts(self, all: bool = False) -> Iterator[Any]:
+        """What rich prints one below the other."""
+        yield Text(self.capture)
+        table = _table("", ("total", "right"), ("can be removed", "right"), ("frozen", "right"))
+        for name, share in (("parameters", self.params), ("MACs", self.macs)):
+            total = max(share.total, 1)
+            table.add_row(
+                name, f"{share.total:,}", f"{share.prunable / total:.1%}", f"{share.frozen / total:.1%}"
+            )
+        yield table
+        yield Text()
+        groups = self.groups if all else self.blocks
+        exact = sum(group.exact for group in self.groups)
+        units = sum(group.units for group in self.groups)
+        yield Text(f"{len(self.groups)} groups ({exact} exact) of {units:,} units")
+        if groups:
+            yield self._group_table(groups if all else groups[:MOST])
+            yield from _left_out(len(groups) - MOST, "groups", all)
+        yield Text()
+        frozen = self.frozen if all else _joined_frozen(self.frozen)
+        yield Text(f"{len(self.frozen)} frozen axes")
+        for entry in frozen if all else frozen[:MOST]:
+            yield _frozen_text(entry)
+        yield from _left_out(len(frozen) - MOST, "frozen axes", all)
+
+    def _group_table(self, groups: tuple[GroupEntry, ...]) -> Table:
+        right = [(name, "right") for name in ("units", "axes", "params", "MACs")]
+        table = _table("group", *right, ("exact", "left"))
+        for group in groups:
+            rows = f" in {group.rows} rows" if group.rows > 1 else ""
+            table.add_row(
+                Text(group.name, overflow="fold"),
+                f"{group.units}{rows}",
+                f"{len(group.members)}",
+                f"{group.params / max(self.params.total, 1):.1%}",
+                f"{group.macs / max(self.macs.total, 1):.1%}",
+                Text("yes" if group.exact else f"no: {group.because}"),
+            )
+        return table
+
+
+def report(graph: CouplingGraph) -> Report:
+    """See :meth:`fxprune.CouplingGraph.report`."""
+    costs = CostModel(graph)
+
+    def left(gone: Any) -> tuple[int, int]:
+        alive = np.ones(costs.prunable.size, dtype=bool)
+        alive[gone] = False
+        sizes = costs.sizes(alive)
+        return costs.params(sizes), costs.macs(sizes)
+
+    params, macs = left([])
+    least_params, least_macs = left(costs.prunable)
+    lone = [[group] for group in graph.groups]
+    alike: dict[Any, list[Group]] = {}
+    for group in graph.groups:
+        key = (_starred(group.name), group.size, len(group.members), _starred(group.inexact_because))
+        alike.setdefault(key, []).append(group)
+
+    def entry(groups: list[Group]) -> GroupEntry:
+        first = groups[0]
+        own_params, own_macs = left(np.concatenate([group.units for group in groups]))
+        return GroupEntry(
+            _name([group.name for group in groups]),
+            first.size,
+            max((len(rows) for rows in first.balance), default=1),
+            tuple(str(member.axis) for member in first.members),
+            first.exact,
+            _common([group.inexact_because for group in groups]),
+            params - own_params,
+            macs - own_macs,
+        )
+
+    def entries(groups: Iterable[list[Group]]) -> tuple[GroupEntry, ...]:
+        return tuple(sorted(map(entry, groups), key=lambda found: -found.params))
+
+    captured = graph.captured
+    return Report(
+        captured.class_name,
+        captured.rung,
+        captured.report,
+        Share(params, params - least_params),
+        Share(macs, macs - least_macs),
+        entries(lone),
+        entries(alike.values()),
+        tuple(
+            FrozenEntry(
+                str(entry.axis),
+                graph.states[entry.axis.name].shape[entry.axis.dim],
+                entry.reason,
+                entry.node,
+                entry.source,
+                entry.remedy,
+            )
+            for entry in graph.frozen
+        ),
+    )
+
+
+def _joined_frozen(entries: tuple[FrozenEntry, ...]) -> tuple[FrozenEntry, ...]:
+    """Axes that are frozen for the same reason at the same place in one entry."""
+    alike: dict[Any, list[FrozenEntry]] = {}
+    for entry in entries:
+        key = (_starred(entry.axis), entry.size, _starred(entry.reason), entry.source, entry.remedy)
+        alike.setdefault(key, []).append(entry)
+    return tuple(
+        FrozenEntry(
+            _name([entry.axis for entry in same]),
+            same[0].size,
+            _common([entry.reason for entry in same]),
+            _common([entry.node for entry in same]),
+            same[0].source,
+            same[0].remedy,
+        )
+        for same in alike.values()
+    )
+
+
+def _starred(text: str) -> str:
+    return re.sub(r"(?<![\[\d])\d+", "*", text)
+
+
+def _common(texts: list[str]) -> str:
+    """The text that all are alike in, with ``*`` for numbers that differ."""
+    parts = [re.split(r"(\d+)", text) for text in dict.fromkeys(texts)]
+    if len({len(words) for words in parts}) > 1:
+        return texts[0]
+    return "".join(words[0] if len(set(words)) == 1 else "*" for words in zip(*parts, strict=True))
+
+
+def _name(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{_common(names)} (x{len(names)})"
+
+
+def _table(first: str, *columns: tuple[str, str]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(first)
+    for name, side in columns:
+        table.add_column(name, justify="right" if side == "right" else "left")
+    return table
+
+
+def _left_out(count: int, what: str, all: bool) -> Iterator[Text]:
+    if count > 0 and not all:
+        yield Text(f"... and {count} more {what} (all of them: --all, or report.text(all=True))")
+
+
+def _frozen_text(entry: FrozenEntry) -> Text:
+    at = f" at {entry.node}" if entry.node else ""
+    source = f" ({entry.source})" if entry.source else ""
+    remedy = f"\n  what to do: {entry.remedy}" if entry.remedy else ""
+    return Text(f"{entry.axis}, {entry.size} wide: {entry.reason}{at}{source}{remedy}")
+
+
+__all__ = ["FrozenEntry", "GroupEntry", "Report", "Share", "report"]
