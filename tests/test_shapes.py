@@ -33,6 +33,12 @@ CALLS: list[tuple[Any, tuple[Any, ...]]] = [
     (aten.addmm.default, (meta(4), meta(*ROWS), meta(4, 6).t())),
     (aten.mm.default, (meta(*ROWS), meta(6, 4))),
     (aten.bmm.default, (meta(3, *ROWS), meta(3, 6, 4))),
+    (aten.mean.dim, (meta(*IMAGE), [-1, -2], True)),
+    (aten.mean.dim, (meta(*IMAGE), [0, 2], False)),
+    *(
+        (aten.mul.Tensor, (meta(*a), meta(*b)))
+        for a, b in (((5, 1), (1, 6)), ((1, 6), (5, 6)), ((2, 3, 1, 1), (2, 3, 5, 4)), ((2, 1, 4), (1, 3, 1)))
+    ),
     (aten._softmax.default, (meta(*ROWS), -1, False)),
     (aten._safe_softmax.default, (meta(*ROWS), -1)),
     *(

@@ -24,6 +24,7 @@ from ..inputs import meta_like
 from ..leaves import leaf_for
 from ..program import Program, clone_module, describe_source
 from .coupler import Coupler
+from .plain import call_plain
 from .registry import rule_for
 from .shapes import SHORTCUTS
 from .units import Label, State, Units, Value
@@ -71,7 +72,7 @@ def interpret(
         ExampleInputsError: where a node fails on the inputs' shapes; names the node and its source.
     """
     interpreter = _Interpreter(program, Coupler(units), seeds or {}, known, observe)
-    with _slow_paths(), torch.no_grad(), interpreter:
+    with _slow_paths(), torch.no_grad():
         interpreter.run(inputs)
     return Run(interpreter.coupler, interpreter.states, interpreter.values, interpreter.scalars)
 
@@ -117,16 +118,18 @@ class _Interpreter(TorchDispatchMode):
         self._interior: set[fx.Node] = set()
         self._literal = False
         self._calls = 0
-        self._quiet = False
+        self._modules: dict[str, torch.nn.Module] = {}
 
     # -- ATen calls -----------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._quiet:
-            return func(*args, **kwargs)
         if _takes_device(func):
             kwargs = {**kwargs, "device": torch.device("meta")}
+        return self._aten(func, args, kwargs)
+
+    def _aten(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Make one ATen call, and apply its rule."""
         if func is torch.ops.aten.as_strided_.default:
             self.coupler.strides = args[0].stride()
         shortcut = SHORTCUTS.get(func)
@@ -185,7 +188,6 @@ class _Interpreter(TorchDispatchMode):
                     known[node] = values
         env: dict[fx.Node, Any] = _Known(known)
         supply = iter(inputs)
-        modules: dict[str, torch.nn.Module] = {}
         for node in self.program.graph.nodes:
             if node in known:
                 continue
@@ -206,16 +208,7 @@ class _Interpreter(TorchDispatchMode):
                 self._literal = node.op != "call_module"  # sizes may stand in the call
                 self._find_detour(node, env)
                 try:
-                    if node.op == "call_module":
-                        if node.target not in modules:
-                            modules[node.target] = self._module(node.target)
-                        result = self._call(modules[node.target], args, kwargs)
-                    elif node.target is operator.getitem:
-                        result = args[0][_index(args[1])]
-                    elif node.op == "call_method":
-                        result = getattr(args[0], node.target)(*args[1:], **kwargs)
-                    else:
-                        result = node.target(*args, **kwargs)
+                    result = self._execute(node, args, kwargs)
                 except FxpruneError as error:
                     error.node = node  # type: ignore[attr-defined]
                     raise
@@ -230,22 +223,44 @@ class _Interpreter(TorchDispatchMode):
                 self._finish_detour(node, env)
             self.values[node] = self._describe(result)
 
-    def _call(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-        """Run a leaf module; one with a rule of its own is not followed inside."""
-        leaf = leaf_for(module)
-        if leaf is not None:
+    def _execute(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """The outputs of a node that calls something."""
+        if node.op == "call_module":
+            return self._call(str(node.target), args, kwargs)
+        inside = node in self._interior or node in self._detours
+        with contextlib.nullcontext() if inside else self:
+            if node.target is operator.getitem:
+                return args[0][_index(args[1])]
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            target: Any = node.target
+            return target(*args, **kwargs)
+
+    def _call(self, path: str, args: Any, kwargs: Any) -> Any:
+        """Run a leaf module; one with a rule of its own is not followed inside, a plain one need not run."""
+        leaf = leaf_for(self.program.modules[path])
+        if leaf is None:
+
+            def tensor(name: str) -> torch.Tensor:
+                return self._tensor(f"{path}.{name}")
+
+            result = call_plain(self.program.modules[path], args, kwargs, tensor, self._aten)
+            if result is not None:
+                return result
+        else:
             self.coupler.delicate()  # nobody knows what it does with sizes
+        if path not in self._modules:
+            self._modules[path] = self._module(path)
+        module = self._modules[path]
         if leaf is None or leaf.couple is None:
-            return module(*args, **kwargs)
-        quiet, self._quiet = self._quiet, True
+            with self:
+                return module(*args, **kwargs)
         try:
             result = module(*args, **kwargs)
         except Exception as error:  # whatever a user's forward raises on shapes
             if leaf.outputs is None or not _needs_values(error):
                 raise
             result = leaf.outputs(module, args, kwargs)
-        finally:
-            self._quiet = quiet
         self.coupler.operator = leaf.module_class.__qualname__
         leaf.couple(self.coupler, module, args, kwargs, result)
         return result
@@ -258,8 +273,9 @@ class _Interpreter(TorchDispatchMode):
         A channel shuffle written as view, transpose, view would tie channels across rows although all it
         does is to permute them. Such a chain is labelled as one movement from its source to its end.
         """
-        self._quiet = node in self._interior or node in self._detours
-        if self._quiet or not _is_movement(node, _VIEWS) or not isinstance(node.args[0], fx.Node):
+        if node in self._interior or node in self._detours:
+            return
+        if not _is_movement(node, _VIEWS) or not isinstance(node.args[0], fx.Node):
             return
         # Not env.get, which would pass over _Known.__missing__.
         source = env[node.args[0]] if node.args[0] in env else None  # noqa: SIM401
@@ -275,7 +291,6 @@ class _Interpreter(TorchDispatchMode):
         if not ends or not any(_is_movement(n, _PERMUTATIONS) for n in chain):
             return
         chain = chain[: ends[-1]]
-        self._quiet = True
         found = None
         try:
             probe = torch.arange(source.numel()).reshape(source.shape)
@@ -292,16 +307,12 @@ class _Interpreter(TorchDispatchMode):
                     break
         except (RuntimeError, TypeError, IndexError, KeyError):
             pass  # no chain that could be followed
-        finally:
-            self._quiet = False
         if found is not None:
             self._interior.update(chain[:-1])
             self._detours[chain[-1]] = (node.args[0], *found)
-            self._quiet = True
 
     def _finish_detour(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> None:
         source, dim, index = self._detours[node]
-        self._quiet = False
         self.coupler.put(env[node], self.coupler.pick(self.coupler.value(env[source]), dim, index))
 
     def _shapes(self, node: fx.Node) -> str:

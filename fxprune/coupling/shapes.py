@@ -44,10 +44,11 @@ def _binary(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return None
     if isinstance(y, (int, float)):
         return _like(x)
-    same = _plain(y) and x.dtype == y.dtype
-    if same and x.dim() == y.dim() and all(a == b or b == 1 for a, b in zip(x.shape, y.shape, strict=True)):
-        return _like(x)
-    return None
+    if not _plain(y) or x.dtype != y.dtype or x.dim() != y.dim():
+        return None
+    if any(a != b and a != 1 and b != 1 for a, b in zip(x.shape, y.shape, strict=True)):
+        return None
+    return _new(x, *(b if a == 1 else a for a, b in zip(x.shape, y.shape, strict=True)))
 
 
 def _in_place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -103,6 +104,14 @@ def _product(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _new(a, *a.shape[:-1], b.shape[-1])
 
 
+def _mean(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, dims, keepdim = (*args, False)[:3]
+    if kwargs or not _plain(x) or not dims or not keepdim:
+        return None
+    reduced = {d % x.dim() for d in dims}
+    return _new(x, *(1 if d in reduced else size for d, size in enumerate(x.shape)))
+
+
 def _softmax(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0]
     return _like(x) if _plain(x) and not kwargs and len(args) > 1 and args[2:] in ((), (False,)) else None
@@ -137,6 +146,7 @@ SHORTCUTS: dict[Any, Shortcut] = {
     **dict.fromkeys([aten.mm.default, aten.bmm.default, aten.addmm.default], _product),
     **dict.fromkeys([aten._softmax.default, aten._safe_softmax.default], _softmax),
     **dict.fromkeys([aten.add.Scalar, aten.sub.Scalar, aten.mul.Scalar, aten.div.Scalar], _binary),
+    aten.mean.dim: _mean,
     aten.add_.Tensor: _in_place,
     aten.mul_.Tensor: _in_place,
 }  # fmt: skip
