@@ -8,6 +8,7 @@ from .coupling.groups import Group, Member
 from .coupling.registry import register_module, register_rule, unregister
 from .coupling.removal import Removal, removable
 from .errors import FxpruneError, VerificationError
+from .iterative import Step, schedule
 from .leaves import Registration
 from .planning.budget import Budget
 from .planning.plan import PruningPlan
@@ -24,6 +25,7 @@ __all__ = [
     "PruningPlan",
     "Registration",
     "Removal",
+    "Step",
     "Verdict",
     "VerificationError",
     "analyze",
@@ -34,6 +36,7 @@ __all__ = [
     "register_module",
     "register_rule",
     "removable",
+    "schedule",
     "unregister",
     "verify",
 ]

@@ -179,7 +179,7 @@ def graph_for(made: PruningPlan, model: nn.Module) -> CouplingGraph:
         PlanError: if the plan does not fit the model, or removes what is not there.
     """
     made.validate()
-    graph = _graph_of(made, model)
+    graph = graph_of(made, model)
     sizes = {group.name: group.size for group in graph.groups}
     for name in made.removed:
         if sizes.get(name) != made.sizes.get(name):
@@ -190,7 +190,8 @@ def graph_for(made: PruningPlan, model: nn.Module) -> CouplingGraph:
     return graph
 
 
-def _graph_of(made: PruningPlan, model: nn.Module) -> CouplingGraph:
+def graph_of(made: PruningPlan, model: nn.Module) -> CouplingGraph:
+    """As :func:`graph_for`, whatever it is that the plan removes."""
     _check_architecture(made, model)
     args, kwargs = restore_inputs(made.inputs)
     graph = _analyze(model, args, kwargs, frozenset(made.dissolved))
@@ -201,7 +202,7 @@ def _graph_of(made: PruningPlan, model: nn.Module) -> CouplingGraph:
 def check(made: PruningPlan, model: nn.Module | CouplingGraph) -> tuple[Problem, ...]:
     """See :meth:`PruningPlan.check`."""
     try:
-        graph = model if isinstance(model, CouplingGraph) else _graph_of(made, model)
+        graph = model if isinstance(model, CouplingGraph) else graph_of(made, model)
     except PlanError as error:
         return (Problem("", str(error)),)
     return tuple(problems(made, graph.groups))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -30,10 +30,10 @@ _Optimizer = TypeVar("_Optimizer", bound=torch.optim.Optimizer)
 
 def masks(plan: PruningPlan, model: nn.Module) -> dict[str, Tensor]:
     """True where an entry of a parameter survives. See :meth:`PruningPlan.masks`."""
-    narrowing, labels = _narrowing(plan, model)
+    narrowing = _narrowing(plan, model)
     found = {}
     for name, tensor in narrowing.graph.captured.program.tensors.items():
-        alive = surviving(tensor.shape, labels(tensor), narrowing)
+        alive = surviving(tensor.shape, narrowing.graph.labels(tensor), narrowing)
         if isinstance(tensor, nn.Parameter) and alive is not None:
             found[name] = alive.to(tensor.device, copy=True)
     return found
@@ -91,7 +91,7 @@ def _without(dead: Tensor, gradient: Tensor) -> Tensor:
 
 def narrow_state_dict(plan: PruningPlan, state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """The state dict of the narrowed model. See :meth:`PruningPlan.narrow_state_dict`."""
-    narrowing, labels = _narrowing(plan, model)
+    narrowing = _narrowing(plan, model)
     tensors = narrowing.graph.captured.program.tensors
     narrowed: dict[str, Any] = {}
     for name, value in state.items():
@@ -108,7 +108,7 @@ def narrow_state_dict(plan: PruningPlan, state: Mapping[str, Any], model: nn.Mod
                 f"{name!r} has shape {tuple(value.shape)} in the state dict and "
                 f"{tuple(tensors[name].shape)} in the architecture that the plan is for."
             )
-        narrowed[name] = narrow(value, labels(tensors[name]), narrowing).detach()
+        narrowed[name] = narrow(value, narrowing.graph.labels(tensors[name]), narrowing).detach()
     return narrowed
 
 
@@ -116,7 +116,7 @@ def narrow_optimizer(
     plan: PruningPlan, optimizer: _Optimizer, model: nn.Module, pruned: nn.Module
 ) -> _Optimizer:
     """An optimiser of the narrowed parameters. See :meth:`PruningPlan.apply_to_optimizer`."""
-    narrowing, labels = _narrowing(plan, model)
+    narrowing = _narrowing(plan, model)
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), name)
@@ -135,7 +135,7 @@ def narrow_optimizer(
                     f"optimiser trains (plan.apply copies: the narrowed model has parameters of its own)."
                 )
             name = names[id(parameter)]
-            wanted = narrowed_shape(parameter.shape, labels(parameter), narrowing)
+            wanted = narrowed_shape(parameter.shape, narrowing.graph.labels(parameter), narrowing)
             target = targets.get(name)
             if target is None or tuple(target.shape) != wanted:
                 has = "no such parameter" if target is None else f"shape {tuple(target.shape)}"
@@ -145,7 +145,9 @@ def narrow_optimizer(
                 )
             new["params"].append(target)
             if parameter in optimizer.state:
-                narrowed = partial(_entry, parameter, labels(parameter), narrowing, name, type(optimizer))
+                narrowed = partial(
+                    _entry, parameter, narrowing.graph.labels(parameter), narrowing, name, type(optimizer)
+                )
                 state[target] = {
                     key: narrowed(key, value) for key, value in optimizer.state[parameter].items()
                 }
@@ -201,13 +203,9 @@ def _entry(
     )
 
 
-def _narrowing(
-    plan: PruningPlan, model: nn.Module
-) -> tuple[Narrowing, Callable[[Tensor], list[Label | None]]]:
-    """What the plan does to ``model``, and the labels of its tensors."""
-    graph = graph_for(plan, model)
-    axes = {id(state.tensor): state.axes for state in graph.states.values()}
-    return Narrowing(graph, plan.removed), lambda tensor: axes.get(id(tensor), [])
+def _narrowing(plan: PruningPlan, model: nn.Module) -> Narrowing:
+    """What the plan does to ``model``."""
+    return Narrowing(graph_for(plan, model), plan.removed)
 
 
 def _nearest(name: str, names: Mapping[str, Any]) -> str:

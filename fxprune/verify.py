@@ -136,7 +136,6 @@ def _cast(tree: Any, dtype: torch.dtype) -> Any:
 
 def _masked(program: Program, narrowing: Narrowing, dtype: torch.dtype) -> fx.GraphModule:
     """The original network with removed parameter entries set to zero."""
-    axes = {id(state.tensor): state.axes for state in narrowing.graph.states.values()}
     made: dict[int, torch.Tensor] = {}
     tensors = {}
     extras = {name: _cast(tensor, dtype) for name, tensor in program.extras.items()}
@@ -144,7 +143,7 @@ def _masked(program: Program, narrowing: Narrowing, dtype: torch.dtype) -> fx.Gr
         if id(tensor) not in made:
             new = _cast(tensor, dtype)
             if isinstance(tensor, nn.Parameter):
-                alive = surviving(tensor.shape, axes.get(id(tensor), []), narrowing)
+                alive = surviving(tensor.shape, narrowing.graph.labels(tensor), narrowing)
                 if alive is not None:
                     new.masked_fill_(~alive.to(new.device), 0)
                 new = nn.Parameter(new, requires_grad=False) if new.is_floating_point() else new
@@ -155,13 +154,12 @@ def _masked(program: Program, narrowing: Narrowing, dtype: torch.dtype) -> fx.Gr
 
 def _compare_weights(program: Program, pruned: nn.Module, narrowing: Narrowing) -> None:
     """Refuse a network whose parameters and buffers are not the surviving slices of the original's."""
-    axes = {id(state.tensor): state.axes for state in narrowing.graph.states.values()}
     state = dict(
         [*pruned.named_parameters(remove_duplicate=False), *pruned.named_buffers(remove_duplicate=False)]
     )
     for name, tensor in program.tensors.items():
         if name in state:
-            wanted = narrow(tensor, axes.get(id(tensor), []), narrowing)
+            wanted = narrow(tensor, narrowing.graph.labels(tensor), narrowing)
             error = _error(state[name].detach().to(wanted), wanted.detach())
             if error > 0:
                 users = [
@@ -321,7 +319,13 @@ class _Stepper:
     def advance(self, name: str) -> Any:
         """Run up to and including the node called ``name``; its value."""
         while True:
-            node = self.step()
+            try:
+                node = self.step()
+            except StopIteration:
+                raise VerificationError(
+                    f"the pruned network has other nodes than the original, or in another order (see node "
+                    f"{name}). Give verify the module that plan.apply(model) returned."
+                ) from None
             value = self.values[node]
             self._free()
             if node.name == name:

@@ -35,12 +35,11 @@ class NarrowParameters(Pass):
         return list(program.tensors)
 
     def run(self, program: Program, narrowing: Narrowing, sites: Sequence[Any]) -> Program:
-        axes = {id(state.tensor): state.axes for state in narrowing.graph.states.values()}
         make = _shrink if self.shapes_only else narrow
         made: dict[int, torch.Tensor] = {}
         for tensor in [*program.tensors.values(), *program.extras.values()]:
             if id(tensor) not in made:
-                made[id(tensor)] = make(tensor, axes.get(id(tensor), []), narrowing)
+                made[id(tensor)] = make(tensor, narrowing.graph.labels(tensor), narrowing)
         tensors = {name: made[id(tensor)] for name, tensor in program.tensors.items()}
         extras = {name: made[id(tensor)] for name, tensor in program.extras.items()}
         return replace(program, tensors=tensors, extras=extras)

@@ -17,7 +17,7 @@ from ..errors import PlanError
 from ..program import describe_source
 from .groups import Group, Grouping, form_groups
 from .interpreter import Run, interpret
-from .units import Axis, Event, Ids, State, Value
+from .units import Axis, Event, Ids, Label, State, Value
 
 if TYPE_CHECKING:
     from ..report import Report
@@ -110,6 +110,7 @@ class CouplingGraph:
         order = {name: i for i, name in enumerate(program.skeleton.names)}
         states = sorted(run.states.values(), key=lambda state: order.get(state.name, len(order)))
         self._states = {state.name: state for state in states}
+        self._axes: dict[int, list[Label | None]] | None = None
         trainable = {s.name: isinstance(s.tensor, torch.nn.Parameter) for s in states}
         extra = tuple(event for name in self.held for event in self._hold(name))
         self._grouping: Grouping = form_groups(run.coupler, states, trainable, extra)
@@ -262,6 +263,12 @@ class CouplingGraph:
     def states(self) -> Mapping[str, State]:
         """Parameters and buffers that the graph uses, by their first name."""
         return self._states
+
+    def labels(self, tensor: torch.Tensor) -> list[Label | None]:
+        """The labels of a tensor's axes; None where the graph does not use it."""
+        if self._axes is None:
+            self._axes = {id(state.tensor): state.axes for state in self._states.values()}
+        return self._axes.get(id(tensor), [None] * tensor.dim())
 
     def classes(self, ids: Ids) -> Ids:
         """The class of each unit."""

@@ -141,6 +141,24 @@ class PruningPlan:
             hint = f"; the nearest is {close[0]!r}" if close else ""
             raise PlanError(f"the plan knows no group {name!r}{hint}.")
 
+    def then(self, second: PruningPlan, model: nn.Module) -> PruningPlan:
+        """One plan for ``model`` that does what this plan and then ``second`` do.
+
+        ``plan.then(second, model).apply(model)`` has, bit for bit, the weights of
+        ``second.apply(plan.apply(model))``.
+
+        Args:
+            second: a plan for what ``self.apply`` gives.
+            model: any copy of the architecture that this plan is for; may live on the meta device.
+
+        Raises:
+            PlanError: if a plan does not fit, or if no single plan does what the two do (the pruned network
+                may have groups that the original has not, such as single heads of width 1).
+        """
+        from ..iterative import then
+
+        return then(self, second, model)
+
     def mask(self, model: nn.Module) -> nn.Module:
         """A copy of ``model``, of the same class and shapes, in which the removed entries are held at zero.
 

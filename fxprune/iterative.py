@@ -1,0 +1,396 @@
+"""Pruning in steps: plans one after the other, the one plan that they add up to, and schedules.
+
+Plans are carried over from one network to its narrowed copy by where the indices of each parameter came
+from, not by the names of groups: narrowing may join or split groups. What cannot be said as one
+plan is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
+
+from .api import analyze, graph_for, graph_of, plan
+from .coupling.graph import CouplingGraph
+from .coupling.groups import Group
+from .coupling.units import Label
+from .errors import PlanError, RatioError
+from .importance import Importance, score
+from .passes import Narrowing, rewrite
+from .passes.parameters import narrow, surviving
+from .planning.plan import PruningPlan
+from .planning.selection import check_ratio
+
+Curve = Callable[[float], float]
+"""From the progress, ``0 < t <= 1``, to the share of the final ratio that is gone then; 1 at ``t = 1``."""
+
+
+def agp(initial: float = 0.0) -> Curve:
+    """The curve of automated gradual pruning: ``1 + (initial - 1) (1 - t)^3``.
+
+    Fast at first, while there is much to choose from, then slower (Zhu & Gupta 2017, equation 1,
+    https://arxiv.org/abs/1710.01878). With ``initial = 0`` it is ``"cubic"``.
+
+    Args:
+        initial: share of the final ratio that goes at once, ``0 <= initial <= 1``.
+    """
+    return lambda t: 1 + (initial - 1) * (1 - t) ** 3
+
+
+CURVES: dict[str, Curve] = {"linear": lambda t: t, "cubic": agp(), "agp": agp()}
+
+
+@dataclass
+class Step:
+    """One step of a schedule.
+
+    Attributes:
+        number: 1 for the first.
+        ratio: share of the original's units that is gone now.
+        model: the network after this step, to be trained in place; assign another of the same shapes to go
+            on with that.
+        previous: the network that was narrowed in this step, as it was after its training.
+        plan: what went in this step: ``plan.apply(previous)`` gave ``model``; with
+            ``plan.apply_to_optimizer(optimizer, previous, model)`` the optimiser goes on.
+        total: what went since the beginning, as a plan for the original.
+    """
+
+    number: int
+    ratio: float
+    model: nn.Module
+    previous: nn.Module
+    plan: PruningPlan
+    total: PruningPlan
+
+
+def schedule(
+    model: nn.Module,
+    example_inputs: Any,
+    ratio: float = 0.5,
+    steps: int = 5,
+    curve: str | Curve = "linear",
+    importance: Importance = "l2",
+    seed: int = 0,
+    **options: Any,
+) -> Iterator[Step]:
+    """Prune in steps, with training in between.
+
+        for step in fxprune.schedule(model, x, ratio=0.5, steps=5, curve="cubic"):
+            train(step.model)
+        pruned = step.model
+
+    Every step scores the units of the current network and narrows it. Ratios refer to the sizes of the
+    original, so that after each step the widths are those that one step with ``step.ratio`` would give, and
+    names of layers in the options mean those of the original. What is gone stays gone.
+
+    Args:
+        model: the original; it is not changed.
+        example_inputs: as for :func:`fxprune.plan`.
+        ratio: share of units to remove in the end.
+        steps: number of steps.
+        curve: how much is gone when: ``"linear"``, ``"cubic"`` (the same as ``"agp"``), or a function from
+            the progress ``number / steps`` to the share of ``ratio``, such as ``fxprune.iterative.agp(0.2)``.
+        importance: as for :func:`fxprune.plan`; evaluated on the current network in each step.
+        seed: as for :func:`fxprune.plan`.
+        options: further arguments of :func:`fxprune.plan`, which hold for every step.
+
+    Raises:
+        RatioError: for an unknown curve, or one that falls or ends elsewhere than at 1.
+        PlanError: if the network that a step was given to train has come back with other shapes.
+    """
+    ratios = _shares(check_ratio(ratio), steps, curve)
+    return _steps(model, example_inputs, ratios, importance, seed, options)
+
+
+def _shares(ratio: float, steps: int, curve: str | Curve) -> list[float]:
+    if type(steps) is not int or steps < 1:
+        raise RatioError(f"steps is the number of steps, at least 1; got {steps!r}.")
+    if isinstance(curve, str):
+        if curve not in CURVES:
+            close = difflib.get_close_matches(curve, CURVES, n=1, cutoff=0)
+            raise RatioError(
+                f"unknown curve {curve!r}, did you mean {close[0]!r}? There are "
+                f"{', '.join(map(repr, CURVES))}; or give a function from progress to share."
+            )
+        curve = CURVES[curve]
+    shares = [float(curve(number / steps)) for number in range(1, steps + 1)]
+    if abs(shares[-1] - 1) > 1e-9 or any(not a <= b for a, b in zip([0, *shares], shares, strict=False)):
+        raise RatioError(
+            f"the curve must rise from 0 to 1, which it has to reach at 1; over {steps} steps it gives "
+            f"{shares}."
+        )
+    return [*(ratio * share for share in shares[:-1]), ratio]
+
+
+def _steps(
+    model: nn.Module,
+    example_inputs: Any,
+    ratios: list[float],
+    importance: Importance,
+    seed: int,
+    options: dict[str, Any],
+) -> Iterator[Step]:
+    current, total = model, None
+    for number, ratio in enumerate(ratios, 1):
+        if total is None:
+            total = made = plan(model, example_inputs, ratio, importance, seed=seed, **options)
+        else:
+            carried = _carried(total, model, current, example_inputs, importance, seed)
+            wider, total = total, plan(model, example_inputs, ratio, carried, seed=seed, **options)
+            total = replace(total, settings={**total.settings, "importance": wider.settings["importance"]})
+            made = since(total, wider, model, current)
+        step = Step(number, ratio, made.apply(current), current, made, total)
+        shapes = _shapes(step.model)
+        yield step
+        current = step.model
+        for name, shape in shapes.items():
+            if (found := _shapes(current).get(name)) != shape:
+                raise PlanError(
+                    f"the network of step {number} came back with another architecture: {name!r} had shape "
+                    f"{tuple(shape)} and has {tuple(found) if found is not None else 'gone'}."
+                )
+
+
+def _shapes(model: nn.Module) -> dict[str, list[int]]:
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: list(tensor.shape) for name, tensor in tensors}
+
+
+def then(first: PruningPlan, second: PruningPlan, model: nn.Module) -> PruningPlan:
+    """One plan in place of two. See :meth:`PruningPlan.then`."""
+    steps = _Steps(first, model, second=second)
+    dissolved = tuple(sorted({*first.dissolved, *second.dissolved}))
+    graph = steps.wide
+    if dissolved != first.dissolved:
+        graph = graph_of(replace(first, dissolved=dissolved), model)
+    after = Narrowing(steps.narrow, second.removed)
+    alive = {}
+    for slab in steps.slabs(graph):
+        inner = slab.alive(steps.narrow, after)
+        mask = torch.zeros(slab.shape, dtype=torch.bool)
+        mask.view(-1)[slab.origin[inner]] = True
+        alive[slab] = mask
+    both = "these two plans cannot be said as one"
+    return replace(
+        _plan_of(graph, alive, first, both),
+        dissolved=dissolved,
+        notes=(*first.notes, *second.notes),
+        settings={"steps": [*_settings(first), *_settings(second)]},
+    )
+
+
+def _settings(made: PruningPlan) -> list[Any]:
+    return list(made.settings["steps"]) if "steps" in made.settings else [dict(made.settings)]
+
+
+def since(
+    total: PruningPlan, first: PruningPlan, model: nn.Module, pruned: nn.Module | None = None
+) -> PruningPlan:
+    """The inverse of :func:`then`: what is left to do of ``total`` after ``first``.
+
+    Args:
+        total: a plan for ``model``.
+        first: another one, which removes part of what ``total`` removes.
+        model: the original; only its architecture counts.
+        pruned: what the plan will be for: what ``first``, or the plans that it is composed of, made of the
+            original; ``first.apply(model)`` by default.
+
+    Raises:
+        PlanError: if ``total`` keeps something that ``first`` removes.
+    """
+    steps = _Steps(first, model, pruned, total.dissolved, total.held)
+    after = Narrowing(graph_for(total, model), total.removed)
+    alive = {}
+    for slab in steps.slabs(after.graph):
+        outer = slab.alive(after.graph, after)
+        mask = outer.reshape(-1)[slab.origin]
+        if int(mask.sum()) != int(outer.sum()):
+            raise PlanError(
+                f"the second plan keeps entries of {slab.name!r} that the first removes, so it cannot be "
+                f"reached from there. Prune the original anew."
+            )
+        alive[slab] = mask
+    of = PruningPlan(
+        model=total.model,
+        inputs=total.inputs,
+        shapes=steps.narrow.tensor_names(),
+        sizes={},
+        removed={},
+        held=steps.narrow.held,
+        dissolved=total.dissolved,
+        notes=total.notes,
+        settings=total.settings,
+    )
+    return _plan_of(steps.narrow, alive, of, "the second plan cannot be reached from the first")
+
+
+def _carried(
+    total: PruningPlan,
+    model: nn.Module,
+    current: nn.Module,
+    example_inputs: Any,
+    importance: Importance,
+    seed: int,
+) -> Callable[[Group], Any]:
+    """The scores of the current network's units, as scores of the original's; what is gone scores least."""
+    graph = analyze(current, example_inputs)
+    scores = score(graph, importance, seed, current)
+    by_class = np.full(graph.run.coupler.units.count, np.nan)
+    for group in graph.groups:
+        by_class[group.units] = scores(group)
+    found = by_class[~np.isnan(by_class)]
+    low, high = (float(found.min()), float(found.max())) if found.size else (0.0, 0.0)
+    far = 1e6 * (high - low + 1)
+    known = {}
+    for slab in _Steps(total, model, current).slabs(graph):
+        table = np.full(slab.shape, low - far)
+        classes = slab.classes(graph)
+        left = np.nan_to_num(by_class[classes], nan=high + far) if classes is not None else high + far
+        table.reshape(-1)[slab.origin.numpy()] = left  # what is left but cannot go scores most
+        known[slab.name, slab.axis] = table
+
+    def carried(group: Group) -> Any:
+        result = np.full(group.size, low - far)
+        for member in group.members:
+            table = known.get((member.axis.name, member.axis.dim))
+            if table is not None:
+                order = [*member.over, member.axis.dim]
+                others = tuple(d for d in range(table.ndim) if d not in order)
+                table = table.max(axis=others).transpose(np.argsort(np.argsort(order)))
+                units = member.units
+                np.maximum.at(result, units[units >= 0], np.broadcast_to(table, units.shape)[units >= 0])
+        return result
+
+    return carried
+
+
+@dataclass(frozen=True, eq=False)
+class _Slab:
+    """One axis of a parameter or buffer, with the axes that choose its rows; all others have size 1.
+
+    Attributes:
+        name: of the tensor.
+        axis: the axis.
+        dims: the axis and those that choose its rows, in either network.
+        shape: in the original.
+        origin: for each position in the narrowed tensor its flat position in the original.
+    """
+
+    name: str
+    axis: int
+    dims: frozenset[int]
+    shape: tuple[int, ...]
+    origin: Tensor
+
+    def labels(self, graph: CouplingGraph) -> list[Label | None]:
+        return [label if d in self.dims else None for d, label in enumerate(_labels(graph, self.name))]
+
+    def alive(self, graph: CouplingGraph, narrowing: Narrowing) -> Tensor:
+        """True for what survives, in the shape that the tensor has in ``graph``."""
+        tensor = graph.captured.program.tensors[self.name]
+        shape = [size if d in self.dims else 1 for d, size in enumerate(tensor.shape)]
+        mask = surviving(shape, self.labels(graph), narrowing)
+        return torch.ones(shape, dtype=torch.bool) if mask is None else mask
+
+    def classes(self, graph: CouplingGraph) -> NDArray[np.int64] | None:
+        """The class of each position along the axis, in the shape that the tensor has in ``graph``."""
+        label = _labels(graph, self.name)[self.axis]
+        if label is None:
+            return None
+        tensor = graph.captured.program.tensors[self.name]
+        shape = [size if d in self.dims else 1 for d, size in enumerate(tensor.shape)]
+        order = [*label.over, self.axis]
+        ids = graph.classes(label.ids).transpose(np.argsort(order))
+        return np.broadcast_to(ids.reshape([n if d in order else 1 for d, n in enumerate(shape)]), shape)
+
+
+def _labels(graph: CouplingGraph, name: str) -> list[Label | None]:
+    return graph.labels(graph.captured.program.tensors[name])
+
+
+class _Steps:
+    """Two networks, of which the narrow one is what a plan makes of the wide one."""
+
+    def __init__(
+        self,
+        first: PruningPlan,
+        model: nn.Module,
+        pruned: nn.Module | None = None,
+        dissolved: tuple[str, ...] = (),
+        held: tuple[str, ...] = (),
+        second: PruningPlan | None = None,
+    ) -> None:
+        self.wide = graph_for(first, model)
+        self.narrowing = Narrowing(self.wide, first.removed)
+        self.pruned = pruned if pruned is not None else first.apply(model)
+        shapes = _shapes(self.pruned)
+        if second is not None:
+            # Constants that rewriting inserts may differ if it was done in more or in fewer steps.
+            own = {name: shape for name, shape in second.shapes.items() if name in first.shapes}
+            inserted = {name: shape for name, shape in shapes.items() if name not in first.shapes}
+            self.narrow = graph_for(replace(second, shapes={**own, **inserted}), self.pruned)
+        else:
+            names = {node.name for node in getattr(self.pruned, "graph", fx.Graph()).nodes}
+            held = tuple(name for name in held if name in names)
+            like = replace(first, removed={}, sizes={}, shapes=shapes, held=held, dissolved=dissolved)
+            self.narrow = graph_of(like, self.pruned)
+
+    def slabs(self, other: CouplingGraph) -> Iterator[_Slab]:
+        """Every axis that has a label in one of the networks, or in ``other``."""
+        graphs = [self.wide, self.narrow, other]
+        for name, tensor in self.wide.captured.program.tensors.items():
+            tables = [_labels(graph, name) for graph in graphs if name in graph.captured.program.tensors]
+            for axis in range(tensor.dim()):
+                if all(table[axis] is None for table in tables):
+                    continue
+                dims, more = {axis}, {axis}
+                while more:
+                    labels = [table[d] for table in tables for d in more]
+                    more = {d for label in labels if label is not None for d in label.over} - dims
+                    dims |= more
+                shape = tuple(size if d in dims else 1 for d, size in enumerate(tensor.shape))
+                flat = torch.arange(int(np.prod(shape))).reshape(shape)
+                labels = [label if d in dims else None for d, label in enumerate(tables[0])]
+                yield _Slab(name, axis, frozenset(dims), shape, narrow(flat, labels, self.narrowing))
+
+
+def _plan_of(
+    graph: CouplingGraph, alive: dict[_Slab, Tensor], like: PruningPlan, problem: str
+) -> PruningPlan:
+    """The plan for ``graph`` after which exactly the ``alive`` entries are left."""
+    seen, left = np.zeros((2, graph.run.coupler.units.count), dtype=bool)
+    for slab, mask in alive.items():
+        classes = slab.classes(graph)
+        if classes is not None:
+            seen[classes] = True
+            left[classes[mask.numpy()]] = True  # a unit goes when none of its entries is left
+    removed = {}
+    for group in graph.groups:
+        gone = np.flatnonzero(seen[group.units] & ~left[group.units]).tolist()
+        if gone:
+            removed[group.name] = gone
+    narrowing = Narrowing(graph, removed)
+    for slab, mask in alive.items():
+        if not torch.equal(slab.alive(graph, narrowing), mask):
+            raise PlanError(
+                f"{problem}: axis {slab.axis} of {slab.name!r} would have to be narrowed in a way that no "
+                f"group of this network allows. Apply them one after the other."
+            )
+    violations = rewrite(graph, removed).violations
+    if violations:
+        reason = violations[0].reason.partition("\n")[0]
+        raise PlanError(
+            f"{problem}, as node {violations[0].node} of the network could not be rewritten at once: "
+            f"{reason} Apply them one after the other."
+        )
+    return replace(like, removed=removed, sizes={group.name: group.size for group in graph.groups})
+
+
+__all__ = ["CURVES", "Curve", "Step", "agp", "schedule", "since", "then"]
