@@ -3,7 +3,10 @@
 A criterion is a function of a group. The built-in ones see the whole graph at once, because a weight
 that belongs to several groups is then read once. Each family has its file:
 
-- weights alone: :class:`Magnitude`, :class:`LAMP`, :class:`BNScale`, :class:`FPGM`, random.
+- weights alone: :class:`Magnitude`, :class:`LAMP`, :class:`BNScale`, random; :class:`FPGM`;
+- derivatives of a loss over data: :class:`Taylor`, :class:`Fisher`, :class:`Hessian`;
+- activations over data: :class:`Activation`, :class:`Wanda`, :class:`KFAC`;
+- before training: :class:`SNIP`, :class:`SynFlow`.
 """
 
 from __future__ import annotations
@@ -19,21 +22,34 @@ from torch import nn
 from ..coupling.graph import CouplingGraph
 from ..coupling.groups import Group
 from ..errors import ImportanceError
+from .activation import KFAC, Activation, Wanda
 from .base import Criterion, MemberCriterion, Scores
+from .calibration import supervised
+from .gradient import Fisher, Hessian, Taylor
+from .initialization import SNIP, SynFlow
 from .magnitude import LAMP, BNScale, Magnitude, magnitude, random
 from .similarity import FPGM
 
 __all__ = [
     "BUILT_IN",
     "FPGM",
+    "KFAC",
     "LAMP",
+    "SNIP",
+    "Activation",
     "BNScale",
     "Criterion",
+    "Fisher",
+    "Hessian",
     "Importance",
     "Magnitude",
     "MemberCriterion",
+    "SynFlow",
+    "Taylor",
+    "Wanda",
     "describe",
     "score",
+    "supervised",
 ]
 
 Importance = str | Criterion | Callable[[Group], Any]
@@ -50,11 +66,20 @@ BUILT_IN: dict[str, Callable[[CouplingGraph, int], Scores] | Criterion] = {
     "bn_scale": BNScale(),
     "lamp": LAMP(),
     "fpgm": FPGM(),
+    "synflow": SynFlow(),
 }
 """Criteria that need nothing but the weights, by name."""
 
-WITH_DATA: dict[str, str] = {}
-"""What has to be given for the others."""
+WITH_DATA = {
+    "taylor": "Taylor(loss, data)",
+    "fisher": "Fisher(loss, data)",
+    "hessian": "Hessian(loss, data)",
+    "kfac": "KFAC(loss, data)",
+    "snip": "SNIP(loss, data)",
+    "activation": "Activation(data)",
+    "wanda": "Wanda(data)",
+}
+"""Criteria that need data: what has to be given in place of the name."""
 
 
 def score(
@@ -109,7 +134,11 @@ def describe(importance: Importance) -> str:
 
 def _unknown(name: str) -> ImportanceError:
     if name in WITH_DATA:
-        return ImportanceError(f"importance {name!r} needs more than a name: give {WITH_DATA[name]}.")
+        return ImportanceError(
+            f"importance {name!r} needs more than a name: give fxprune.importance.{WITH_DATA[name]}."
+        )
+    if name.lower() in WITH_DATA:
+        return _unknown(name.lower())
     close = difflib.get_close_matches(name.lower(), [*BUILT_IN, *WITH_DATA], n=1, cutoff=0.4)
     nearest = f" Did you mean {close[0]!r}?" if close else ""
     names = ", ".join(map(repr, BUILT_IN))
@@ -120,7 +149,7 @@ def _unknown(name: str) -> ImportanceError:
 
 
 def _example(criterion: type[Criterion]) -> str:
-    return f"fxprune.importance.{criterion.__name__}(...)"
+    return f"fxprune.importance.{WITH_DATA.get(criterion.__name__.lower(), criterion.__name__ + '()')}"
 
 
 def _checked(scores: Any, group: Group) -> Scores:

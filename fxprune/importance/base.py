@@ -100,10 +100,10 @@ class MemberCriterion(Criterion):
     def prepare(self, graph: CouplingGraph, model: nn.Module, seed: int) -> Callable[[Group], Scores]:
         """See :meth:`Criterion.prepare`."""
         measure = self.measure(graph, model, seed)
-        return lambda group: self.finish(self.joined(group, measure), group)
+        return lambda group: self.scored(group, self.joined(group, measure))
 
-    def joined(self, group: Group, measure: Measure) -> Scores | None:
-        """The group's scores before normalisation; None if no member was measured."""
+    def joined(self, group: Group, measure: Measure) -> PerUnit:
+        """What the measured members of a group say together, and of which units they say it."""
         found = []
         for member in group.members:
             if callable(self.members) and not self.members(member):
@@ -113,33 +113,41 @@ class MemberCriterion(Criterion):
                 found.append(values)
                 if self.members == "root":
                     break
-        return reduced(self.reduce, found) if found else None
+        return reduced(self.reduce, found, group.size)
 
-    def finish(self, scores: Scores | None, group: Group) -> Scores:
-        """Normalise, and refuse a group of which nothing was measured."""
-        if scores is None:
+    def scored(self, group: Group, found: PerUnit) -> Scores:
+        """The scores; refuses a group of which not all units were measured."""
+        values, held = found
+        if not held.all():
             names = ", ".join(str(member.axis) for member in group.members[:4])
+            what = f"only {held.sum()} of {held.size} units" if held.any() else "no unit"
             raise ImportanceError(
-                f"{self} measures no member of {group!r} ({names}). Leave the group out with where=, or "
-                f"choose a criterion that looks at all weights, such as 'l2'."
+                f"{self} measures {what} of {group!r} (its members: {names}). Leave the group out with "
+                f"where=, or choose a criterion that looks at all weights, such as 'l2'."
             )
-        return normalized(self.normalize, scores)
+        return normalized(self.normalize, self.finish(values))
+
+    def finish(self, values: Scores) -> Scores:
+        """What is still to be done with a group's values before they are normalised."""
+        return values
 
 
-def reduced(how: str, found: list[PerUnit]) -> Scores:
+def reduced(how: str, found: list[PerUnit], size: int) -> PerUnit:
     """Join the members of a group, unit by unit; a member counts where it holds the unit."""
+    if not found:
+        return np.zeros(size), np.zeros(size, dtype=bool)
     values = np.stack([value for value, _ in found])
     held = np.stack([mask for _, mask in found])
     count = held.sum(0)
     if how in ("sum", "mean"):
-        total = values.sum(0)
+        total = np.where(held, values, 0.0).sum(0)
         result = total / np.maximum(count, 1) if how == "mean" else total
     elif how == "max":
         result = np.where(held, values, -np.inf).max(0)
     else:
         with np.errstate(over="ignore"):  # infinity is refused with the other scores
             result = np.where(held, values, 1.0).prod(0)
-    return np.asarray(np.where(count > 0, result, 0.0))
+    return result, count > 0
 
 
 def normalized(how: str | Callable[[Scores], Any] | None, scores: Scores) -> Scores:

@@ -125,9 +125,10 @@ class Magnitude(MemberCriterion):
             sums.sums[axis, label.over] = powers
         return sums
 
-    def finish(self, scores: Scores | None, group: Group) -> Scores:
-        """Take the root, then normalise."""
-        return super().finish(None if scores is None else scores ** (1 / self.p), group)
+    def finish(self, values: Scores) -> Scores:
+        """Take the root."""
+        root: Scores = values ** (1 / self.p)
+        return root
 
 
 @dataclass(frozen=True)
@@ -141,15 +142,14 @@ class LAMP(Magnitude):
     scores 1.
     """
 
-    def finish(self, scores: Scores | None, group: Group) -> Scores:
+    def finish(self, values: Scores) -> Scores:
         """The share in what is no smaller."""
-        if scores is not None:
-            order = np.argsort(scores, kind="stable")
-            ranked = scores[order]
-            above = np.cumsum(ranked[::-1])[::-1]
-            scores = np.empty_like(scores)
-            scores[order] = np.divide(ranked, above, out=np.zeros_like(ranked), where=above > 0)
-        return MemberCriterion.finish(self, scores, group)
+        order = np.argsort(values, kind="stable")
+        ranked = values[order]
+        above = np.cumsum(ranked[::-1])[::-1]
+        shares = np.zeros_like(values)
+        shares[order] = np.divide(ranked, above, out=np.zeros_like(ranked), where=above > 0)
+        return shares
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class BNScale(MemberCriterion):
 
         def scores(group: Group) -> Scores:
             found = self.joined(group, measure)
-            return otherwise(group) if found is None else self.finish(found, group)
+            return self.scored(group, found) if found[1].all() else otherwise(group)
 
         return scores
 
