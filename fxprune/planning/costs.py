@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,12 @@ class Call:
         tree: tuple[Any, Any, Any] = pytree.tree_map_only(Operand, tensor, (self.args, self.kwargs, self.out))
         return tree
 
+    @cached_property
+    def operands(self) -> tuple[Operand, ...]:
+        """Everything that is read or written."""
+        leaves = pytree.tree_leaves((self.args, self.kwargs, self.out))
+        return tuple(leaf for leaf in leaves if isinstance(leaf, Operand))
+
 
 class CostModel:
     """Parameters, MACs, activations and bytes of a network for any choice of surviving units.
@@ -88,17 +94,14 @@ class CostModel:
         self._rows: list[Ids] = []
         self._where: list[int] = []
         self.calls = tuple(self._interpret())
-        self._counted = [
-            (call, flop_registry[call.operator.overloadpacket])
-            for call in self.calls
-            if call.operator.overloadpacket in flop_registry
-        ]
+        self._counted = [call for call in self.calls if call.operator.overloadpacket in flop_registry]
         self._tensors()
         self._classes = np.concatenate([r.reshape(-1) for r in self._rows]) if self._rows else _NONE
         widths = np.concatenate([np.full(*r.shape) for r in self._rows]) if self._rows else _NONE
         self._row_starts = np.cumsum(widths) - widths
         heights = np.array([len(r) for r in self._rows], dtype=np.int64)
         self._label_starts = np.cumsum(heights) - heights
+        self._narrow = frozenset(self._where)
         self._known: dict[tuple[int, bytes], int] = {}
 
     def _interpret(self) -> Iterable[Call]:
@@ -172,9 +175,24 @@ class CostModel:
                 mask[group.units[list(removed[group.name])]] = False
         return mask
 
+    @property
+    def full(self) -> Ids:
+        """All sizes as they are before anything is removed."""
+        return np.array(self._full, dtype=np.int64)
+
+    def narrows(self, place: int) -> bool:
+        """Whether the size at ``place`` may become smaller."""
+        return place in self._narrow
+
+    def scaled(self, share: float) -> Ids:
+        """All sizes, with everything that may be narrowed at a ``share`` of its width."""
+        sizes = self.full
+        sizes[self._where] = np.maximum(1, np.round(sizes[self._where] * share)).astype(np.int64)
+        return sizes
+
     def sizes(self, alive: Mask) -> Ids:
         """All sizes that occur in the network, where only the ``alive`` classes survive."""
-        sizes = np.array(self._full, dtype=np.int64)
+        sizes = self.full
         if self._rows:
             columns = np.add.reduceat(alive[self._classes], self._row_starts, dtype=np.int64)
             sizes[self._where] = np.maximum.reduceat(columns, self._label_starts)  # rows that go are empty
@@ -190,19 +208,21 @@ class CostModel:
 
     def macs(self, sizes: Ids) -> int:
         """Multiply-accumulates of one forward pass over the example inputs' batch."""
-        total = 0
-        for number, (call, formula) in enumerate(self._counted):
-            key = number, sizes[call.dims].tobytes()
-            if key not in self._known:
-                args, kwargs, out = call.given(sizes, _meta)
-                self._known[key] = int(formula(*args, **kwargs, out_val=out))
-            total += self._known[key]
-        return total // 2  # torch counts a multiplication and an addition as two
+        # torch counts a multiplication and an addition as two
+        return sum(self.flops(call, sizes) for call in self._counted) // 2
+
+    def flops(self, call: Call, sizes: Ids) -> int:
+        """What torch counts for one call."""
+        key = id(call), sizes[call.dims].tobytes()
+        if key not in self._known:
+            args, kwargs, out = call.given(sizes, _meta)
+            self._known[key] = int(flop_registry[call.operator.overloadpacket](*args, **kwargs, out_val=out))
+        return self._known[key]
 
     def activations(self, sizes: Ids) -> int:
         """Entries that convolutions, matrix products and attention put out."""
         total = 0
-        for call, _ in self._counted:
+        for call in self._counted:
             first = call.out if isinstance(call.out, Operand) else call.out[0]
             total += int(sizes[list(first.dims)].prod())
         return total

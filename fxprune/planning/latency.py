@@ -1,0 +1,212 @@
+"""Latency of a network from a table of its ATen calls, measured on the device that it runs on.
+
+Each call is timed alone, at a few widths, and interpolated between them over its work: multiply-accumulates
+where torch counts them, else the entries that are read and written. The sum over all calls is an estimate;
+what the whole takes over that (dispatch, caches, fusion) is corrected by measuring the network itself, see
+:func:`fxprune.plan`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import flop_registry
+
+from ..coupling.units import Ids
+from .costs import Call, CostModel
+
+VERSION = 1
+WIDTHS = (1.0, 0.75, 0.5, 0.25, 0.125)
+"""Shares of the original widths at which a call is timed."""
+
+_SECONDS = 0.02
+aten = torch.ops.aten
+
+
+class LatencyTable:
+    """Seconds of ATen calls on one device; measured where asked for, kept in a JSON file.
+
+    The file names the device, the number of threads and the version of torch, and is only used where they
+    are the same; else it is begun anew. It is written under a temporary name and moved.
+
+    Args:
+        device: where the calls run.
+        path: the file; by default one for the device and version in ``$FXPRUNE_CACHE``, or in
+            ``~/.cache/fxprune``.
+    """
+
+    def __init__(self, device: torch.device, path: str | os.PathLike[str] | None = None) -> None:
+        self.device = device
+        self.about = {
+            "fxprune_latency": VERSION,
+            "device": device_name(device),
+            "threads": torch.get_num_threads() if device.type == "cpu" else 0,
+            "torch": torch.__version__,
+        }
+        self.path = Path(path) if path is not None else self._default()
+        self._points: dict[str, list[tuple[float, float]]] = self._read()
+        self._changed = False
+
+    def _default(self) -> Path:
+        folder = os.environ.get("FXPRUNE_CACHE") or Path.home() / ".cache" / "fxprune"
+        text = "-".join(str(value) for value in self.about.values())
+        return Path(folder) / f"latency-{''.join(c if c.isalnum() or c in '.-' else '_' for c in text)}.json"
+
+    def _read(self) -> dict[str, list[tuple[float, float]]]:
+        try:
+            data = json.loads(self.path.read_text(encoding="utf-8"))
+            if any(data[name] != value for name, value in self.about.items()):
+                return {}
+            return {
+                key: [(float(work), float(seconds)) for work, seconds in points]
+                for key, points in data["calls"].items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}  # none yet, or no such file: it is measured again
+
+    def save(self) -> None:
+        """Write what was measured since the last time. A folder that cannot be written to is no error."""
+        if not self._changed:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump({**self.about, "calls": self._points}, file, indent=0)
+            os.replace(name, self.path)
+        except OSError:
+            return
+        self._changed = False
+
+    def points(self, call: Call, costs: CostModel) -> list[tuple[float, float]]:
+        """``(work, seconds)`` of one call at several widths; empty for one that cannot be timed alone."""
+        key = self._key(call, costs)
+        if key not in self._points:
+            self._points[key] = self._measure(call, costs)
+            self._changed = True
+        return self._points[key]
+
+    def _key(self, call: Call, costs: CostModel) -> str:
+        """The operator, its dtypes, shapes and numbers, and which dimensions narrow."""
+        full = costs.full
+
+        def text(leaf: Any) -> str:
+            if hasattr(leaf, "dims"):
+                shape = "x".join(f"{full[d]}{'*' if costs.narrows(d) else ''}" for d in leaf.dims)
+                return f"{str(leaf.dtype).removeprefix('torch.')}[{shape}]"
+            return str(leaf)
+
+        leaves = pytree.tree_leaves((call.args, call.kwargs))
+        return f"{call.operator}({', '.join(map(text, leaves))})"
+
+    def _measure(self, call: Call, costs: CostModel) -> list[tuple[float, float]]:
+        from torch.utils.benchmark import Timer  # slow to import
+
+        found: dict[float, float] = {}
+        for share in WIDTHS if any(map(costs.narrows, call.dims.tolist())) else WIDTHS[:1]:
+            sizes = costs.scaled(share)
+            args, kwargs, _ = call.given(sizes, self._tensor)
+            try:
+                args, kwargs = _fitted(call, args), {**kwargs, **self._on_device(call)}
+                timer = Timer(
+                    "call(*args, **kwargs)",
+                    globals={"call": call.operator, "args": args, "kwargs": kwargs},
+                    num_threads=torch.get_num_threads(),
+                )
+                with torch.no_grad(), torch.inference_mode(False):
+                    call.operator(*args, **kwargs)
+                    found[work(call, costs, sizes)] = timer.blocked_autorange(min_run_time=_SECONDS).median
+            except Exception:  # noqa: BLE001  (whatever an operator raises on made-up values)
+                continue
+        return sorted(found.items())
+
+    def _tensor(self, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+        if dtype.is_floating_point or dtype.is_complex:
+            # Ones stay what they are through repeated in-place operators, and never become denormal.
+            return torch.ones(shape, dtype=dtype, device=self.device)
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def _on_device(self, call: Call) -> dict[str, Any]:
+        return {"device": self.device} if "device" in call.kwargs else {}
+
+
+class Latency:
+    """Estimates the seconds of one forward pass for any sizes.
+
+    Args:
+        costs: the cost model of the network.
+        table: where the times of its calls come from; it is measured and saved.
+        compiled: leave out all but convolutions, matrix products and attention: what is pointwise is fused
+            with them.
+    """
+
+    def __init__(self, costs: CostModel, table: LatencyTable, compiled: bool = False) -> None:
+        self.costs = costs
+        self._curves = []
+        for call in costs.calls:
+            if call.operator.overloadpacket not in flop_registry and (compiled or _is_view(call.operator)):
+                continue
+            points = table.points(call, costs)
+            if points:
+                works, seconds = (np.array(column) for column in zip(*points, strict=True))
+                self._curves.append((call, works, np.maximum.accumulate(seconds)))
+        table.save()
+
+    def __call__(self, sizes: Ids) -> float:
+        total = 0.0
+        for call, works, seconds in self._curves:
+            total += float(np.interp(work(call, self.costs, sizes), works, seconds))
+        return total
+
+
+def work(call: Call, costs: CostModel, sizes: Ids) -> float:
+    """What the time of a call grows with: FLOPs, or entries of its operands."""
+    if call.operator.overloadpacket in flop_registry:
+        return float(costs.flops(call, sizes))
+    return float(sum(sizes[list(operand.dims)].prod() for operand in call.operands))
+
+
+@cache
+def _is_view(operator: Any) -> bool:
+    """Whether an operator only looks at its input in another way."""
+    returned = [value.alias_info for value in operator._schema.returns]
+    return bool(returned) and all(info is not None and not info.is_write for info in returned)
+
+
+def _fitted(call: Call, args: Any) -> Any:
+    """Arguments in which numbers that speak of widths fit the tensors."""
+    packet, args = call.operator.overloadpacket, list(args)
+    if packet is aten.convolution:
+        x, weight, transposed = args[0], args[1], args[6]
+        args[8] = x.shape[1] // weight.shape[1] if not transposed else args[8]
+    elif packet is aten.native_layer_norm:
+        args[1] = list(args[0].shape[-len(args[1]) :])
+    elif packet is aten.native_group_norm:
+        args[4] = args[0].shape[1]
+    return args
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    """The name of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{device.type}: {line.partition(':')[2].strip()}"
+    except OSError:
+        pass
+    return f"{device.type}: {platform.processor() or platform.machine()}"
+
+
+__all__ = ["Latency", "LatencyTable", "device_name", "work"]
