@@ -20,6 +20,7 @@ from .inputs import describe_inputs, normalize, restore_inputs, to_meta
 from .passes import Rewritten, rewrite
 from .planning.budget import Budget
 from .planning.check import problems
+from .planning.latency import Meter
 from .planning.patterns import Pattern
 from .planning.plan import Problem, PruningPlan
 from .planning.selection import Scope, Selection, select
@@ -219,12 +220,15 @@ def _plan(
     args, kwargs = normalize(example_inputs)
     dissolved: frozenset[str] = frozenset()
     notes = []
+    meter = _meter(model, args, kwargs, selection.budget)
     scores = score(graph, importance, seed, model)
     for _ in range(_ATTEMPTS):
-        selected = select(graph, selection, scores, model)
+        selected = select(graph, selection, scores, model, meter)
         rewritten = rewrite(graph, selected.removed)
         if not rewritten.violations:
-            break
+            if meter is None or meter.accepts(selected.left["latency"], rewritten.materialize()):
+                break
+            continue
         whole = {name for v in rewritten.violations if (name := _function(graph, v.node))} - dissolved
         if whole:
             # The widths are numbers inside these functions: trace into them, then decide again.
@@ -250,7 +254,7 @@ def _plan(
         removed=selected.removed,
         held=graph.held,
         dissolved=tuple(sorted(dissolved)),
-        notes=(*selected.notes, *notes),
+        notes=(*selected.notes, *notes, *([meter.note] if meter is not None else [])),
         settings={
             **selection.settings(),
             **({"left": dict(selected.left)} if selected.left else {}),
@@ -259,6 +263,15 @@ def _plan(
         },
     )
     return made, rewritten
+
+
+def _meter(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], budget: Budget | None
+) -> Meter | None:
+    """What holds a budget for the latency against the clock, if there is one."""
+    if budget is None or budget.latency is None:
+        return None
+    return Meter(model, args, kwargs, budget.latency, budget.compiled, budget.table)
 
 
 def _around(graph: CouplingGraph, name: str) -> set[str]:

@@ -25,8 +25,6 @@ from .inputs import normalize, to_meta
 
 __all__ = ["Count", "count", "latency_ratio", "measure_latency"]
 
-_ROUNDS = 5
-
 
 @dataclass(frozen=True)
 class Count:
@@ -83,6 +81,7 @@ def measure_latency(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     min_run_time: float = 1.0,
+    rounds: int = 5,
 ) -> dict[str, float]:
     """Median seconds of one forward pass of each model, without gradients.
 
@@ -94,6 +93,7 @@ def measure_latency(
         args: positional inputs of every model.
         kwargs: keyword inputs of every model.
         min_run_time: seconds to spend on each model, all rounds together; a pass always runs to its end.
+        rounds: how many turns each model has.
     """
     from torch.utils.benchmark import Timer  # slow to import, and it warns where CUDA is half installed
 
@@ -107,9 +107,9 @@ def measure_latency(
         for name, model in models.items()
     }
     with torch.no_grad():
-        for _ in range(_ROUNDS):
+        for _ in range(rounds):
             for name, timer in timers.items():
-                times[name] += timer.blocked_autorange(min_run_time=min_run_time / _ROUNDS).times
+                times[name] += timer.blocked_autorange(min_run_time=min_run_time / rounds).times
     return {name: median(seconds) for name, seconds in times.items()}
 
 

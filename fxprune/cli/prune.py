@@ -57,6 +57,11 @@ _BUDGETS = (
     ("--params", "KEEP", "budget: parameters to keep, a share such as 0.5 or a number such as 5e6"),
     ("--macs", "KEEP", "budget: multiply-accumulates to keep, a share such as 0.5 or a number such as 2e9"),
     ("--size-mb", "MB", "budget: size of the weights in units of 10^6 bytes; all budgets given are met"),
+    (
+        "--latency",
+        "KEEP",
+        "budget: time of a forward pass to keep, a share such as 0.6 or milliseconds from 1 on",
+    ),
 )
 
 
@@ -80,6 +85,9 @@ def add_prune_parser(commands: _SubParsers) -> None:
     )
     for flag, metavar, what in _BUDGETS:
         pruning.add_argument(flag, metavar=metavar, type=float, help=what)
+    pruning.add_argument(
+        "--compiled", action="store_true", help="hold the latency under torch.compile (default: eager)"
+    )
     ranking = pruning.add_mutually_exclusive_group()
     ranking.add_argument(
         "--global",
@@ -143,10 +151,9 @@ def run(options: argparse.Namespace) -> int:
         raise RatioError(
             f"--ratio {options.ratio:g} is out of range: it is a share, 0 <= ratio < 1, such as 0.5"
         )
-    given = {
-        name: value for name in ("params", "macs", "size_mb") if (value := getattr(options, name)) is not None
-    }
-    budget = fxprune.Budget(**given) if given else None
+    names = [flag.strip("-").replace("-", "_") for flag, _, _ in _BUDGETS]
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    budget = fxprune.Budget(**given, compiled=options.compiled) if given else None
     if options.out is not None:
         check_output(options.out)
 

@@ -8,20 +8,25 @@ what the whole takes over that (dispatch, caches, fusion) is corrected by measur
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
+from ..cost import measure_latency
 from ..coupling.units import Ids
+from ..errors import BudgetError
 from .costs import Call, CostModel
 
 VERSION = 1
@@ -29,6 +34,8 @@ WIDTHS = (1.0, 0.75, 0.5, 0.25, 0.125)
 """Shares of the original widths at which a call is timed."""
 
 _SECONDS = 0.02
+_TIMED, _TURNS = 2.0, 40
+_AGREED, _ROUNDS = 0.05, 6
 aten = torch.ops.aten
 
 
@@ -140,7 +147,7 @@ class LatencyTable:
 
 
 class Latency:
-    """Estimates the seconds of one forward pass for any sizes.
+    """Estimates for any sizes which share of the original's latency is left.
 
     Args:
         costs: the cost model of the network.
@@ -160,12 +167,120 @@ class Latency:
                 works, seconds = (np.array(column) for column in zip(*points, strict=True))
                 self._curves.append((call, works, np.maximum.accumulate(seconds)))
         table.save()
+        self._full = self.seconds(costs.full)
 
     def __call__(self, sizes: Ids) -> float:
+        """Share of the latency that is left."""
+        return self.seconds(sizes) / self._full if self._full else 1.0
+
+    def seconds(self, sizes: Ids) -> float:
+        """Sum over all calls."""
         total = 0.0
         for call, works, seconds in self._curves:
             total += float(np.interp(work(call, self.costs, sizes), works, seconds))
         return total
+
+
+class Meter:
+    """Holds a latency against the clock, and corrects what is asked of the estimate.
+
+    Args:
+        model: the original; it is run (a copy of it in evaluation mode, should it be training).
+        args: its positional inputs.
+        kwargs: its keyword inputs.
+        target: share of the original's latency up to 1, or milliseconds.
+        compiled: time under ``torch.compile``.
+        table: file of the table, or None for the default.
+
+    Attributes:
+        aim: share of the estimated latency to keep, so that the measured one comes out as wanted.
+        note: what was measured last, for people; empty before.
+
+    Raises:
+        BudgetError: if the model has no weights, or is not on one device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        target: float,
+        compiled: bool = False,
+        table: str | os.PathLike[str] | None = None,
+    ) -> None:
+        devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]} or {
+            torch.device("cpu")
+        }
+        if len(devices) > 1 or next(iter(devices)).type == "meta":
+            names = ", ".join(sorted(map(str, devices)))
+            raise BudgetError(f"a latency is measured on one device that computes; the model is on {names}.")
+        self.args, self.kwargs, self.target, self.compiled = args, kwargs, target, compiled
+        self.table = LatencyTable(next(iter(devices)), table)
+        self.original = self._ready(model)
+        self.aim = min(target, 1.0) if target <= 1 else 1.0
+        self.note = ""
+        self._seen: list[tuple[float, float, str]] = []
+        self._settled = False
+        if target > 1:  # milliseconds
+            now = measure_latency({"original": self.original}, args, kwargs, _TIMED)["original"]
+            self.aim = min(target / 1e3 / now, 1.0)
+
+    def _ready(self, model: nn.Module) -> Any:
+        """The model as it is timed; what runs once runs before."""
+        if any(module.training for module in model.modules()):
+            model = copy.deepcopy(model).eval()
+        ready: Any = torch.compile(model, dynamic=False) if self.compiled else model
+        with torch.no_grad():
+            ready(*self.args, **self.kwargs)
+        return ready
+
+    def estimate(self, costs: CostModel) -> Latency:
+        """The estimate of a network's latency."""
+        return Latency(costs, self.table, self.compiled)
+
+    def accepts(self, estimated: float, narrowed: nn.Module) -> bool:
+        """Time ``narrowed``, whose estimate is the share ``estimated`` of the original's.
+
+        False where the latency is not yet as wanted; ``aim`` is another one then. After :data:`_ROUNDS`
+        tries the nearest so far is aimed at once more and then accepted.
+        """
+        if self._settled:
+            return True
+        pair = {"original": self.original, "narrowed": self._ready(narrowed)}
+        seconds = measure_latency(pair, self.args, self.kwargs, _TIMED, rounds=_TURNS)
+        measured = seconds["narrowed"] / seconds["original"]
+        wanted = self.target if self.target <= 1 else self.target / 1e3 / seconds["original"]
+        mode = "compiled" if self.compiled else "eager"
+        self.note = (
+            f"latency: {measured:.2f} of the original, {wanted:.2f} was wanted; "
+            f"{seconds['original'] * 1e3:.3g} -> {seconds['narrowed'] * 1e3:.3g} ms, medians, {mode}, "
+            f"{self.table.about['device']}; the table's estimate was {estimated:.2f}"
+        )
+        self._seen.append((estimated, measured / wanted, self.note))
+        slack = estimated < 0.95 * self.aim or estimated >= 1  # other limits bind, or nothing has to go
+        if abs(measured / wanted - 1) <= _AGREED or (measured <= wanted and slack):
+            return True
+        if len(self._seen) == _ROUNDS:
+            self.aim, _, self.note = min(self._seen, key=lambda seen: abs(seen[1] - 1))
+            self._settled = True
+        else:
+            self.aim = self._corrected()
+        return False
+
+    def _corrected(self) -> float:
+        """The estimate at which the measured latency should be as wanted.
+
+        Between the nearest tries on both sides by a straight line; by the rule of three where there are none.
+        """
+        slow = [seen for seen in self._seen if seen[1] > 1]
+        fast = [seen for seen in self._seen if seen[1] <= 1]
+        if slow and fast:
+            (above, high, _), (below, low, _) = min(slow), max(fast)
+            if above > below:
+                return below + (above - below) * (1 - low) / (high - low)
+        estimated, off, _ = self._seen[-1]
+        return min(estimated / off, 1.0)
 
 
 def work(call: Call, costs: CostModel, sizes: Ids) -> float:
@@ -209,4 +324,4 @@ def device_name(device: torch.device) -> str:
     return f"{device.type}: {platform.processor() or platform.machine()}"
 
 
-__all__ = ["Latency", "LatencyTable", "device_name", "work"]
+__all__ = ["Latency", "LatencyTable", "Meter", "device_name", "work"]

@@ -28,6 +28,7 @@ from ..coupling.units import Ids
 from ..errors import BudgetError, RatioError, SelectionError
 from .budget import Budget, Search
 from .costs import CostModel
+from .latency import Meter
 from .patterns import Names, Pattern, nearest
 
 Scope = Literal["local", "global", "isomorphic"]
@@ -222,11 +223,13 @@ def select(
     selection: Selection,
     scores: Callable[[Group], NDArray[np.float64]],
     model: nn.Module,
+    meter: Meter | None = None,
 ) -> Selected:
     """The units to remove from each group.
 
     Every row keeps at least one unit, and the rows of a balanced set lose the same share. Ties are broken
-    by position, so that the same scores always give the same units.
+    by position, so that the same scores always give the same units. A budget for the latency needs the
+    ``meter``.
 
     Raises:
         SelectionError: for a pattern that matches nothing in the model.
@@ -245,7 +248,7 @@ def select(
     left: Mapping[str, float] = {}
     if selection.budget is not None:
         costs = CostModel(graph)
-        search = _search(costs, sets, steps, order, values)
+        search = _search(costs, sets, steps, order, values, meter)
         chosen, left = search.run(selection.budget)
         steps = steps + chosen
     removed: dict[str, list[int]] = defaultdict(list)
@@ -401,6 +404,7 @@ def _search(
     fixed: Ids,
     order: _Order,
     values: Callable[[Group], NDArray[np.float64]],
+    meter: Meter | None,
 ) -> Search:
     """The search over the steps of the sets that have no ratio; what the others lose is gone already."""
     free = np.array([own.ratio is None for own in sets], dtype=bool)
@@ -413,4 +417,4 @@ def _search(
         for place in range(int(own.levels.size) if free[number] else int(fixed[number])):
             classes = own.group.units[own.taken(ranked, ends[place], ends[place + 1])]
             step[classes] = places[number][place] if free[number] else -1
-    return Search(costs, owner, step, len(sets))
+    return Search(costs, owner, step, len(sets), meter)
