@@ -1,6 +1,6 @@
 """fxprune: a compiler pass over ``torch.fx`` graphs that makes trained networks physically narrower."""
 
-from . import functional
+from . import functional, regularize
 from .api import analyze, plan, prune
 from .cost import Count, count
 from .coupling.graph import CouplingGraph
@@ -35,6 +35,7 @@ __all__ = [
     "prune",
     "register_module",
     "register_rule",
+    "regularize",
     "removable",
     "schedule",
     "unregister",

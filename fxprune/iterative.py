@@ -8,7 +8,7 @@ plan is refused.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,10 +21,11 @@ from .api import analyze, graph_for, graph_of, plan
 from .coupling.graph import CouplingGraph
 from .coupling.groups import Group
 from .coupling.units import Label
-from .errors import PlanError, RatioError
+from .errors import BudgetError, PlanError, RatioError
 from .importance import Importance, score
 from .passes import Narrowing, rewrite
 from .passes.parameters import narrow, surviving
+from .planning.budget import Budget
 from .planning.plan import PruningPlan
 from .planning.selection import check_ratio
 
@@ -53,7 +54,7 @@ class Step:
 
     Attributes:
         number: 1 for the first.
-        ratio: share of the original's units that is gone now.
+        share: how far the schedule has come, from 0 to 1; the last step is at 1.
         model: the network after this step, to be trained in place; assign another of the same shapes to go
             on with that.
         previous: the network that was narrowed in this step, as it was after its training.
@@ -63,7 +64,7 @@ class Step:
     """
 
     number: int
-    ratio: float
+    share: float
     model: nn.Module
     previous: nn.Module
     plan: PruningPlan
@@ -73,7 +74,7 @@ class Step:
 def schedule(
     model: nn.Module,
     example_inputs: Any,
-    ratio: float = 0.5,
+    ratio: float | None = None,
     steps: int = 5,
     curve: str | Curve = "linear",
     importance: Importance = "l2",
@@ -87,29 +88,33 @@ def schedule(
         pruned = step.model
 
     Every step scores the units of the current network and narrows it. Ratios refer to the sizes of the
-    original, so that after each step the widths are those that one step with ``step.ratio`` would give, and
-    names of layers in the options mean those of the original. What is gone stays gone.
+    original, so that after each step the widths are those that one step with ``step.share * ratio`` would
+    give, and names of layers in the options mean those of the original; ``ratios``, ``scopes`` and the shares
+    in a ``budget`` follow the curve, too. What is gone stays gone.
 
     Args:
         model: the original; it is not changed.
         example_inputs: as for :func:`fxprune.plan`.
-        ratio: share of units to remove in the end.
+        ratio: share of units to remove in the end; 0.5 unless a budget is given.
         steps: number of steps.
         curve: how much is gone when: ``"linear"``, ``"cubic"`` (the same as ``"agp"``), or a function from
             the progress ``number / steps`` to the share of ``ratio``, such as ``fxprune.iterative.agp(0.2)``.
         importance: as for :func:`fxprune.plan`; evaluated on the current network in each step.
         seed: as for :func:`fxprune.plan`.
-        options: further arguments of :func:`fxprune.plan`, which hold for every step.
+        options: further arguments of :func:`fxprune.plan`.
 
     Raises:
         RatioError: for an unknown curve, or one that falls or ends elsewhere than at 1.
+        BudgetError: for a budget of amounts; give shares.
         PlanError: if the network that a step was given to train has come back with other shapes.
     """
-    ratios = _shares(check_ratio(ratio), steps, curve)
-    return _steps(model, example_inputs, ratios, importance, seed, options)
+    if ratio is None and options.get("budget") is None:
+        ratio = 0.5
+    goals = [(share, _partly(share, ratio, options)) for share in _shares(steps, curve)]
+    return _steps(model, example_inputs, goals, importance, seed)
 
 
-def _shares(ratio: float, steps: int, curve: str | Curve) -> list[float]:
+def _shares(steps: int, curve: str | Curve) -> list[float]:
     if type(steps) is not int or steps < 1:
         raise RatioError(f"steps is the number of steps, at least 1; got {steps!r}.")
     if isinstance(curve, str):
@@ -126,27 +131,49 @@ def _shares(ratio: float, steps: int, curve: str | Curve) -> list[float]:
             f"the curve must rise from 0 to 1, which it has to reach at 1; over {steps} steps it gives "
             f"{shares}."
         )
-    return [*(ratio * share for share in shares[:-1]), ratio]
+    return [*shares[:-1], 1.0]
+
+
+def _partly(share: float, ratio: float | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of :func:`fxprune.plan` for a part of the way."""
+    new = dict(options)
+    if ratio is not None:
+        new["ratio"] = share * check_ratio(ratio)
+    for name in ("ratios", "scopes"):
+        if isinstance(new.get(name), Mapping):
+            new[name] = {
+                key: share * check_ratio(part, f"{name}[{key!r}]") for key, part in new[name].items()
+            }
+    budget = new.get("budget")
+    if isinstance(budget, Budget) and share < 1:
+        parts = budget.settings()
+        amounts = [name for name, part in parts.items() if part > 1 or name == "size_mb"]
+        if amounts:
+            raise BudgetError(
+                f"a schedule needs the shares to keep, to go there step by step; {amounts[0]} = "
+                f"{parts[amounts[0]]:g} is an amount."
+            )
+        new["budget"] = Budget(**{name: 1 - share * (1 - part) for name, part in parts.items()})
+    return new
 
 
 def _steps(
     model: nn.Module,
     example_inputs: Any,
-    ratios: list[float],
+    goals: list[tuple[float, dict[str, Any]]],
     importance: Importance,
     seed: int,
-    options: dict[str, Any],
 ) -> Iterator[Step]:
     current, total = model, None
-    for number, ratio in enumerate(ratios, 1):
+    for number, (share, goal) in enumerate(goals, 1):
         if total is None:
-            total = made = plan(model, example_inputs, ratio, importance, seed=seed, **options)
+            total = made = plan(model, example_inputs, importance=importance, seed=seed, **goal)
         else:
             carried = _carried(total, model, current, example_inputs, importance, seed)
-            wider, total = total, plan(model, example_inputs, ratio, carried, seed=seed, **options)
+            wider, total = total, plan(model, example_inputs, importance=carried, seed=seed, **goal)
             total = replace(total, settings={**total.settings, "importance": wider.settings["importance"]})
             made = since(total, wider, model, current)
-        step = Step(number, ratio, made.apply(current), current, made, total)
+        step = Step(number, share, made.apply(current), current, made, total)
         shapes = _shapes(step.model)
         yield step
         current = step.model

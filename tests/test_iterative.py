@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
-from fxprune.errors import PlanError, RatioError
+from fxprune.errors import BudgetError, PlanError, RatioError
 from fxprune.iterative import CURVES, agp, since
 
 
@@ -121,23 +121,23 @@ def test_schedule(name: str) -> None:
     model = stir(build()).eval()
     before = copy.deepcopy(model.state_dict())
     replay: nn.Module = model
-    ratios, totals = [], []
+    shares, totals = [], []
     for step in fxprune.schedule(model, x, ratio=0.6, steps=3, curve="cubic"):
         assert equal(step.model, step.plan.apply(step.previous))
         assert step.total.shapes == {
             key: list(t.shape)
             for key, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
         }
-        once = fxprune.plan(model, x, ratio=step.ratio)
+        once = fxprune.plan(model, x, ratio=0.6 * step.share)
         assert {g: len(u) for g, u in once.removed.items()} == {
             g: len(u) for g, u in step.total.removed.items()
         }
         replay = step.plan.apply(replay)
         assert equal(replay, step.total.apply(model))
-        ratios.append(step.ratio)
+        shares.append(step.share)
         totals.append({(g, unit) for g, units in step.total.removed.items() for unit in units})
         shake(step.model)
-    assert ratios == pytest.approx([0.6 * (1 - (1 - t) ** 3) for t in (1 / 3, 2 / 3, 1)])
+    assert shares == pytest.approx([1 - (1 - t) ** 3 for t in (1 / 3, 2 / 3, 1)])
     assert all(a <= b for a, b in itertools.pairwise(totals))
     assert totals[0] < totals[-1]
     assert difference(model.state_dict(), before) == 0
@@ -198,13 +198,41 @@ def test_criteria_and_globally() -> None:
     assert last.total.settings["importance"] == "largest"
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scope": "global"},
+        {"ratios": {"1": 0.75}, "keep": "0"},
+        {"scopes": {("0", "2"): 0.5}},
+        {"budget": fxprune.Budget(params=0.4)},
+        {"round_to": 4},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_refer_to_the_original(options: dict[str, Any]) -> None:
+    """Whatever decides, the last step is as wide as one step, and nothing comes back."""
+    model = nn.Sequential()
+    for number, width in enumerate([8, 16, 24, 12]):
+        model.append(nn.Sequential(nn.Linear([3, 8, 16, 24][number], width), nn.ReLU()))
+    model.append(nn.Linear(12, 2))
+    x = torch.zeros(1, 3)
+    lefts = []
+    for step in fxprune.schedule(model, x, steps=3, **options):
+        lefts.append(sum(p.numel() for p in step.model.parameters()))
+    once = fxprune.plan(model, x, **options)
+    assert lefts[0] > lefts[1] > lefts[2]
+    assert {g: len(u) for g, u in step.total.removed.items()} == {g: len(u) for g, u in once.removed.items()}
+    with pytest.raises(BudgetError, match="params = 1000 is an amount"):
+        fxprune.schedule(model, x, budget=fxprune.Budget(params=1000))
+
+
 def test_curves() -> None:
     model, x = Convolutional(), NETS["convolutional"][1]
     for curve in CURVES.values():
         assert curve(1) == 1
     assert agp(0.2)(0.5) == pytest.approx(0.2 + 0.8 * (1 - 0.5**3))
-    own = [step.ratio for step in fxprune.schedule(model, x, 0.5, 2, curve=lambda t: t**2)]
-    assert own == [0.125, 0.5]
+    own = [step.share for step in fxprune.schedule(model, x, 0.5, 2, curve=lambda t: t**2)]
+    assert own == [0.25, 1.0]
     with pytest.raises(RatioError, match="unknown curve 'cubik', did you mean 'cubic'"):
         fxprune.schedule(model, x, curve="cubik")
     with pytest.raises(RatioError, match=r"must rise from 0 to 1.*\[1.0, 0.0\]"):
