@@ -8,6 +8,7 @@ and weights are touched once, when the final module is assembled.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,23 +85,64 @@ class Program:
 _REGISTRIES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
+_GENERATED = ("_code", "_lineno_map", "_prologue_start")
+
+
+def _generated(name: str) -> Any:
+    """An attribute that ``recompile`` sets, and that makes it run when it is read before."""
+
+    def read(module: OwnedModule) -> Any:
+        if name not in module.__dict__:
+            module.recompile()
+        return module.__dict__[name]
+
+    def write(module: OwnedModule, value: Any) -> None:
+        module.__dict__[name] = value
+
+    return property(read, write)
+
+
+class _Deferred:
+    """The ``forward`` of a module whose code is not generated yet: looking at it generates the code."""
+
+    def __init__(self, module: OwnedModule) -> None:
+        self.module = weakref.ref(module)  # the class that holds this is the module's own
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        module = self.module()
+        if module is not None:
+            module.recompile()
+        return getattr(owner if instance is None else instance, "forward")  # noqa: B009  (now another one)
+
+
 class OwnedModule(fx.GraphModule):
     """A ``GraphModule`` that keeps all of its module tree, its name and its ``meta`` through copies.
 
     ``torch.fx.GraphModule`` keeps only what the graph refers to, in the order of the graph, and loses
-    its metadata when it is pickled.
+    its metadata when it is pickled. Its code is generated when it is first needed.
     """
+
+    _code = _generated("_code")
+    _lineno_map = _generated("_lineno_map")
+    _prologue_start = _generated("_prologue_start")
+    __jit_unused_properties__ = [*fx.GraphModule.__jit_unused_properties__, *_GENERATED]
 
     @classmethod
     def of(cls, root: nn.Module, graph: fx.Graph, class_name: str) -> OwnedModule:
         """A module that runs ``graph`` and owns the module tree of ``root``."""
-        module = cls(root, graph, class_name)
+        module = cls(nn.Module(), fx.Graph(), class_name)
         for registry in _REGISTRIES:
             module.__dict__[registry] = root.__dict__[registry]
         module.training = root.training
+        module._graph = graph
+        graph.owning_module = module
+        for name in _GENERATED:
+            del module.__dict__[name]
+        type(module).forward = _Deferred(module)  # type: ignore[method-assign, assignment]
         return module
 
     def __reduce__(self) -> tuple[Any, ...]:
+        self.recompile()
         rebuild, arguments = super().__reduce__()
         own = {registry: self.__dict__[registry] for registry in _REGISTRIES}
         return _unpickle, (rebuild, arguments, own, self.meta, self.training, type(self).__name__)
@@ -137,6 +179,7 @@ def _unpickle(
     return module
 
 
+_SIMPLE = (int, float, str, tuple, type(None))
 Supply = Callable[[str, torch.Tensor], torch.Tensor | None]
 
 
@@ -157,14 +200,13 @@ def _clone(
     new = module.__class__.__new__(module.__class__)
     memo[id(module)] = new
     state = new.__dict__
-    state.update(module.__dict__)
     for key, value in module.__dict__.items():
-        if isinstance(value, torch.Tensor):  # recomputed by a hook; what is no leaf could not be copied
+        if isinstance(value, _SIMPLE):  # most are
+            state[key] = value
+        elif isinstance(value, torch.Tensor):  # recomputed by a hook; what is no leaf could not be copied
             state[key] = value.detach()
-    if not share:
-        for key, value in module.__dict__.items():
-            if isinstance(value, (dict, list, set)):
-                state[key] = value.copy()
+        else:
+            state[key] = value if share or not isinstance(value, (dict, list, set)) else value.copy()
     for registry in ("_parameters", "_buffers"):
         table = module.__dict__[registry]
         state[registry] = {k: v if v is None else supply(prefix + k, v) for k, v in table.items()}

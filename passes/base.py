@@ -78,6 +78,7 @@ class Narrowing:
                 self._alive[group.units[list(removed[group.name])]] = False
         self._kept: dict[tuple[int, tuple[int, ...]], Kept] = {}
         self._masks: dict[int, tuple[Ids, Mask, bool]] = {}
+        self._sizes: dict[int, int] = {}
         self._values = {node.name: value for node, value in graph.run.values.items()}
         self._takes = {node.name: take for node, take in graph.run.coupler.takes.items()}
         self._origin: dict[int, str] = {}
@@ -124,7 +125,11 @@ class Narrowing:
     def size(self, value: Value, dim: int) -> int:
         """Extent of a dimension after narrowing."""
         label = value.label(dim)
-        return value.shape[dim] if label is None else int(self.row(label).sum())
+        if label is None or not self.narrows(label):
+            return value.shape[dim]
+        if id(label.ids) not in self._sizes:
+            self._sizes[id(label.ids)] = int(self.row(label).sum())
+        return self._sizes[id(label.ids)]
 
     def shape(self, value: Value) -> tuple[int, ...]:
         return tuple(self.size(value, dim) for dim in range(len(value.shape)))

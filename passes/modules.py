@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -225,10 +226,13 @@ def _attributes(
     leaf = leaf_for(module)
     if leaf is not None and leaf.attributes is not None:
         return leaf.attributes(module, shapes, inputs, outputs)
-    for kind, rule in _RULES:
-        if isinstance(module, kind):
-            return rule(module, shapes, inputs, outputs)
-    return {}
+    rule = _rule_for(type(module))
+    return rule(module, shapes, inputs, outputs) if rule is not None else {}
+
+
+@functools.cache
+def _rule_for(module_class: type) -> Attributes | None:
+    return next((rule for kind, rule in _RULES if issubclass(module_class, kind)), None)
 
 
 __all__ = ["UpdateModules", "free_attention"]

@@ -97,16 +97,17 @@ def _check(program: Program, narrowing: Narrowing) -> list[Violation]:
         ]
     sized = {node.name for node in graph.run.coupler.by_size}
 
-    def known(node: fx.Node) -> Any:
+    def known(node: fx.Node) -> Callable[[], Any] | None:
         tree = narrowing.tree(node.name)
         if node.op not in ("call_module", "call_function", "call_method") or node.name in sized:
             return None
-        values = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Value)]
+        leaves = [tree] if isinstance(tree, Value) else pytree.tree_leaves(tree)
+        values = [leaf for leaf in leaves if isinstance(leaf, Value)]
         if not values or any(value.state is not None for value in values):
             return None
         if any(isinstance(narrowing.tree(n.name), (int, float, tuple)) for n in node.all_input_nodes):
             return None  # given a number that may have changed
-        return pytree.tree_map_only(Value, lambda value: _predicted(narrowing, value, compact), tree)
+        return lambda: pytree.tree_map_only(Value, lambda value: _predicted(narrowing, value, compact), tree)
 
     try:
         run = interpret(program, graph.inputs, Units(anchors=int(compact.max())), seeds, known)

@@ -54,7 +54,7 @@ def interpret(
     inputs: list[Any],
     units: Units | None = None,
     seeds: Mapping[str, list[Label | None]] | None = None,
-    known: Callable[[fx.Node], Any] | None = None,
+    known: Callable[[fx.Node], Callable[[], Any] | None] | None = None,
     observe: Callable[[Any, Any, Any, Any], None] | None = None,
 ) -> Run:
     """Run ``program`` on meta ``inputs`` (one for each placeholder) and collect labels.
@@ -64,8 +64,8 @@ def interpret(
         inputs: meta tensors and values.
         units: a fresh union-find, with anchors for a check.
         seeds: labels for the axes of parameters and buffers, by the tensor's name, for a check.
-        known: gives the values (a tree of :class:`Value` and numbers) of nodes that need not be run, None
-            for those that do.
+        known: for a node that need not be run, a function that gives its values (a tree of
+            :class:`Value` and numbers) when they are asked for; None for one that does.
         observe: called as ``observe(operator, args, kwargs, out)`` after each ATen call.
 
     Raises:
@@ -98,7 +98,7 @@ class _Interpreter(TorchDispatchMode):
         program: Program,
         coupler: Coupler,
         seeds: Mapping[str, list[Label | None]],
-        known: Callable[[fx.Node], Any] | None,
+        known: Callable[[fx.Node], Callable[[], Any] | None] | None,
         observe: Callable[[Any, Any, Any, Any], None] | None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -379,12 +379,12 @@ def _takes_device(func: Any) -> bool:
 class _Known(dict[fx.Node, Any]):
     """Values by node; those that are known beforehand become meta tensors when they are asked for."""
 
-    def __init__(self, known: Mapping[fx.Node, Any]) -> None:
+    def __init__(self, known: Mapping[fx.Node, Callable[[], Any]]) -> None:
         super().__init__()
         self.known = known
 
     def __missing__(self, node: fx.Node) -> Any:
-        self[node] = found = pytree.tree_map_only(Value, self._tensor, self.known[node])
+        self[node] = found = pytree.tree_map_only(Value, self._tensor, self.known[node]())
         return found
 
     def __contains__(self, node: object) -> bool:
