@@ -125,7 +125,6 @@ class OwnedModule(fx.GraphModule):
     _code = _generated("_code")
     _lineno_map = _generated("_lineno_map")
     _prologue_start = _generated("_prologue_start")
-    __jit_unused_properties__ = [*fx.GraphModule.__jit_unused_properties__, *_GENERATED]
 
     @classmethod
     def of(cls, root: nn.Module, graph: fx.Graph, class_name: str) -> OwnedModule:
@@ -138,7 +137,7 @@ class OwnedModule(fx.GraphModule):
         graph.owning_module = module
         for name in _GENERATED:
             del module.__dict__[name]
-        type(module).forward = _Deferred(module)  # type: ignore[method-assign, assignment]
+        type(module).forward = _Deferred(module)  # type: ignore[assignment]
         return module
 
     def __reduce__(self) -> tuple[Any, ...]:

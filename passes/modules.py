@@ -226,7 +226,7 @@ def _attributes(
     leaf = leaf_for(module)
     if leaf is not None and leaf.attributes is not None:
         return leaf.attributes(module, shapes, inputs, outputs)
-    rule = _rule_for(type(module))
+    rule = _rule_for(type(module))  # type: ignore[arg-type]  # a class is hashable
     return rule(module, shapes, inputs, outputs) if rule is not None else {}
 
 

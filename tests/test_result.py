@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import json
 import pickle
@@ -376,6 +377,38 @@ def test_modes_are_obeyed() -> None:
         assert not torch.equal(pruned.get_buffer("stem.1.running_mean"), mean)
         pruned.get_submodule("drop").p = 0.0  # the functional one is left
         assert not torch.equal(pruned(inputs), pruned(inputs))
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda pruned, x: inspect.signature(pruned.forward).parameters["x"],
+        lambda pruned, x: inspect.signature(type(pruned).forward).parameters["x"],
+        lambda pruned, x: "def forward(self, x)" in pruned.code and "def forward" in str(pruned),
+        lambda pruned, x: torch.equal(fx.symbolic_trace(nn.Sequential(pruned))(x), pruned(x)),
+        lambda pruned, x: torch.equal(nn.Sequential(pruned)(x), fx.Interpreter(pruned).run(x)),
+        lambda pruned, x: torch.equal(
+            torch.compile(nn.Sequential(pruned), backend="eager", fullgraph=True)(x), pruned(x)
+        ),
+        lambda pruned, x: torch.export.export(nn.Sequential(pruned), (x,)),
+        lambda pruned, x: pickle.loads(pickle.dumps(pruned)).code,
+    ],
+)
+def test_code_is_there_when_something_looks(look: Callable[[Any, Tensor], Any]) -> None:
+    """It is generated late; each of these is the first to ask for it."""
+    pruned = fxprune.prune(Vision().eval(), torch.zeros(1, 3, 8, 8))
+    assert "_code" not in vars(pruned)
+    assert look(pruned, torch.randn(1, 3, 8, 8))
+
+
+def test_recompile_after_an_edit() -> None:
+    pruned, x = fxprune.prune(Vision().eval(), torch.zeros(1, 3, 8, 8)), torch.randn(1, 3, 8, 8)
+    before = pruned(x)
+    for node in pruned.graph.nodes:
+        if node.target is torch.sigmoid:
+            node.target = torch.tanh
+    assert "tanh" in pruned.recompile().src
+    assert not torch.allclose(pruned(x), before)
 
 
 def test_signature() -> None:

@@ -16,6 +16,7 @@ shapes is decided by them, while sizes stay symbolic in the graph. Given names o
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import keyword
 import operator
@@ -41,6 +42,11 @@ _SKIPPED = (
     os.path.dirname(os.path.dirname(__file__)) + os.sep,
     "<",
 )
+
+
+@functools.cache
+def _is_skipped(file: str) -> bool:
+    return file.startswith(_SKIPPED)
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
@@ -113,6 +119,10 @@ class _Flag(int):
         return int(self) != 0
 
 
+_PLAIN = frozenset([type(None), bool, int, float, str, torch.dtype, torch.device])
+"""Types of values that stand in a graph as they are."""
+
+
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
@@ -126,6 +136,7 @@ class _Tracer(fx.Tracer):
         self.alive: list[torch.Tensor] = []  # constants whose id must stay theirs
         self.given: dict[str, Any] = {}
         self.flags: dict[str, TrainingFlag] = {}
+        self.modules = dict(_modules(model))
         named = list(_tensors(model))
         self.names = tuple(name for name, _ in named)
         self.tensors = dict(named)
@@ -161,7 +172,8 @@ class _Tracer(fx.Tracer):
             raise CaptureError(
                 f"torch.fx cannot write code for {odd!r}, because a Python keyword is part of it."
             )
-        fixed = sorted(path for path, module in self.model.named_modules() if module in asked)
+        named = self.model.named_modules() if asked else ()
+        fixed = sorted(path for path, module in named if module in asked)
         mode = "training" if self.model.training else "evaluation"
         notes = [
             f"control flow on self.training in {p or 'the model'} stays that of {mode} mode" for p in fixed
@@ -235,6 +247,15 @@ class _Tracer(fx.Tracer):
         return self.tensor_proxies[name]
 
     def create_arg(self, a: Any) -> Any:
+        kind = type(a)
+        if kind in _PLAIN:
+            return a
+        if kind is fx.Proxy or kind is _ShapeProxy:
+            return a.node
+        if kind is dict and not a:
+            return a
+        if kind is tuple:
+            return tuple([self.create_arg(item) for item in a])
         if isinstance(a, _Flag):
             owner = self.path_of_module(a.owner) if a.owner is not self.model else ""
             path = f"{owner}.training_flag" if owner else "training_flag"
@@ -255,7 +276,7 @@ class _Tracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
         frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame.f_code.co_filename.startswith(_SKIPPED):
+        while frame is not None and _is_skipped(frame.f_code.co_filename):
             frame = frame.f_back
         if frame is not None and node.op not in ("placeholder", "output"):
             node.meta["source"] = (frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
@@ -266,7 +287,7 @@ class _Tracer(fx.Tracer):
         return dynamic
 
     def leaf(self, path: str) -> nn.Module:
-        return self.flags[path] if path in self.flags else self.model.get_submodule(path)
+        return self.flags[path] if path in self.flags else self.modules[path]
 
 
 class _ShapeProxy(fx.Proxy):
@@ -400,8 +421,27 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+    """Parameters, then buffers, under every name that they have."""
+    modules = _modules(model)
+    for registry in ("_parameters", "_buffers"):
+        for path, module in modules:
+            for name, tensor in module.__dict__[registry].items():
+                if tensor is not None:
+                    yield f"{path}.{name}" if path else name, tensor
+
+
+def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """``named_modules(remove_duplicate=False)`` as a list, which is made several times faster."""
+    found: list[tuple[str, nn.Module]] = []
+
+    def walk(path: str, module: nn.Module) -> None:
+        found.append((path, module))
+        for name, child in module.__dict__["_modules"].items():
+            if child is not None:
+                walk(f"{path}.{name}" if path else name, child)
+
+    walk("", model)
+    return found
 
 
 def _skeleton(model: nn.Module, names: tuple[str, ...]) -> Skeleton:
@@ -409,7 +449,7 @@ def _skeleton(model: nn.Module, names: tuple[str, ...]) -> Skeleton:
     aliases: dict[str, str] = {}
     training: dict[str, bool] = {}
     modules: dict[str, nn.Module] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in _modules(model):
         training[path] = module.training
         modules[path] = module
         if id(module) in first:
@@ -461,7 +501,7 @@ def _dynamic_training(model: nn.Module, asked: set[nn.Module]) -> Iterator[None]
     Done with a property on ``nn.Module``, as ``torch.fx`` itself does for ``__call__`` and
     ``__getattr__``: the modules are not written to.
     """
-    owned = {id(module) for module in model.modules()}
+    owned = {id(module) for _, module in _modules(model)}
 
     def read(module: nn.Module) -> Any:
         try:
