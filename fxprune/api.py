@@ -125,6 +125,7 @@ def plan(
         keep: layers that stay as wide as they are.
         round_to: what the units left in each row are a multiple of, as near as can be; one number, or one
             by layer. Where rows are shorter than that, their sum is. What cannot be rounded stays whole.
+            8 if the budget has a latency, else 1.
         budget: what may be left, in place of ``ratio``: ``Budget(macs=0.5)``.
 
     Raises:

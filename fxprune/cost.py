@@ -8,6 +8,7 @@ nothing else tells it.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from .errors import ExampleInputsError
 from .inputs import normalize, to_meta
 
 __all__ = ["Count", "count", "latency_ratio", "measure_latency"]
+
+
+_TURN, _TURNS = 1e-3, 5
 
 
 @dataclass(frozen=True)
@@ -81,19 +85,17 @@ def measure_latency(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     min_run_time: float = 1.0,
-    rounds: int = 5,
 ) -> dict[str, float]:
     """Median seconds of one forward pass of each model, without gradients.
 
-    The models take turns over several rounds, so that a machine that slows down or speeds up does so for
-    all of them. Train and eval modes are used as they are found.
+    The models take turns after every pass (or as many as fill a millisecond), so that a machine that slows
+    down or speeds up does so for all of them. Train and eval modes are used as they are found.
 
     Args:
         models: what to measure, by name.
         args: positional inputs of every model.
         kwargs: keyword inputs of every model.
-        min_run_time: seconds to spend on each model, all rounds together; a pass always runs to its end.
-        rounds: how many turns each model has.
+        min_run_time: seconds to spend on each model, all turns together; each has five at least.
     """
     from torch.utils.benchmark import Timer  # slow to import, and it warns where CUDA is half installed
 
@@ -107,9 +109,14 @@ def measure_latency(
         for name, model in models.items()
     }
     with torch.no_grad():
-        for _ in range(rounds):
+        passes = {name: max(1, int(_TURN / timer.timeit(1).mean)) for name, timer in timers.items()}
+        start = time.perf_counter()
+        while (
+            len(min(times.values(), key=len)) < _TURNS
+            or time.perf_counter() - start < len(times) * min_run_time
+        ):
             for name, timer in timers.items():
-                times[name] += timer.blocked_autorange(min_run_time=min_run_time / rounds).times
+                times[name].append(timer.timeit(passes[name]).mean)
     return {name: median(seconds) for name, seconds in times.items()}
 
 

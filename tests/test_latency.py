@@ -144,7 +144,7 @@ def test_a_training_model_is_not_touched(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
     monkeypatch.setattr(latency, "measure_latency", clock)
     model, inputs = (
-        nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)),
+        nn.Sequential(nn.Conv2d(3, 64, 1), nn.BatchNorm2d(64), nn.Conv2d(64, 2, 1)),
         torch.randn(2, 3, 4, 4),
     )
     model.train()

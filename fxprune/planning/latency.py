@@ -34,7 +34,7 @@ WIDTHS = (1.0, 0.75, 0.5, 0.25, 0.125)
 """Shares of the original widths at which a call is timed."""
 
 _SECONDS = 0.02
-_TIMED, _TURNS = 2.0, 40
+_TIMED = 4.0
 _AGREED, _ROUNDS = 0.05, 6
 aten = torch.ops.aten
 
@@ -248,7 +248,7 @@ class Meter:
         if self._settled:
             return True
         pair = {"original": self.original, "narrowed": self._ready(narrowed)}
-        seconds = measure_latency(pair, self.args, self.kwargs, _TIMED, rounds=_TURNS)
+        seconds = measure_latency(pair, self.args, self.kwargs, _TIMED)
         measured = seconds["narrowed"] / seconds["original"]
         wanted = self.target if self.target <= 1 else self.target / 1e3 / seconds["original"]
         mode = "compiled" if self.compiled else "eager"

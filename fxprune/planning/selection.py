@@ -118,6 +118,8 @@ class Selection:
                     f"round_to is a whole number from 1 on, or maps names or module types to such; "
                     f"got {value!r}."
                 )
+        if round_to is None and budget is not None and budget.latency is not None:
+            round_to = 8  # other widths are slow on most devices, and not the slower the wider they are
         return Selection(
             ratio, where, scope, dict(tables["ratios"]), dict(tables["scopes"]), float(max_ratio),
             tuple(keep), round_to, budget,
