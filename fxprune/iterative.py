@@ -153,7 +153,7 @@ def _partly(share: float, ratio: float | None, options: Mapping[str, Any]) -> di
                 f"a schedule needs the shares to keep, to go there step by step; {amounts[0]} = "
                 f"{parts[amounts[0]]:g} is an amount."
             )
-        new["budget"] = Budget(**{name: 1 - share * (1 - part) for name, part in parts.items()})
+        new["budget"] = replace(budget, **{name: 1 - share * (1 - part) for name, part in parts.items()})
     return new
 
 
