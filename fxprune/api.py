@@ -19,7 +19,7 @@ from .importance import Importance, describe, score
 from .inputs import describe_inputs, normalize, restore_inputs, to_meta
 from .passes import Rewritten, rewrite
 from .planning.budget import Budget
-from .planning.check import problems
+from .planning.check import check_balance, problems
 from .planning.latency import Meter
 from .planning.patterns import Pattern
 from .planning.plan import Problem, PruningPlan
@@ -97,6 +97,7 @@ def plan(
     keep: Pattern | Sequence[Pattern] = (),
     round_to: int | Mapping[Pattern, int] | None = None,
     budget: Budget | None = None,
+    heads: float = 0.0,
 ) -> PruningPlan:
     """Decide what to remove. The same arguments give the same plan.
 
@@ -127,12 +128,17 @@ def plan(
             by layer. Where rows are shorter than that, their sum is. What cannot be rounded stays whole.
             8 if the budget has a latency, else 1.
         budget: what may be left, in place of ``ratio``: ``Budget(macs=0.5)``.
+        heads: share of whole rows to remove: of the heads of every attention, of the groups of every grouped
+            convolution or group norm, ``0 <= heads < 1``; those with the lowest sum of scores go. The rows
+            that remain are narrowed as all else; ``ratio=0, heads=0.25`` removes heads only.
 
     Raises:
         RatioError, SelectionError, BudgetError, ImportanceError, CaptureError, ExampleInputsError: for
             bad arguments; names the nearest valid choice.
     """
-    selection = Selection.checked(ratio, where, scope, ratios, scopes, max_ratio, keep, round_to, budget)
+    selection = Selection.checked(
+        ratio, where, scope, ratios, scopes, max_ratio, keep, round_to, budget, heads
+    )
     return _plan(model, example_inputs, selection, importance, seed)[0]
 
 
@@ -152,12 +158,15 @@ def prune(
     keep: Pattern | Sequence[Pattern] = (),
     round_to: int | Mapping[Pattern, int] | None = None,
     budget: Budget | None = None,
+    heads: float = 0.0,
 ) -> fx.GraphModule:
     """A narrower copy of ``model``; arguments as for :func:`plan`.
 
     The result's ``meta["fxprune"]`` holds the :class:`~fxprune.planning.plan.PruningPlan`.
     """
-    selection = Selection.checked(ratio, where, scope, ratios, scopes, max_ratio, keep, round_to, budget)
+    selection = Selection.checked(
+        ratio, where, scope, ratios, scopes, max_ratio, keep, round_to, budget, heads
+    )
     return _finish(*_plan(model, example_inputs, selection, importance, seed))
 
 
@@ -189,6 +198,7 @@ def graph_for(made: PruningPlan, model: nn.Module) -> CouplingGraph:
                 f"the plan has {made.sizes.get(name)} units in the group {name!r}, this model has "
                 f"{sizes.get(name, 'no such group')}. Plan again for this model."
             )
+    check_balance(graph, made.removed)
     return graph
 
 
@@ -207,7 +217,7 @@ def check(made: PruningPlan, model: nn.Module | CouplingGraph) -> tuple[Problem,
         graph = model if isinstance(model, CouplingGraph) else graph_of(made, model)
     except PlanError as error:
         return (Problem("", str(error)),)
-    return tuple(problems(made, graph.groups))
+    return tuple(problems(made, graph))
 
 
 def _plan(

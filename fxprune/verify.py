@@ -99,7 +99,7 @@ def verify(
     inexact = {
         event.node.name: None
         for event in graph.run.coupler.inexact
-        if event.node is not None and not narrowing.survive(event.ids)
+        if event.node is not None and narrowing.mixed(event.ids)
     }
     try:
         inputs = graph.captured.program.bind(args, kwargs)
@@ -247,7 +247,7 @@ class _Walk:
             if node.name in self.inexact:
                 got.values[node] = expected
                 continue
-            error = _error(got.values[node], expected)
+            error = _error(*self._used(node, got.values[node], expected))
             self.compared += 1
             if error > self.limit:
                 original = next(n for n in self.original.graph.nodes if n.name == node.name)
@@ -260,6 +260,17 @@ class _Walk:
                 )
             worst = max(worst, error)
         return worst
+
+    def _used(self, node: fx.Node, *trees: Any) -> list[list[Any]]:
+        """The leaves of two trees that some operator reads."""
+        unread = [
+            isinstance(value, Value) and bool(value.on_use)
+            for value in pytree.tree_leaves(self.narrowing.tree(node.name))
+        ]
+        return [
+            [leaf for i, leaf in enumerate(pytree.tree_leaves(tree)) if i >= len(unread) or not unread[i]]
+            for tree in trees
+        ]
 
     def _narrowed(self, node: fx.Node, reference: Any) -> Any:
         values = iter(pytree.tree_leaves(self.narrowing.tree(node.name)))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from ..coupling.graph import CouplingGraph
-from ..coupling.units import Ids, Label, Take, Value
+from ..coupling.units import Ids, Label, State, Take, Value
 from ..errors import RewriteError
 from ..program import Program
 
@@ -72,10 +72,7 @@ class Narrowing:
 
     def __init__(self, graph: CouplingGraph, removed: Mapping[str, Sequence[int]]) -> None:
         self.graph = graph
-        self._alive: Mask = np.ones(graph.run.coupler.units.count, dtype=bool)
-        for group in graph.groups:
-            if group.name in removed:
-                self._alive[group.units[list(removed[group.name])]] = False
+        self._alive: Mask = graph.alive(removed)
         self._kept: dict[tuple[int, tuple[int, ...]], Kept] = {}
         self._masks: dict[int, tuple[Ids, Mask, bool]] = {}
         self._sizes: dict[int, int] = {}
@@ -103,9 +100,14 @@ class Narrowing:
             self._kept[key] = Kept(self.alive(label), label.over)
         return self._kept[key]
 
-    def survive(self, ids: Ids) -> bool:
-        """Whether all of these units survive."""
-        return bool(self._alive[self.graph.classes(ids)].all())
+    def survive(self, ids: Ids) -> Mask:
+        """For each of these units whether it survives."""
+        return self._alive[self.graph.classes(ids)]
+
+    def mixed(self, ids: Ids) -> bool:
+        """Whether some row of ``ids``, ``(*rows, columns)``, survives in part."""
+        alive = self.survive(ids)
+        return bool((alive.any(axis=-1) & ~alive.all(axis=-1)).any())
 
     def narrows(self, label: Label | None) -> bool:
         """Whether some index of ``label`` goes."""
@@ -113,6 +115,11 @@ class Narrowing:
             return False
         self.alive(label)
         return self._masks[id(label.ids)][2]
+
+    def repeats(self, label: Label) -> bool:
+        """Whether a unit occurs more than once along the dimension, as in a batch of rows ``(B H, N, D)``."""
+        row = self.graph.classes(label.ids.reshape(-1, label.ids.shape[-1])[0])
+        return np.unique(row).size < row.size
 
     def row(self, label: Label) -> Mask:
         """Survivors along the dimension itself; of the first surviving row where there are several."""
@@ -147,6 +154,14 @@ class Narrowing:
         """Whether the node's (single tensor) output becomes narrower."""
         value = self.value(node)
         return value is not None and any(self.narrows(value.label(d)) for d in range(len(value.shape)))
+
+    def state(self, name: str) -> State:
+        """The parameter or buffer of the original that has ``name`` among its names."""
+        states = self.graph.states
+        if name in states:
+            return states[name]
+        tensor = self.graph.captured.program.tensors[name]
+        return next(state for state in states.values() if state.tensor is tensor)
 
     def take(self, node: fx.Node) -> tuple[str, Take] | None:
         """How the node picks indices along a dimension, and from which node's output, if it does."""

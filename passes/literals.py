@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 
 from ..coupling.units import Label, Value
 from ..program import Program
 from .base import Narrowing, Pass, copy_graph, operator_name
+from .constants import origins, scale
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Edit = Callable[[fx.Node, Narrowing], Call | None]
@@ -39,10 +41,28 @@ class RewriteLiterals(Pass):
             edited = _edited(node, narrowing)
             if edited is None:
                 continue
-            node.args, node.kwargs = edited
+            with graph.inserting_before(node):
+                args, kwargs = map_aggregate(edited, lambda item: _computed(item, graph))
+            node.args, node.kwargs = args, kwargs
             if operator_name(node) in _AS_SPLIT:  # parts of unequal width are a split
                 node.target = "split" if node.op == "call_method" else torch.split
         return replace(program, graph=graph)
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """The number that ``node`` computes (batch x heads, say), times ``new / old``."""
+
+    node: fx.Node
+    new: int
+    old: int
+
+
+def _computed(item: Any, graph: fx.Graph) -> Any:
+    """A node that computes a :class:`_Scaled` number; anything else as it is."""
+    if not isinstance(item, _Scaled):
+        return item
+    return scale(graph, item.node, item.new, item.old)
 
 
 def _edited(node: fx.Node, narrowing: Narrowing) -> Call | None:
@@ -77,8 +97,14 @@ def _sizes(old: Sequence[Any], value: Value, narrowing: Narrowing, first: int = 
     """``old`` with the extent of every narrowed dimension of ``value`` filled in; -1 stays."""
     new = list(old)
     for place, size in enumerate(old):
-        if size != -1 and narrowing.narrows(value.label(first + place)):
+        label = value.label(first + place)
+        if label is not None and size != -1 and narrowing.narrows(label):
             new[place] = narrowing.size(value, first + place)
+            if isinstance(size, fx.Node) and label.row:
+                kinds = origins(size, narrowing, {}) or ()
+                if "free" in kinds:  # a batch of rows: its extent may vary between runs
+                    follows = "narrowed" in kinds
+                    new[place] = size if follows else _Scaled(size, new[place], value.shape[first + place])
     return new
 
 
@@ -285,7 +311,7 @@ def _layer_norm(node: fx.Node, narrowing: Narrowing) -> Call | None:
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"
 )
 def _conv(node: fx.Node, narrowing: Narrowing) -> Call | None:
-    """The groups of a functional convolution whose channels go group by group."""
+    """The groups of a functional convolution: its channels by those of one group."""
     x, weight, out = narrowing.value(node.args[0]), narrowing.value(node.args[1]), narrowing.value(node)
     name = operator_name(node)
     at = 8 if name == "convolution" else 6
@@ -293,21 +319,21 @@ def _conv(node: fx.Node, narrowing: Narrowing) -> Call | None:
     if x is None or weight is None or out is None or not isinstance(groups, int) or groups == 1:
         return None
     channel = len(x.shape) - len(weight.shape) + 1
-    into, outof = x.shape[channel] // groups, out.shape[channel] // groups
-    if into == 1:
-        groups = narrowing.size(x, channel)
-    elif outof == 1:
-        groups = narrowing.size(out, channel)
-    return _with(node, at, "groups", groups)
+    transposed = "transpose" in name or (name == "convolution" and node.args[6])
+    return _with(
+        node, at, "groups", narrowing.size(out if transposed else x, channel) // narrowing.size(weight, 1)
+    )
 
 
 @_edits("group_norm")
 def _group_norm(node: fx.Node, narrowing: Narrowing) -> Call | None:
-    """As many groups as channels stay that."""
+    """The groups of which some channel survives."""
     x, groups = narrowing.value(node.args[0]), _argument(node, 1, "num_groups")
-    if x is None or groups != x.shape[1]:
+    label = x.label(1) if x is not None else None
+    if label is None or not narrowing.narrows(label) or not isinstance(groups, int):
         return None
-    return _with(node, 1, "num_groups", narrowing.size(x, 1))
+    left = narrowing.row(label).reshape(groups, -1).any(axis=1)
+    return _with(node, 1, "num_groups", int(left.sum()))
 
 
 @_edits("scaled_dot_product_attention")

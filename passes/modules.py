@@ -49,6 +49,10 @@ class UpdateModules(Pass):
             }
             inputs, outputs = _ends(narrowing, call) if not name else (None, None)
             new = _attributes(module, shapes, inputs, outputs)
+            if isinstance(module, nn.GroupNorm) and not name:
+                new["num_groups"] = _rows_left(narrowing, call, module.num_groups)
+            if isinstance(module, MultiheadAttention):
+                new["num_heads"] = _heads_left(narrowing, full, module, module.qk_width)
             attributes = {k: v for k, v in new.items() if getattr(module, k) != v}
             if attributes:
                 changes[name] = attributes
@@ -62,6 +66,8 @@ class UpdateModules(Pass):
                 attention = free_attention(
                     submodule, {k: tuple(program.tensors[prefix + k].shape) for k in _names(submodule)}
                 )
+                full = f"{path}.{name}" if name else path
+                attention.num_heads = _heads_left(narrowing, full, submodule, submodule.embed_dim)
                 if not name:
                     return attention
                 parent, _, last = name.rpartition(".")
@@ -76,6 +82,23 @@ def _ends(narrowing: Narrowing, call: fx.Node) -> tuple[Shape | None, Shape | No
     ends = [narrowing.value(end) for end in (call.args[0] if call.args else None, call)]
     into, out = (narrowing.shape(value) if value is not None else None for value in ends)
     return into, out
+
+
+def _rows_left(narrowing: Narrowing, call: fx.Node, rows: int) -> int:
+    """How many of ``rows`` equal parts of the channels survive in part at least."""
+    value = narrowing.value(call.args[0]) if call.args else None
+    label = value.label(1) if value is not None else None
+    return rows if label is None else int(narrowing.row(label).reshape(rows, -1).any(axis=1).sum())
+
+
+def _heads_left(narrowing: Narrowing, path: str, module: Any, qk_width: int) -> int:
+    """How many heads of the attention layer at ``path`` survive, by the projection of its queries."""
+    name = f"{path}.{'q_proj_weight' if module.in_proj_weight is None else 'in_proj_weight'}"
+    label = narrowing.state(name).axes[0]
+    heads: int = module.num_heads
+    if label is None:
+        return heads
+    return int(narrowing.row(label)[:qk_width].reshape(heads, -1).any(axis=1).sum())
 
 
 def _names(module: nn.Module) -> list[str]:
@@ -107,8 +130,9 @@ def _conv(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | No
     n_in = module.in_channels // module.groups
     n_out = module.out_channels // module.groups
     groups = module.groups
-    if groups > 1 and n_in == 1 and inputs is not None:  # channels go group by group
-        groups = inputs[len(inputs) - len(module.kernel_size) - 1]
+    grouped = outputs if transposed else inputs
+    if groups > 1 and grouped is not None:
+        groups = grouped[len(grouped) - len(module.kernel_size) - 1] // second
     elif groups > 1 and 1 in (n_in, n_out):
         groups = first // (n_in if transposed else n_out)
     other = second * groups

@@ -76,7 +76,7 @@ def pick(tensor: torch.Tensor, kept: Mapping[int, Kept]) -> torch.Tensor:
     data = tensor.detach()
     flat = {axis: k for axis, k in kept.items() if not k.over}
     new = data if kept else data.clone()
-    for axis, k in kept.items():
+    for axis, k in sorted(kept.items(), key=lambda item: -len(item[1].over)):  # columns before their rows
         if k.over:
             new = _gather(new, axis, k)
     if flat:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..coupling.graph import CouplingGraph
 from ..coupling.interpreter import Run, interpret
-from ..coupling.units import Label, Units, Value
+from ..coupling.units import Ids, Label, Units, Value, aligned
 from ..errors import CaptureError, ExampleInputsError, RuleError
 from ..program import Program
 from .base import Narrowing, Pass
@@ -131,10 +131,29 @@ def _predicted(narrowing: Narrowing, value: Value, compact: Any) -> Value:
     return Value(narrowing.shape(value), labels, dtype=value.dtype)
 
 
+def _squeezed(label: Label, dims: Sequence[int]) -> Label:
+    """The label without rows along ``dims``, of which one row each is left."""
+    ids, over = label.ids, list(label.over)
+    for dim in dims:
+        ids = ids.take([0], axis=over.index(dim)).squeeze(over.index(dim))
+        over.remove(dim)
+    return replace(label, ids=ids, over=tuple(over))
+
+
 def _compact(narrowing: Narrowing) -> Any:
     """Numbers 1.. for the classes on states; 0 for FIXED and for classes on no state."""
     graph = narrowing.graph
     roots = graph.classes(np.arange(graph.run.coupler.units.count))
+    single = Units()
+    for rectangle in graph.rectangles:
+        survive = narrowing.survive(rectangle.cells)
+        if survive.sum(axis=1).max(initial=0) == 1:  # a row of one column is its only cell
+            if single.count == 1:
+                single.fresh(roots.size)
+            rows = survive.any(axis=1)
+            single.merge(roots[rectangle.rows[rows]], roots[rectangle.cells[rows][survive[rows]]])
+    if single.count > 1:
+        roots = single.find(roots)
     known = np.zeros(roots.size, dtype=bool)
     for state in graph.states.values():
         for label in state.axes:
@@ -152,21 +171,24 @@ def _survivors(
 
     ``label_of`` gives the labels of its rows.
     """
-    ids, mask = label.ids, narrowing.alive(label)
-    for place, dim in enumerate(label.over):
-        rows = label_of(dim)
-        if rows is not None and not rows.over:
-            keep = np.flatnonzero(narrowing.row(rows))
-            ids, mask = ids.take(keep, axis=place), mask.take(keep, axis=place)
+    ids: Ids = label.ids
+    mask = narrowing.alive(label)
     if not label.over:
-        ids = ids[mask]
+        return replace(label, ids=compact[ids[mask]])
+    sizes = []
+    for size, dim in zip(ids.shape, label.over, strict=False):
+        rows = label_of(dim)
+        if rows is not None and set(rows.over) <= set(label.over):
+            mask = mask & aligned(narrowing.alive(rows)[..., None], (*rows.over, dim), label.over)
+        sizes.append(size if rows is None else int(narrowing.row(rows).sum()))
+    width = int(mask.sum(axis=-1).max())
+    survivors = ids[mask]
+    if survivors.size == math.prod(sizes) * width:
+        ids = survivors.reshape(*sizes, width)
     else:
-        counts = mask.sum(axis=-1)
-        if (counts != counts.reshape(-1)[0]).any():
-            ids = ids[..., : int(counts.max())]  # not a rectangle; the shapes will tell
-        else:
-            ids = ids[mask].reshape(*ids.shape[:-1], -1)
-    return Label(compact[ids], label.over, label.axis, label.zero, label.row)
+        ids = ids[..., :width]  # not a rectangle; the shapes will tell
+    single = [dim for dim, size in zip(label.over, sizes, strict=True) if size == 1]
+    return _squeezed(replace(label, ids=compact[ids]), single)
 
 
 def _compare(run: Run, narrowing: Narrowing, compact: Any) -> list[Violation]:

@@ -35,6 +35,7 @@ def check(
     exact: bool | None = None,
     shrinks: bool = True,
     batch_dim: int | None = 0,
+    heads: float = 0.0,
 ) -> tuple[fxprune.PruningPlan, fx.GraphModule]:
     """Prune ``model``, judge the result, and return it with its plan.
 
@@ -49,11 +50,12 @@ def check(
         exact: whether all narrowed groups must be exact (True), some must be inexact (False), or either.
         shrinks: whether at least one parameter must have become smaller.
         batch_dim: dimension along which the inputs may grow; None where the network has a literal batch.
+        heads: as for :func:`fxprune.plan`.
     """
     torch.manual_seed(0)
     stir(model)
     before = snapshot(model)
-    plan = fxprune.plan(model, inputs, ratio=ratio, where=where)
+    plan = fxprune.plan(model, inputs, ratio=ratio, where=where, heads=heads)
     pruned = plan.apply(model)
     assert snapshot(model) == before, "the original was changed"
     _same_interface(model, pruned)
@@ -83,11 +85,14 @@ def check(
         ]
     verdict = fxprune.verify(model, pruned, plan, inputs)
     assert verdict.error < TOLERANCE
-    assert verdict.exact == all(group.exact for group in narrowed)
+    columns = all(group.exact for group in narrowed)
+    assert verdict.exact == columns or (heads and verdict.exact)  # whole rows go from inexact groups, too
     if verdict.exact:
         compare(model, graph, plan, pruned, inputs, batch_dim)
     else:  # what is exact among it must be so as a whole
-        part = fxprune.plan(model, inputs, ratio, where=lambda g: g.exact and (where is None or where(g)))
+        part = fxprune.plan(
+            model, inputs, ratio, where=lambda g: g.exact and (where is None or where(g)), heads=heads
+        )
         compare(model, graph_for(part, model), part, part.apply(model), inputs, batch_dim)
     _same_gradients(model, pruned, inputs)
     assert snapshot(model) == before, "the original was changed"
@@ -119,17 +124,24 @@ def masked(model: nn.Module, graph: fxprune.CouplingGraph, plan: fxprune.Pruning
     """A copy of ``model`` whose removed parameter entries are zero."""
     twin = copy.deepcopy(model)
     parameters = dict(twin.named_parameters(remove_duplicate=False))
-    for group in graph.groups:
-        gone = plan.removed.get(group.name, ())
-        for member in group.members if gone else ():
-            if member.trainable:
-                parameter = parameters[member.axis.name]
-                order = [*member.over, member.axis.dim]
-                dead = torch.from_numpy(np.isin(member.units, list(gone)))
-                shape = [size if d in order else 1 for d, size in enumerate(parameter.shape)]
-                dead = dead.permute([order.index(d) for d in sorted(order)]).reshape(shape)
-                with torch.no_grad():
-                    parameter.masked_fill_(dead, 0)
+    gone_from = {group.name: set(plan.removed.get(group.name, ())) for group in graph.groups}
+    dying = [(member, list(gone_from[group.name])) for group in graph.groups for member in group.members]
+    for rows in graph.rows:  # what is indexed by head goes with the head
+        gone_rows = [
+            number
+            for number, row in enumerate(rows.rows)
+            if all(gone_from[name].issuperset(units.tolist()) for name, units in row.items())
+        ]
+        dying += [(member, gone_rows) for member in rows.members]
+    for member, gone in dying:
+        if gone and member.trainable:
+            parameter = parameters[member.axis.name]
+            order = [*member.over, member.axis.dim]
+            dead = torch.from_numpy(np.isin(member.units, list(gone)))
+            shape = [size if d in order else 1 for d, size in enumerate(parameter.shape)]
+            dead = dead.permute([order.index(d) for d in sorted(order)]).reshape(shape)
+            with torch.no_grad():
+                parameter.masked_fill_(dead, 0)
     return twin
 
 

@@ -374,6 +374,7 @@ class TestErrors:
             (["nets:build", "--input-shape", "1,3,x"], "cannot read --input-shape"),
             (["nets:build", "--ratio", "1"], "--ratio 1 is out of range"),
             (["nets:build", "--ratio", "-0.1"], "out of range"),
+            (["nets:build", "--heads", "1"], "--heads 1 is out of range"),
             (["nets:build", "--ratio", "nan"], "out of range"),
             (["nets:build", "--input-shape", "1,3,8,8", "--ratio", "0.5", "--macs", "0.5"], "contradict"),
             (["nets:build", "--params", "0"], "larger than 0"),

@@ -665,7 +665,7 @@ def _agree(c: Coupler, value: Value, truth: Any) -> None:
 def test_row_units_stand_for_their_cells(
     drawn: tuple[tuple[int, ...], int, list[tuple[str, tuple[int, ...]]]], random: Any
 ) -> None:
-    """A rectangle that a reshape leaves behind has one row unit for each of its rows, all different."""
+    """A rectangle that a reshape leaves behind has one row unit for each row of different cells."""
     shape, dim, steps = drawn
     c = Coupler()
     ids = c.units.fresh(shape[dim])
@@ -678,6 +678,9 @@ def test_row_units_stand_for_their_cells(
     for rectangle in c.rectangles:
         rows, columns = rectangle.cells.shape
         assert rectangle.rows.shape == (rows,)
-        assert len(set(rectangle.rows.tolist())) == rows
+        made_of = {}
+        for row, cells in zip(rectangle.rows.tolist(), c.units.find(rectangle.cells).tolist(), strict=True):
+            assert made_of.setdefault(row, cells) == cells
+        assert len({tuple(cells) for cells in made_of.values()}) == len(made_of)
         assert rows > 1
         assert columns > 1

@@ -125,6 +125,13 @@ def add_prune_parser(commands: _SubParsers) -> None:
         help="leave the output of this layer as wide as it is; layer1, layer1.*.conv2; may be repeated",
     )
     pruning.add_argument(
+        "--heads",
+        type=float,
+        default=0.0,
+        help="share of whole attention heads (and of groups of grouped convolutions and group norms) to "
+        "remove, 0 <= HEADS < 1; what remains is narrowed as all else (default: 0)",
+    )
+    pruning.add_argument(
         "--importance",
         choices=["l1", "l2", "random"],
         default="l2",
@@ -150,6 +157,10 @@ def run(options: argparse.Namespace) -> int:
     if options.ratio is not None and not 0 <= options.ratio < 1:
         raise RatioError(
             f"--ratio {options.ratio:g} is out of range: it is a share, 0 <= ratio < 1, such as 0.5"
+        )
+    if not 0 <= options.heads < 1:
+        raise RatioError(
+            f"--heads {options.heads:g} is out of range: it is a share, 0 <= heads < 1, such as 0.25"
         )
     names = [flag.strip("-").replace("-", "_") for flag, _, _ in _BUDGETS]
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
@@ -182,11 +193,13 @@ def run(options: argparse.Namespace) -> int:
             max_ratio=options.max_ratio,
             keep=options.keep,
             budget=budget,
+            heads=options.heads,
         )
         asked = (
             ", ".join(f"{name} {value:g}" for name, value in given.items())
             or f"ratio {plan.settings['ratio']:g}"
         )
+        asked += f", heads {options.heads:g}" if options.heads else ""
         ranked = "" if options.scope == "local" else f", {options.scope} ranking"
         exact = ", exact groups only" if options.exact_only else ""
         say("\n".join([f"{asked} by {options.importance}{ranked}{exact}", *plan.notes]))
@@ -194,7 +207,7 @@ def run(options: argparse.Namespace) -> int:
         pruned: nn.Module = plan.apply(model)
         before, after = count(model, inputs), count(pruned, inputs)
         say(f"{_number(before.params)} -> {_number(after.params)} parameters")
-    if options.ratio != 0 and before.params == after.params:
+    if (options.ratio != 0 or options.heads) and before.params == after.params:
         progress.note(
             "note",
             "nothing was removed: every group is frozen, left out, or too small for this ratio "

@@ -59,7 +59,16 @@ class Coupler:
         if value is None:
             value = Value(tuple(tensor.shape), [None] * tensor.dim(), dtype=tensor.dtype)
             tensor._fxprune_value = value  # type: ignore[attr-defined]
+        elif value.on_use:
+            for events, event in value.on_use:
+                events.append(event)
+            value.on_use = ()
         return value
+
+    def peek(self, tensor: torch.Tensor) -> Value:
+        """:meth:`value` for a look that is no use."""
+        value: Value | None = getattr(tensor, "_fxprune_value", None)
+        return self.value(tensor) if value is None else value
 
     def put(self, tensor: torch.Tensor, labels: Iterable[Label | None]) -> None:
         """Record the labels of an operator's result."""
@@ -374,7 +383,8 @@ class Coupler:
     def cat(self, values: Sequence[Value], dim: int) -> list[Label | None]:
         """Labels after concatenating along ``dim``; other dimensions are coupled."""
         for value in values:
-            self.materialize(value)
+            if value.state is not None and value.is_open(dim):
+                self.adopt(value, dim, self.units.fresh(value.shape[dim]), ())
         rank = len(values[0].shape)
         names = [[i if i != dim else ("part", k) for i in range(rank)] for k in range(len(values))]
         others = [i for i in range(rank) if i != dim]
@@ -396,7 +406,7 @@ class Coupler:
         labels: list[Label | None] = []
         for i in range(rank):
             label = own if i == dim else shared[others.index(i)]
-            if label is not None and label is not own:
+            if label is not None and label is not own and label is not OPEN:
                 over = tuple(others[o] for o in label.over)
                 if dim in over:
                     label = self.tie(Label(label.ids, over, label.axis, label.zero, label.row), [dim])
@@ -415,11 +425,14 @@ class Coupler:
         self.materialize(value)
         labels: list[Label | None] = [None] * len(shape)
         old = [value.label(d) for d in range(len(value.shape))]
-        if not any(label is not None for label in old):
+        if not any(label is not None or value.is_open(d) for d, label in enumerate(old)):
             return labels
         groups = _factor(value.shape, shape)
         group_of = {d: group for group in groups for d in group[0]}
         for ins, outs in groups:
+            spread = [d for d in ins if value.is_open(d)]
+            if len(spread) == 1 and len(ins) + len(outs) > 2 and not any(old[d] is not None for d in ins):
+                old[spread[0]] = self.adopt(value, spread[0], self.units.fresh(value.shape[spread[0]]), ())
             inside = [d for d in ins if old[d] is not None]
             if not inside:
                 continue
@@ -497,9 +510,19 @@ class Coupler:
             labels[dim] = Label(cells, over, axis, label.zero, row)
             self.edges.append((label.axis, axis, self.node))
             if level > outer:
-                rows = self.units.fresh(*cells.shape[:-1])
+                rows = self._fresh_rows(cells)
                 self.rectangle(rows, cells)
                 cells = rows
+
+    def _fresh_rows(self, cells: Ids) -> Ids:
+        """A unit for each row of ``cells``; rows of the same cells (a batch of heads) are one row."""
+        flat = self.units.find(cells.reshape(-1, cells.shape[-1]))
+        first = np.unique(flat[:, 0])
+        if first.size == flat.shape[0]:
+            return self.units.fresh(*cells.shape[:-1])
+        _, kind = np.unique(flat, axis=0, return_inverse=True)
+        rows = self.units.fresh(int(kind.max()) + 1)
+        return cast(Ids, rows[kind.reshape(-1)].reshape(cells.shape[:-1]))
 
     def _rows(self, value: Value, label: Label) -> Ids:
         """Row units of a label that is over other dimensions; fresh ones where those differ in shape."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..capture import Captured
 from ..errors import PlanError
 from ..program import describe_source
-from .groups import Group, Grouping, form_groups
+from .groups import Group, Grouping, RowSet, form_groups
 from .interpreter import Run, interpret
-from .units import Axis, Event, Ids, Label, State, Value
+from .units import Axis, Event, Ids, Label, Rectangle, State, Value
 
 if TYPE_CHECKING:
     from ..report import Report
@@ -114,7 +115,8 @@ class CouplingGraph:
         trainable = {s.name: isinstance(s.tensor, torch.nn.Parameter) for s in states}
         extra = tuple(event for name in self.held for event in self._hold(name))
         self._grouping: Grouping = form_groups(run.coupler, states, trainable, extra)
-        self.__dict__.pop("frozen", None)
+        for name in ("frozen", "rows"):
+            self.__dict__.pop(name, None)
 
     def hold(self, names: set[str]) -> CouplingGraph:
         """The same analysis with nothing narrowed around the nodes ``names``."""
@@ -151,6 +153,11 @@ class CouplingGraph:
         """All groups, in the order of their first axis in the state dict."""
         return self._grouping.groups
 
+    @cached_property
+    def rows(self) -> tuple[RowSet, ...]:
+        """What can be removed row by row: attention heads, groups of convolutions and group norms."""
+        return self._grouping.rows
+
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
 
@@ -186,9 +193,11 @@ class CouplingGraph:
     def frozen(self) -> tuple[Frozen, ...]:
         """Axes of parameters of which no index can be removed, each with the reason."""
         grouping = self._grouping
+        events = (*grouping.events, *grouping.row_events)
         first = np.full(grouping.roots.size, -1, dtype=np.int64)
-        for number in range(len(grouping.events) - 1, -1, -1):
-            first[grouping.roots[grouping.events[number].ids]] = number
+        for number in range(len(events) - 1, -1, -1):
+            first[grouping.roots[events[number].ids]] = number
+        by_row = {m.axis for rows in grouping.rows for m in rows.members if (m.units >= 0).any()}
         found = []
         for state in self._states.values():
             if not isinstance(state.tensor, torch.nn.Parameter):
@@ -197,13 +206,13 @@ class CouplingGraph:
                 if label is None:
                     continue
                 classes = grouping.roots[label.ids]
-                if grouping.prunable[classes].any():
+                axis = Axis(state.name, dim)
+                if axis in by_row or grouping.prunable[classes].any():
                     continue
                 numbers = first[classes]
                 numbers = numbers[numbers >= 0]
-                axis = Axis(state.name, dim)
                 if numbers.size:
-                    event = grouping.events[int(np.bincount(numbers).argmax())]
+                    event = events[int(np.bincount(numbers).argmax())]
                     name = event.node.name if event.node is not None else ""
                     found.append(Frozen(axis, event.reason, name, describe_source(event.node), event.remedy))
                 else:
@@ -258,6 +267,33 @@ class CouplingGraph:
     @property
     def run(self) -> Run:
         return self._run
+
+    def alive(self, removed: Mapping[str, Sequence[int]]) -> NDArray[np.bool_]:
+        """For each class whether it survives the removal of these units, by group, ``(units,)``.
+
+        A row goes when all of its units go, and what is indexed by row goes with it.
+        """
+        mask = np.ones(self._run.coupler.units.count, dtype=bool)
+        loses_row = False
+        for group in self.groups:
+            gone = removed.get(group.name, ())
+            if len(gone):
+                mask[group.units[list(gone)]] = False
+                left = mask[group.units]
+                rows = (row for band in group.balance if len(band) > 1 for row in band)
+                loses_row = loses_row or any(not left[row].any() for row in rows)
+        if loses_row:
+            units = {group.name: group.units for group in self.groups}
+            for row_set in self.rows:
+                for row, classes in zip(row_set.rows, row_set.classes, strict=True):
+                    if not any(mask[units[name][own]].any() for name, own in row.items()):
+                        mask[classes] = False
+        return mask
+
+    @property
+    def rectangles(self) -> tuple[Rectangle, ...]:
+        """The rectangles that a removal has to respect."""
+        return self._grouping.rectangles
 
     @property
     def states(self) -> Mapping[str, State]:

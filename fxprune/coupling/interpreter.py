@@ -324,9 +324,9 @@ class _Interpreter(TorchDispatchMode):
 
     def _describe(self, result: Any) -> Any:
         if isinstance(result, torch.Tensor):
-            return self.coupler.value(result)
+            return self.coupler.peek(result)
         if isinstance(result, (list, tuple, dict)):
-            return pytree.tree_map_only(torch.Tensor, self.coupler.value, result)
+            return pytree.tree_map_only(torch.Tensor, self.coupler.peek, result)
         return result
 
     def _tensor(self, name: str) -> torch.Tensor:

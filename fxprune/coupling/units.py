@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -166,6 +166,9 @@ class Value:
     dtype: torch.dtype = torch.float32
     storage: list[bool] = field(default_factory=lambda: [False])
     """One mutable flag shared by all views: written with something that is not zero when masked."""
+    on_use: Sequence[tuple[list[Event], Event]] = ()
+    """Events that count as soon as an operator reads the value, with the list that they go to: an average
+    over heads that nobody looks at costs nothing."""
 
     def label(self, dim: int) -> Label | None:
         if self.state is None:
@@ -207,7 +210,11 @@ class Rectangle:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Event:
-    """Something that happened to units at a node: they were frozen, tied, or met an inexact operator."""
+    """Something that happened to units at a node: they were frozen, tied, or met an inexact operator.
+
+    The last axis of ``ids`` is what an inexact operator runs over; the axes before it are rows that it
+    treats one by one.
+    """
 
     ids: Ids
     axis: Axis
@@ -231,7 +238,7 @@ class Take:
     index: Ids
 
 
-def aligned(ids: Ids, over: Sequence[object], target: Sequence[object]) -> Ids:
+def aligned(ids: NDArray[Any], over: Sequence[object], target: Sequence[object]) -> NDArray[Any]:
     """View ``ids`` with axes ``(*over, own)`` as ``(*target, own)``; missing axes have size 1."""
     if tuple(over) == tuple(target):
         return ids

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from ..coupling.graph import CouplingGraph
 from ..coupling.groups import Group
+from ..errors import PlanError
 from .patterns import nearest
 from .plan import Problem, PruningPlan
+from .rows import without_rows
 
 
-def problems(plan: PruningPlan, groups: Iterable[Group]) -> Iterator[Problem]:
-    """Every constraint of ``groups`` that ``plan`` breaks."""
-    known = {group.name: group for group in groups}
+def problems(plan: PruningPlan, graph: CouplingGraph) -> Iterator[Problem]:
+    """Every constraint of the groups of ``graph`` that ``plan`` breaks."""
+    known = {group.name: group for group in graph.groups}
     for name, units in plan.removed.items():
         group = known.get(name)
         if group is None:
@@ -35,10 +38,22 @@ def problems(plan: PruningPlan, groups: Iterable[Group]) -> Iterator[Problem]:
         twice = sorted(unit for unit, times in Counter(units).items() if times > 1)
         if twice:
             yield Problem(name, f"names the units {twice} more than once")
-        yield from _balance(group, units)
+        yield from _balance(without_rows(group, _whole_rows(plan, graph, name)), units)
 
 
-def _balance(group: Group, units: Iterable[int]) -> Iterator[Problem]:
+def _whole_rows(plan: PruningPlan, graph: CouplingGraph, name: str) -> list[int]:
+    """Units of the group ``name`` in rows that go from all of their groups."""
+    gone = {group: set(units) for group, units in plan.removed.items()}
+    return [
+        unit
+        for rows in graph.rows
+        for row in rows.rows
+        if name in row and all(gone.get(other, set()) >= set(units.tolist()) for other, units in row.items())
+        for unit in row[name].tolist()
+    ]
+
+
+def _balance(group: Group, units: Sequence[int]) -> Iterator[Problem]:
     """Rows that lose everything, and balanced sets whose rows lose unequal shares."""
     gone = np.zeros(group.size, dtype=bool)
     gone[list(units)] = True
@@ -57,4 +72,34 @@ def _balance(group: Group, units: Iterable[int]) -> Iterator[Problem]:
                 group.name,
                 f"rows of a balanced set must lose the same share, but {names[most]} loses {lost[most]} of "
                 f"{rows[most].size} and {names[least]} {lost[least]} of {rows[least].size}",
+            )
+
+
+def check_balance(graph: CouplingGraph, removed: Mapping[str, Sequence[int]]) -> None:
+    """Refuse a plan that removes more from some rows than from others that remain.
+
+    Raises:
+        PlanError: names the group, and the graph node that needs equal rows.
+    """
+    alive = graph.alive(removed)
+    units_of = {group.name: group.units for group in graph.groups}
+    for row_set in graph.rows:
+        for row in row_set.rows:
+            left = {name: bool(alive[units_of[name][units]].any()) for name, units in row.items()}
+            if any(left.values()) and not all(left.values()):
+                goes, stays = (next(n for n, some in left.items() if some is want) for want in (False, True))
+                raise PlanError(
+                    f"the plan removes a whole row of {goes!r}, units {row[goes].tolist()}, but not the same "
+                    f"row of {stays!r}, units {row[stays].tolist()}. A row goes from both or from none."
+                )
+    for rectangle in graph.rectangles:
+        rows, cells = graph.classes(rectangle.rows), graph.classes(rectangle.cells)
+        counts = alive[cells].sum(axis=1)[alive[rows]]
+        if counts.size and (counts != counts[0]).any():
+            gone_from = {name: row for name, row in removed.items() if np.isin(units_of[name], cells).any()}
+            at = rectangle.node.name if rectangle.node is not None else "?"
+            raise PlanError(
+                f"the plan cannot be carried out: node {at} needs rows of equal width, and would get "
+                f"rows of {counts.min()} to {counts.max()}. All rows of a balanced set of "
+                f"{', '.join(gone_from)} must lose equally many units, or a row all of them."
             )

@@ -88,6 +88,10 @@ class CostModel:
         self.prunable: Mask = np.zeros(graph.run.coupler.units.count, dtype=bool)
         for group in graph.groups:
             self.prunable[group.units] = True
+        self._varies = self.prunable.copy()
+        for rows in graph.rows:
+            for classes in rows.classes:
+                self._varies[classes] = True
         self._full: list[int] = []
         self._constants: dict[int, int] = {}
         self._labels: dict[int, tuple[Ids, int]] = {}
@@ -131,7 +135,7 @@ class CostModel:
             if id(label.ids) not in self._labels:
                 rows = self.graph.classes(label.ids).reshape(-1, label.ids.shape[-1])
                 place = -1
-                if self.prunable[rows].any():
+                if self._varies[rows].any():
                     place = len(self._full)
                     self._full.append(size)
                     self._rows.append(rows)
@@ -169,11 +173,7 @@ class CostModel:
 
     def alive(self, removed: Mapping[str, Sequence[int]]) -> Mask:
         """For each class of units whether it survives, ``(units,)``."""
-        mask = np.ones(self.prunable.size, dtype=bool)
-        for group in self.graph.groups:
-            if removed.get(group.name):
-                mask[group.units[list(removed[group.name])]] = False
-        return mask
+        return self.graph.alive(removed)
 
     @property
     def full(self) -> Ids:

@@ -30,18 +30,18 @@ from .budget import Budget, Search
 from .costs import CostModel
 from .latency import Meter
 from .patterns import Names, Pattern, nearest
+from .rows import select_rows, without_rows
 
 Scope = Literal["local", "global", "isomorphic"]
 SCOPES = ("local", "global", "isomorphic")
 _EPS = 1e-9
 
 
-def check_ratio(ratio: Any, name: str = "ratio") -> float:
+def check_ratio(ratio: Any, name: str = "ratio", what: str = "units to remove from every group") -> float:
     """Refuse a ratio outside ``0 <= ratio < 1``."""
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
-        raise RatioError(
-            f"{name} is the share of units to remove from every group, with 0 <= ratio < 1; got {ratio!r}."
-        )
+        bound = "heads" if name == "heads" else "ratio"
+        raise RatioError(f"{name} is the share of {what}, with 0 <= {bound} < 1; got {ratio!r}.")
     return float(ratio)
 
 
@@ -59,6 +59,7 @@ class Selection:
         keep: patterns of groups that stay whole.
         round_to: what the number of units left in a row is a multiple of, one for all or by pattern.
         budget: what may be left.
+        heads: share of the rows that go as a whole.
     """
 
     ratio: float | None = 0.5
@@ -70,11 +71,12 @@ class Selection:
     keep: tuple[Pattern, ...] = ()
     round_to: int | Mapping[Pattern, int] | None = None
     budget: Budget | None = None
+    heads: float = 0.0
 
     @staticmethod
     def checked(
         ratio: Any, where: Any, scope: Any, ratios: Any, scopes: Any, max_ratio: Any, keep: Any,
-        round_to: Any, budget: Any,
+        round_to: Any, budget: Any, heads: Any,
     ) -> Selection:  # fmt: skip
         """Raises :class:`RatioError`, :class:`SelectionError` or :class:`BudgetError` for bad arguments."""
         if budget is not None and not isinstance(budget, Budget):
@@ -86,6 +88,7 @@ class Selection:
             )
         if budget is None:
             ratio = check_ratio(0.5 if ratio is None else ratio)
+        heads = check_ratio(heads, "heads", "rows (attention heads, convolution groups) to remove")
         if scope not in SCOPES:
             raise SelectionError(
                 f"unknown scope {scope!r}; did you mean {nearest(str(scope), SCOPES)[0]!r}? "
@@ -102,7 +105,7 @@ class Selection:
                 f"max_ratio is the largest share that a group may lose, 0 < max_ratio <= 1; "
                 f"got {max_ratio!r}."
             )
-        given = {"ratio": ratio or 0.0}
+        given = {"ratio": ratio or 0.0, "heads": heads}
         given |= {f"{name}[{key!r}]": value for name, table in tables.items() for key, value in table.items()}
         for name, value in given.items():
             if value > max_ratio:
@@ -122,7 +125,7 @@ class Selection:
             round_to = 8  # other widths are slow on most devices, and not the slower the wider they are
         return Selection(
             ratio, where, scope, dict(tables["ratios"]), dict(tables["scopes"]), float(max_ratio),
-            tuple(keep), round_to, budget,
+            tuple(keep), round_to, budget, heads,
         )  # fmt: skip
 
     def settings(self) -> dict[str, Any]:
@@ -142,6 +145,8 @@ class Selection:
             found["round_to"] = {_text(key): value for key, value in self.round_to.items()}
         elif self.round_to is not None:
             found["round_to"] = self.round_to
+        if self.heads:
+            found["heads"] = self.heads
         if self.budget is not None:
             found["budget"] = self.budget.settings()
         return found
@@ -237,7 +242,6 @@ def select(
         SelectionError: for a pattern that matches nothing in the model.
         BudgetError: if the budget cannot be met.
     """
-    sets, notes = _sets(graph, selection, model)
     known: dict[str, NDArray[np.float64]] = {}
 
     def values(group: Group) -> NDArray[np.float64]:
@@ -245,15 +249,20 @@ def select(
             known[group.name] = np.asarray(scores(group), dtype=np.float64)
         return known[group.name]
 
+    rows: dict[str, list[int]] = {}
+    if selection.heads:
+        rows = select_rows(graph, selection.heads, _allowed(graph, selection, model), values)
+    sets, notes = _sets(graph, selection, model, rows)
     order = _order(sets, values)
     steps = _by_ratio(sets, order)
     left: Mapping[str, float] = {}
     if selection.budget is not None:
         costs = CostModel(graph)
-        search = _search(costs, sets, steps, order, values, meter)
+        gone = ~graph.alive(rows)
+        search = _search(costs, sets, steps, order, values, gone, meter)
         chosen, left = search.run(selection.budget)
         steps = steps + chosen
-    removed: dict[str, list[int]] = defaultdict(list)
+    removed: dict[str, list[int]] = defaultdict(list, rows)
     for number, own in enumerate(sets):
         if steps[number]:
             ranked = own.ranked(values(own.group))
@@ -262,8 +271,20 @@ def select(
     return Selected(in_order, notes, left)
 
 
-def _sets(graph: CouplingGraph, selection: Selection, model: nn.Module) -> tuple[list[_Set], tuple[str, ...]]:
-    """The balanced sets that may be narrowed, each with its scope and its steps."""
+def _allowed(graph: CouplingGraph, selection: Selection, model: nn.Module) -> Callable[[Group], bool]:
+    """Whether rows of a group may go as a whole."""
+    kept: set[str] = set()
+    if selection.keep:
+        names = Names(model, graph)
+        kept.update(*(names.groups(pattern, "keep") for pattern in selection.keep))
+    where = selection.where
+    return lambda group: group.name not in kept and (where is None or bool(where(group)))
+
+
+def _sets(
+    graph: CouplingGraph, selection: Selection, model: nn.Module, gone: Mapping[str, list[int]]
+) -> tuple[list[_Set], tuple[str, ...]]:
+    """The balanced sets that may be narrowed, each with its scope and its steps; rows are ``gone`` before."""
     patterned = (
         selection.keep or selection.ratios or selection.scopes or isinstance(selection.round_to, Mapping)
     )
@@ -304,7 +325,7 @@ def _sets(graph: CouplingGraph, selection: Selection, model: nn.Module) -> tuple
         if ratio == 0:
             continue
         number = multiple.get(group.name, single)
-        for place, rows in enumerate(group.balance):
+        for place, rows in enumerate(without_rows(group, gone.get(group.name, ())).balance):
             parts = math.gcd(*(row.size for row in rows))
             levels = _levels(rows, parts, number, selection.max_ratio)
             if not levels.size and number > 1 and parts > 1:
@@ -406,12 +427,13 @@ def _search(
     fixed: Ids,
     order: _Order,
     values: Callable[[Group], NDArray[np.float64]],
+    gone: NDArray[np.bool_],
     meter: Meter | None,
 ) -> Search:
     """The search over the steps of the sets that have no ratio; what the others lose is gone already."""
     free = np.array([own.ratio is None for own in sets], dtype=bool)
     owner = order.owner[free[order.owner]]
-    step = np.full(costs.prunable.size, owner.size, dtype=np.int64)  # which step takes a class
+    step = np.where(gone, -1, owner.size)  # which step takes a class
     places = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner, minlength=len(sets))))
     for number, own in enumerate(sets):
         ranked = own.ranked(values(own.group)) if own.levels.size else []

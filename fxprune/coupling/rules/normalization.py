@@ -10,7 +10,7 @@ import torch
 
 from ..coupler import Coupler
 from ..registry import rule
-from ..units import Label, Value
+from ..units import Event, Label, Value
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -64,7 +64,8 @@ def group_norm(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
     if label is not None and groups < label.ids.size:
         cells = label.ids.reshape(groups, -1)
         c.rectangle(c.units.fresh(groups), cells)
-        c.mark_inexact(label, f"normalised in {groups} group{'s' * (groups > 1)} of channels")
+        by_group = Label(cells, (), label.axis)
+        c.mark_inexact(by_group, f"normalised in {groups} group{'s' * (groups > 1)} of channels")
     c.put(out[0], labels)
 
 
@@ -102,17 +103,21 @@ def reduction(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
     kept = [d for d in names if d not in dims]
     zero = c.operator in ("sum", "mean", "amax", "amin", "max", "min")
     labels, gone = c.unify([(x, names)], kept, all if zero else (lambda zeros: False))
+    on_use: list[tuple[list[Event], Event]] = []
     for label, zeroed in gone.values():
         if label.row:
-            c.freeze(label, "whole rows are reduced over")
+            on_use.append((c.frozen, Event(label.ids, label.axis, c.node, "whole rows are reduced over")))
         elif c.operator in ("argmax", "argmin"):
             c.freeze(label, "its indices are the result")
         elif not (zeroed and c.operator == "sum"):
-            c.mark_inexact(label, f"reduced over this axis by {c.operator}")
+            event = Event(label.ids, label.axis, c.node, f"reduced over this axis by {c.operator}")
+            on_use.append((c.inexact, event))
     if keepdim:
         labels = _spread(labels, kept, rank)
     for result in results:
         c.put(result, labels)
+        if on_use:
+            c.peek(result).on_use = on_use
 
 
 def _spread(labels: list[Label | None], kept: list[int], rank: int) -> list[Label | None]:
