@@ -48,7 +48,7 @@ class UpdateModules(Pass):
                 if tensor is not None
             }
             inputs, outputs = _ends(narrowing, call) if not name else (None, None)
-            new = _attributes(module, shapes, inputs, outputs)
+            new = dict(_attributes(module, shapes, inputs, outputs))
             if isinstance(module, nn.GroupNorm) and not name:
                 new["num_groups"] = _rows_left(narrowing, call, module.num_groups)
             if isinstance(module, MultiheadAttention):
