@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from test_importance import both, build, by_entry, close, detached, joined, scores
+from test_importance import both, build, by_entry, close, detached, entries, joined, scores
 from torch import Tensor, multiprocessing, nn
 from torch.nn import functional as F
 
@@ -75,15 +75,32 @@ def gradients(model: nn.Module, data: list[Batch]) -> list[dict[str, Tensor]]:
 
 @both
 def test_taylor(name: str) -> None:
-    """``|w g|`` summed over entries, or summed with signs on each member."""
+    """``|w g|`` summed over entries, or summed with signs at each index; means over batches."""
     model, x, data = case(name)
     weights, each = detached(model), gradients(model, data)
-    mean = {n: sum(g[n] for g in each) / len(each) for n in weights}
     graph = fxprune.analyze(model, x)
-    alone = by_entry(graph, lambda n, place: abs(float(weights[n][place] * mean[n][place])))
+
+    def size(n: str, place: tuple[int, ...]) -> float:
+        return sum(abs(float(weights[n][place] * g[n][place])) for g in each) / len(each)
+
+    alone = by_entry(graph, size)
     close(scores(model, x, Taylor(F.cross_entropy, data)), {g: joined(m, "sum") for g, m in alone.items()})
-    signed = by_entry(graph, lambda n, place: float(weights[n][place] * mean[n][place]))
-    together = {g: joined({a: np.abs(v).tolist() for a, v in m.items()}, "max") for g, m in signed.items()}
+    together = {}
+    for group in graph:
+        members: dict[str, list[float]] = {}
+        for member in group.members:
+            if member.trainable:
+                at_index: dict[Any, float] = defaultdict(float)
+                for number, gradient in enumerate(each):
+                    product = weights[member.axis.name] * gradient[member.axis.name]
+                    for unit, place in entries(member):
+                        index = tuple(place[d] for d in (*member.over, member.axis.dim))
+                        at_index[unit, index, number] += float(product[place])
+                sums: dict[int, float] = defaultdict(float)
+                for (unit, _, _), value in at_index.items():
+                    sums[unit] += abs(value) / len(each)
+                members[str(member.axis)] = [sums.get(u, math.nan) for u in range(group.size)]
+        together[group.name] = joined(members, "max")
     criterion = Taylor(F.cross_entropy, data, joint=True, reduce="max")
     close(scores(model, x, criterion), together, rtol=1e-4)
 
@@ -494,6 +511,7 @@ def all_criteria(data: list[Any]) -> list[Any]:
     loss = F.cross_entropy
     return [
         Taylor(loss, data),
+        Taylor(loss, data, joint=True),
         Fisher(loss, data),
         Hessian(loss, data, samples=1),
         SNIP(loss, data),

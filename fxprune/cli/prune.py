@@ -19,6 +19,7 @@ import fxprune
 
 from ..cost import Count, count, measure_latency
 from ..errors import RatioError
+from ..importance import BUILT_IN
 from ..inputs import normalize
 from .export import check_output, export, write
 from .loading import add_source, load_source
@@ -133,9 +134,10 @@ def add_prune_parser(commands: _SubParsers) -> None:
     )
     pruning.add_argument(
         "--importance",
-        choices=["l1", "l2", "random"],
+        choices=list(BUILT_IN),
         default="l2",
-        help="which units go first: those whose weights have the smallest norm, or any (default: l2)",
+        help="which units go first: those whose weights have the smallest norm (l2), or by another criterion "
+        "that needs no data (default: l2)",
     )
     pruning.add_argument(
         "--exact-only",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..coupling.graph import CouplingGraph
 from ..coupling.groups import Member
 from ..errors import ImportanceError
-from .base import Entries, Measure, MemberCriterion, PerUnit
+from .base import Entries, Measure, MemberCriterion, PerUnit, gathered
 from .calibration import Loss, Sums, add, as_data, as_loss, collect, derivatives, parameter_names, trainable
 
 
@@ -53,24 +52,31 @@ class LossCriterion(MemberCriterion):
 
         return collect(owner, model, as_data(self.data, owner), batch_step, seed)
 
-    def mean_gradients(self, model: nn.Module, seed: int, power: int = 1) -> dict[str, torch.Tensor]:
-        """Mean over batches of the gradients, or of their squares; by the parameter's first name."""
+    def mean_gradients(
+        self, model: nn.Module, seed: int, of: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach
+    ) -> dict[str, torch.Tensor]:
+        """Mean over batches of the gradients, or of a function of them; by the parameter's first name."""
         owner = type(self).__name__
 
         def step(value: torch.Tensor, parameters: dict[str, torch.Tensor], sums: Sums) -> None:
             for name, gradient in derivatives(owner, value, parameters).items():
-                add(sums, (name,), gradient if power == 1 else gradient.float().square())
+                add(sums, (name,), of(_precise(gradient)))
 
         sums, count = self.summed(model, seed, step)
         return {name: value / count for (name,), value in sums.items()}
 
 
+def _precise(tensor: torch.Tensor) -> torch.Tensor:
+    """Single precision or better."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def times_weight(
     model: nn.Module, factors: dict[str, torch.Tensor], power: int, scale: float = 1.0
 ) -> dict[str, torch.Tensor]:
-    """``scale * w^power * factor`` for every entry of every parameter; zero where the loss knows none."""
+    """``scale * |w|^power * factor`` for every entry of every parameter; zero where the loss knows none."""
     return {
-        name: scale * parameter.detach().to(factors[name].dtype) ** power * factors[name]
+        name: scale * parameter.detach().to(factors[name].dtype).abs() ** power * factors[name]
         if name in factors
         else torch.zeros((), device=parameter.device).expand(parameter.shape)
         for name, parameter in trainable(model).items()
@@ -85,15 +91,17 @@ def by_name(model: nn.Module, entries: dict[str, torch.Tensor]) -> Entries:
 
 @dataclass(frozen=True, eq=False)
 class Taylor(LossCriterion):
-    """The change of the loss to first order, entry by entry.
+    """The change of the loss to first order, averaged over batches.
 
-    ``s_m(u) = sum over entries w of m at u of |w * g|``, or with ``joint`` ``|sum over entries of w * g|``,
-    where ``g = mean over batches of dloss/dw``: Molchanov et al., ICLR 2017 (https://arxiv.org/abs/1611.06440)
-    and CVPR 2019 (https://arxiv.org/abs/1906.10771). The latter's squares, averaged over batches
-    (``mean of (w * g)^2``), are twice those of :class:`Fisher`.
+    ``s_m(u) = mean over batches of sum over entries w of m at u of |w * g|``, ``g = dloss/dw`` of the batch;
+    with ``joint`` ``mean over batches of sum over indices of u on m of |sum over entries there of w * g|``.
+    Molchanov et al., ICLR 2017 (https://arxiv.org/abs/1611.06440) and CVPR 2019
+    (https://arxiv.org/abs/1906.10771). Sizes are averaged, not signed values, which cancel each other in a
+    trained network; on a single batch the two are the same. The squares of the latter paper (``mean of
+    (w * g)^2``) are twice the scores of :class:`Fisher`.
 
     Attributes:
-        joint: let the entries of a unit on a member cancel each other, as they do if all of them go.
+        joint: let the entries at an index cancel each other, as they do if all of them go.
     """
 
     _: KW_ONLY
@@ -101,16 +109,34 @@ class Taylor(LossCriterion):
 
     def measure(self, graph: CouplingGraph, model: nn.Module, seed: int) -> Measure:
         """One gradient for each batch."""
-        entries = times_weight(model, self.mean_gradients(model, seed), 1)
         if not self.joint:
-            return by_name(model, {name: entry.abs() for name, entry in entries.items()})
-        signed = by_name(model, entries)
+            return by_name(model, times_weight(model, self.mean_gradients(model, seed, torch.abs), 1))
+        first = parameter_names(model)
+        kept = {
+            (first(m), m.over, m.axis.dim) for group in graph.groups for m in group.members if m.trainable
+        }
 
-        def size(member: Member, units: int) -> PerUnit | None:
-            found = signed(member, units)
-            return None if found is None else (np.abs(found[0]), found[1])
+        def step(value: torch.Tensor, parameters: dict[str, torch.Tensor], sums: Sums) -> None:
+            gradients = derivatives("Taylor", value, parameters)
+            for name, over, dim in kept:
+                if name in parameters:
+                    weight = _precise(parameters[name])
+                    gradient = _precise(gradients[name]) if name in gradients else torch.zeros_like(weight)
+                    gone = [d for d in range(weight.dim()) if d not in (*over, dim)]
+                    sizes = (weight * gradient).sum(gone) if gone else weight * gradient
+                    add(sums, (name, over, dim), sizes.abs())
 
-        return size
+        sums, count = self.summed(model, seed, step)
+
+        def of_member(member: Member, size: int) -> PerUnit | None:
+            found = sums.get((first(member), member.over, member.axis.dim))
+            if found is None:
+                return None
+            order = sorted((*member.over, member.axis.dim))
+            found = found.permute([order.index(d) for d in (*member.over, member.axis.dim)]) / count
+            return gathered(found.to("cpu").to(torch.float64).numpy(), member, size)
+
+        return of_member
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +152,7 @@ class Fisher(LossCriterion):
 
     def measure(self, graph: CouplingGraph, model: nn.Module, seed: int) -> Measure:
         """One squared gradient for each batch."""
-        return by_name(model, times_weight(model, self.mean_gradients(model, seed, power=2), 2, 0.5))
+        return by_name(model, times_weight(model, self.mean_gradients(model, seed, torch.square), 2, 0.5))
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,8 +25,8 @@ class SNIP(LossCriterion):
 
     def measure(self, graph: CouplingGraph, model: nn.Module, seed: int) -> Measure:
         """One gradient for each batch."""
-        entries = times_weight(model, self.mean_gradients(model, seed), 1)
-        entries = {name: entry.abs() for name, entry in entries.items()}
+        gradients = self.mean_gradients(model, seed)
+        entries = times_weight(model, {name: gradient.abs() for name, gradient in gradients.items()}, 1)
         total = sum(float(entry.sum(dtype=torch.float64)) for entry in entries.values())
         return by_name(model, {name: entry / (total or 1.0) for name, entry in entries.items()})
 
