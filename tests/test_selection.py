@@ -330,6 +330,8 @@ def test_edits_of_unknown_groups_name_the_nearest(model: nn.Module) -> None:
         ({"ratios": {"stm": 0.5}}, SelectionError, "'stem'"),
         ({"ratios": {"stem": 1.0}}, RatioError, r"ratios\['stem'\]"),
         ({"ratios": [("stem", 0.5)]}, SelectionError, "maps names"),
+        ({"ratios": {"fc": 0.5}}, RatioError, r"ratios\['fc'\] = 0.5 cannot be met.*output of the model"),
+        ({"scopes": {nn.Linear: 0.5}}, RatioError, r"scopes\[Linear\] = 0.5 cannot be met.*fc.weight\[0\]"),
         ({"scopes": {("stem", "wid"): 0.5}}, SelectionError, "'wide'"),
         ({"scopes": {"stem": -1}}, RatioError, "scopes"),
         ({"max_ratio": 0}, RatioError, "max_ratio"),

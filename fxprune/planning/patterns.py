@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..coupling.graph import CouplingGraph
-from ..errors import SelectionError
+from ..errors import RatioError, SelectionError
 
 Pattern = str | type[nn.Module]
 """A name with ``*``, ``?`` as in a shell, or a module type."""
@@ -34,6 +34,7 @@ class Names:
     """
 
     def __init__(self, model: nn.Module, graph: CouplingGraph) -> None:
+        self._graph = graph
         self._modules = dict(model.named_modules())
         self._by_name: dict[str, set[str]] = defaultdict(set)
         aliases: dict[int, list[str]] = defaultdict(list)
@@ -58,6 +59,33 @@ class Names:
         ):
             return True
         return dim == (1 if isinstance(module, _INPUTS_FIRST) else 0)
+
+    def narrowed(self, pattern: Any, what: str, ratio: float) -> set[str]:
+        """As :meth:`groups`, for a ``ratio`` that their units are to lose.
+
+        Raises:
+            RatioError: if nothing that is meant can be narrowed; says why.
+        """
+        found = self.groups(pattern, what)
+        # Once nodes are held, what could be narrowed before may be gone: that is in the plan's notes.
+        if not found and ratio > 0 and not self._graph.held:
+            frozen = [
+                f
+                for f in self._graph.frozen
+                if self._is_output(*f.axis) and self._means(pattern, f.axis.name)
+            ]
+            because = f" {frozen[0]}." if frozen else ""
+            raise RatioError(
+                f"{what}[{_text(pattern)}] = {ratio:g} cannot be met: nothing that it means can be "
+                f"narrowed.{because}"
+            )
+        return found
+
+    def _means(self, pattern: Any, parameter: str) -> bool:
+        parts = [parameter, *_ancestors(parameter)]
+        if isinstance(pattern, str):
+            return any(part == pattern or fnmatchcase(part, pattern) for part in parts)
+        return any(isinstance(self._modules.get(part), pattern) for part in parts)
 
     def groups(self, pattern: Any, what: str) -> set[str]:
         """Names of the groups that ``pattern`` means; ``what`` it is for, in messages.
@@ -87,6 +115,10 @@ class Names:
                 f"{_suggest(pattern, self._names)}"
             )
         return found.union(*(self._by_name.get(name, ()) for name in names))
+
+
+def _text(pattern: Any) -> str:
+    return repr(pattern) if isinstance(pattern, str) else getattr(pattern, "__name__", repr(pattern))
 
 
 def _ancestors(name: str) -> Iterator[str]:

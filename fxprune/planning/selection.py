@@ -295,11 +295,11 @@ def _sets(
     if names is not None:
         for place, (patterns, share) in enumerate(selection.scopes.items()):
             for pattern in patterns if isinstance(patterns, tuple) else (patterns,):
-                for meant in names.groups(pattern, "scopes"):
+                for meant in names.narrowed(pattern, "scopes", share):
                     assigned[meant] = ("scope", place), share
         by: dict[str, Pattern] = {}
         for pattern, share in selection.ratios.items():
-            for meant in sorted(names.groups(pattern, "ratios")):
+            for meant in sorted(names.narrowed(pattern, "ratios", share)):
                 if meant in by and assigned[meant][1] != share:
                     notes.append(
                         f"the ratios of {_text(by[meant])} and {_text(pattern)} both apply to {meant}; the "
