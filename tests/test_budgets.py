@@ -82,11 +82,16 @@ def params(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("name", MODELS)
 @settings(max_examples=6)
-@given(ratio=st.floats(0, 0.95), scope=st.sampled_from(["local", "global"]), seed=st.integers(0, 9))
-def test_predicted_is_counted(name: str, ratio: float, scope: Any, seed: int) -> None:
+@given(
+    ratio=st.floats(0, 0.95),
+    scope=st.sampled_from(["local", "global"]),
+    heads=st.sampled_from([0.0, 0.5]),
+    seed=st.integers(0, 9),
+)
+def test_predicted_is_counted(name: str, ratio: float, scope: Any, heads: float, seed: int) -> None:
     """The cost model says of a plan what is counted on the rewritten network."""
     model, inputs = MODELS[name]
-    plan = fxprune.plan(model, inputs, ratio, "random", seed=seed, scope=scope)
+    plan = fxprune.plan(model, inputs, ratio, "random", seed=seed, scope=scope, heads=heads)
     predicted = CostModel(fxprune.api.graph_for(plan, model))(plan.removed)
     pruned = plan.apply(model)
     assert predicted == fxprune.count(pruned, inputs)
@@ -158,6 +163,19 @@ def test_a_budget_respects_everything_else() -> None:
     assert all(entry.kept % 8 == 0 and entry.kept >= 0.4 * entry.size for entry in plan if entry.removed)
     used = macs(plan.apply(model), inputs) / (0.6 * macs(model, inputs))
     assert 0.9 <= used <= 1
+
+
+@pytest.mark.parametrize("name", ["convolutions", "attention"])
+def test_a_budget_with_rows_removed_first(name: str) -> None:
+    """A quarter of the heads, or of the groups of a convolution, goes; the budget takes the rest."""
+    model, inputs = MODELS[name]
+    plan = fxprune.plan(model, inputs, budget=Budget(params=0.5), heads=0.25)
+    assert plan.settings["heads"] == 0.25
+    assert plan.settings["left"]["params"] == params(plan.apply(model))
+    assert 0.97 <= plan.settings["left"]["params"] / (0.5 * params(model)) <= 1
+    rows = fxprune.plan(model, inputs, 0.0, heads=0.25).removed
+    assert rows
+    assert all(set(units) <= set(plan.removed[group]) for group, units in rows.items())
 
 
 def test_a_budget_holds_where_nodes_have_to_be_held() -> None:
