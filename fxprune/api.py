@@ -8,15 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from .capture import capture
 from .capture.symbolic import function_name
 from .coupling.graph import CouplingGraph
 from .coupling.groups import Group
-from .errors import CaptureError, ExampleInputsError, PlanError, RewriteError
+from .errors import CaptureError, PlanError, RewriteError
 from .importance import Importance, describe, score
-from .inputs import describe_inputs, normalize, restore_inputs, to_meta
+from .inputs import describe_inputs, normalize, restore_inputs
 from .passes import Rewritten, rewrite
 from .planning.budget import Budget
 from .planning.check import check_balance, problems
@@ -66,19 +66,19 @@ def analyze(model: nn.Module, example_inputs: Any) -> CouplingGraph:
         CaptureError: if the model cannot be turned into a graph.
         ExampleInputsError: if the inputs do not fit it.
     """
-    args, kwargs = normalize(example_inputs)
-    return _analyze(model, to_meta(args), to_meta(kwargs))
+    return _analyze(model, *normalize(example_inputs))
 
 
 def _analyze(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dissolve: frozenset[str] = frozenset()
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dissolve: frozenset[str] = frozenset(),
+    regions: Mapping[str, Any] | None = None,
 ) -> CouplingGraph:
-    captured = capture(model, args, kwargs, dissolve)
-    try:
-        inputs = captured.program.bind(args, kwargs)
-    except TypeError as error:
-        raise ExampleInputsError(f"the captured {captured.class_name} {error}.") from error
-    return CouplingGraph(captured, inputs)
+    graphs: list[CouplingGraph] = []
+    capture(model, args, kwargs, dissolve, regions, lambda captured: graphs.append(CouplingGraph(captured)))
+    return graphs[-1]
 
 
 @_stage
@@ -159,10 +159,12 @@ def prune(
     round_to: int | Mapping[Pattern, int] | None = None,
     budget: Budget | None = None,
     heads: float = 0.0,
-) -> fx.GraphModule:
+) -> nn.Module:
     """A narrower copy of ``model``; arguments as for :func:`plan`.
 
-    The result's ``meta["fxprune"]`` holds the :class:`~fxprune.planning.plan.PruningPlan`.
+    It is a ``torch.fx.GraphModule`` where the model could be captured as a whole. Where only parts of it
+    could, it is a module of the model's own type, in which those parts run as graphs. Either way the
+    result's ``meta["fxprune"]`` holds the :class:`~fxprune.planning.plan.PruningPlan`.
     """
     selection = Selection.checked(
         ratio, where, scope, ratios, scopes, max_ratio, keep, round_to, budget, heads
@@ -171,7 +173,7 @@ def prune(
 
 
 @_stage
-def apply(made: PruningPlan, model: nn.Module) -> fx.GraphModule:
+def apply(made: PruningPlan, model: nn.Module) -> nn.Module:
     """See :meth:`PruningPlan.apply`."""
     rewritten = rewrite(graph_for(made, model), made.removed)
     if rewritten.violations:
@@ -206,7 +208,7 @@ def graph_of(made: PruningPlan, model: nn.Module) -> CouplingGraph:
     """As :func:`graph_for`, whatever it is that the plan removes."""
     _check_architecture(made, model)
     args, kwargs = restore_inputs(made.inputs)
-    graph = _analyze(model, args, kwargs, frozenset(made.dissolved))
+    graph = _analyze(model, args, kwargs, frozenset(made.dissolved), made.regions)
     return graph.hold(set(made.held)) if made.held else graph
 
 
@@ -244,7 +246,7 @@ def _plan(
         if whole:
             # The widths are numbers inside these functions: trace into them, then decide again.
             try:
-                opened = _analyze(model, to_meta(args), to_meta(kwargs), dissolved | whole)
+                opened = _analyze(model, args, kwargs, dissolved | whole, graph.captured.regions)
             except CaptureError as refusal:
                 notes.append(f"could not trace into {', '.join(sorted(whole))}: {refusal}")
                 opened = None
@@ -265,6 +267,7 @@ def _plan(
         removed=selected.removed,
         held=graph.held,
         dissolved=tuple(sorted(dissolved)),
+        regions=graph.captured.regions,
         notes=(*selected.notes, *notes, *([meter.note] if meter is not None else [])),
         settings={
             **selection.settings(),
@@ -299,9 +302,11 @@ def _function(graph: CouplingGraph, name: str) -> str | None:
     return function_name(node.target) if node is not None and node.op == "call_function" else None
 
 
-def _finish(made: PruningPlan, rewritten: Rewritten) -> fx.GraphModule:
+def _finish(made: PruningPlan, rewritten: Rewritten) -> nn.Module:
     module = rewritten.materialize()
-    module.meta["fxprune"] = made
+    meta = getattr(module, "meta", {})
+    if isinstance(meta, dict):  # else a model that was pruned by regions uses the name itself
+        module.meta = {**meta, "fxprune": made}  # type: ignore[assignment]
     return module
 
 

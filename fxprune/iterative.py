@@ -252,6 +252,7 @@ def since(
         removed={},
         held=steps.narrow.held,
         dissolved=total.dissolved,
+        regions=total.regions,
         notes=total.notes,
         settings=total.settings,
     )

@@ -77,9 +77,17 @@ class Program:
             values.append(given.get(name, node.args[0] if node.args else None))
         return values
 
+    def pieces(self) -> dict[str, Program]:
+        """The programs of the submodules that the graph covers, by path; here one, of the model itself."""
+        return {"": self}
+
     def module(self, class_name: str = "GraphModule") -> fx.GraphModule:
-        """Assemble a module that owns ``tensors`` (they are not copied)."""
+        """Assemble a module that owns ``tensors`` (they are not copied) and runs the graph."""
         return OwnedModule.of(assemble(self), self.graph, class_name)
+
+    def result(self, class_name: str) -> nn.Module:
+        """What takes the place of the captured model; owns ``tensors``, too."""
+        return self.module(class_name)
 
 
 _REGISTRIES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")

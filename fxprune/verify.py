@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .api import graph_for
+from .capture.regions import real_inputs
 from .coupling.units import Value
 from .errors import ExampleInputsError, VerificationError
 from .inputs import normalize
@@ -25,6 +26,7 @@ from .passes import Narrowing
 from .passes.parameters import narrow, surviving
 from .planning.plan import PruningPlan
 from .program import Program, describe_source
+from .regions import RegionModule
 
 
 @dataclass(frozen=True)
@@ -88,43 +90,56 @@ def verify(
         PlanError: if the plan does not belong to the model.
     """
     args, kwargs = normalize(example_inputs)
-    args, kwargs = _cast(args, dtype), _cast(kwargs, dtype)
     if any(t.device.type == "meta" for t in [*model.parameters(), *model.buffers()]):
         raise VerificationError("the model is on the meta device, so there are no weights to verify.")
     limit = tolerance if tolerance is not None else 1e-8 if dtype == torch.float64 else 1e-3
     graph = graph_for(plan, model)
     narrowing = Narrowing(graph, plan.removed)
-    original = _masked(graph.captured.program, narrowing, dtype)
+    program = graph.captured.program
+    originals = _masked(program, narrowing, dtype).pieces()
     candidate = copy.deepcopy(pruned).to(dtype).eval()
     inexact = {
         event.node.name: None
         for event in graph.run.coupler.inexact
         if event.node is not None and narrowing.mixed(event.ids)
     }
-    try:
-        inputs = graph.captured.program.bind(args, kwargs)
-    except TypeError as error:
-        raise ExampleInputsError(f"the captured {plan.model} {error}.") from error
-    with torch.no_grad():
+    calls = real_inputs(model, program, args, kwargs)
+    if originals.keys() != calls.keys():
+        missed = ", ".join(sorted(originals.keys() - calls.keys()))
+        raise VerificationError(f"{missed} is not called in evaluation mode on these inputs.")
+    worst, compared = 0.0, 0
+    for path, piece in originals.items():
+        args, kwargs = (_cast(tree, dtype) for tree in calls[path])
+        original = piece.module().eval()
+        part = candidate.get_submodule(path)
+        walk = _Walk(original, narrowing, inexact, limit)
+        with torch.no_grad():
+            if not inexact:
+                difference = _whole(original, part, args, kwargs)
+                worst = max(worst, difference)
+                if difference <= limit:
+                    continue
+            try:
+                inputs = piece.bind(args, kwargs)
+            except TypeError as error:
+                raise ExampleInputsError(f"the captured {plan.model} {error}.") from error
+            part = part.graph_module() if isinstance(part, RegionModule) else part
+            if not isinstance(part, fx.GraphModule):
+                differs = "" if inexact else f"the outputs differ by {difference:.1e} (relative), and "
+                raise VerificationError(
+                    f"{differs}{type(part).__name__} is no GraphModule, so it cannot be compared with the "
+                    f"masked original node by node. Give verify the module that plan.apply(model) returned."
+                )
+            worst = max(worst, walk.run(part, inputs))
+            compared += walk.compared
         if not inexact:
-            difference = _whole(original, candidate, args, kwargs)
-            if difference <= limit:
-                return Verdict(difference, 0, (), dtype)
-        if not isinstance(candidate, fx.GraphModule):
-            differs = "" if inexact else f"the outputs differ by {difference:.1e} (relative), and "
             raise VerificationError(
-                f"{differs}{type(pruned).__name__} is no GraphModule, so it cannot be compared with the "
-                f"masked original node by node. Give verify the module that plan.apply(model) returned."
+                f"the outputs differ from the masked original's by {difference:.1e} (relative), though no "
+                f"single node of the graph differs: was {type(part).__name__} changed since it was pruned?"
             )
-        walk = _Walk(original, candidate, narrowing, inexact, limit)
-        worst = walk.run(inputs)
-    if not inexact:
-        raise VerificationError(
-            f"the outputs differ from the masked original's by {difference:.1e} (relative), though no single "
-            f"node of the graph differs: was {type(pruned).__name__} changed since it was pruned?"
-        )
-    _compare_weights(graph.captured.program, pruned, narrowing)  # the skipped nodes' own weights, too
-    return Verdict(worst, walk.compared, tuple(inexact), dtype)
+    if inexact:
+        _compare_weights(program, pruned, narrowing)  # the skipped nodes' own weights, too
+    return Verdict(worst, compared, tuple(inexact), dtype)
 
 
 def _cast(tree: Any, dtype: torch.dtype) -> Any:
@@ -134,7 +149,7 @@ def _cast(tree: Any, dtype: torch.dtype) -> Any:
     return pytree.tree_map_only(torch.Tensor, cast, tree)
 
 
-def _masked(program: Program, narrowing: Narrowing, dtype: torch.dtype) -> fx.GraphModule:
+def _masked(program: Program, narrowing: Narrowing, dtype: torch.dtype) -> Program:
     """The original network with removed parameter entries set to zero."""
     made: dict[int, torch.Tensor] = {}
     tensors = {}
@@ -149,7 +164,7 @@ def _masked(program: Program, narrowing: Narrowing, dtype: torch.dtype) -> fx.Gr
                 new = nn.Parameter(new, requires_grad=False) if new.is_floating_point() else new
             made[id(tensor)] = new
         tensors[name] = made[id(tensor)]
-    return replace(program, tensors=tensors, extras=extras).module().eval()
+    return replace(program, tensors=tensors, extras=extras)
 
 
 def _compare_weights(program: Program, pruned: nn.Module, narrowing: Narrowing) -> None:
@@ -223,19 +238,19 @@ class _Walk:
     def __init__(
         self,
         original: fx.GraphModule,
-        candidate: fx.GraphModule,
         narrowing: Narrowing,
         inexact: Mapping[str, None],
         limit: float,
     ) -> None:
-        self.original, self.candidate = original, candidate
+        self.original = original
         self.narrowing, self.inexact, self.limit = narrowing, inexact, limit
         self.compared = 0
 
-    def run(self, inputs: list[Any]) -> float:
+    def run(self, candidate: fx.GraphModule, inputs: list[Any]) -> float:
+        """Largest relative error of a node of ``candidate``; raises VerificationError above the limit."""
         worst = 0.0
         wanted = _Stepper(self.original, _copied(inputs))
-        got = _Stepper(self.candidate, _copied(inputs))
+        got = _Stepper(candidate, _copied(inputs))
         names = {node.name for node in self.original.graph.nodes}
         for node in got:
             if node.name not in names:

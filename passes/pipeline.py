@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..coupling.graph import CouplingGraph
@@ -49,12 +49,12 @@ class Rewritten:
     narrowing: Narrowing
     violations: tuple[Violation, ...]
 
-    def materialize(self) -> fx.GraphModule:
+    def materialize(self) -> nn.Module:
         """The module with the real, narrowed weights."""
         captured = self.narrowing.graph.captured
         narrowed = NarrowParameters()(captured.program, self.narrowing)
         extras = {**self.program.extras, **narrowed.extras}
-        return replace(self.program, tensors=narrowed.tensors, extras=extras).module(captured.class_name)
+        return replace(self.program, tensors=narrowed.tensors, extras=extras).result(captured.class_name)
 
 
 def rewrite(graph: CouplingGraph, removed: Mapping[str, Sequence[int]]) -> Rewritten:

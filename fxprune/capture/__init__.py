@@ -2,19 +2,23 @@
 
 The rungs of the ladder are tried in order. A further one is a file here with a function
 ``(model, args, kwargs) -> Program`` that raises :class:`~fxprune.errors.CaptureError` where it cannot.
+Where none can, the last rung captures the largest submodules that one of the others can.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from ..errors import CaptureError
+from ..errors import CaptureError, ExampleInputsError
+from ..inputs import to_meta
 from ..program import Program
-from . import symbolic
+from ..regions import RegionProgram
+from . import regions, symbolic
 
 __all__ = ["Captured", "capture"]
 
@@ -28,30 +32,46 @@ class Captured:
         rung: name of the rung.
         report: one paragraph on what was captured and how.
         class_name: class name of the model, carried on to the result.
+        inputs: meta tensors and values for the graph's placeholders, in order.
+        regions: the submodules that are captured, as plain data; empty where the whole model is.
     """
 
     program: Program
     rung: str
     report: str
     class_name: str
+    inputs: list[Any]
+    regions: Mapping[str, Any]
 
 
-RUNGS = {
+Rung = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Program]
+Accept = Callable[[Captured], Any]
+
+RUNGS: dict[str, Rung] = {
     "symbolic tracing": symbolic.trace,
     "symbolic tracing with known shapes": symbolic.trace_with_shapes,
 }
+"""The rungs that capture a module as a whole."""
 
 
 def capture(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dissolve: frozenset[str] = frozenset()
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dissolve: frozenset[str] = frozenset(),
+    known: Mapping[str, Any] | None = None,
+    accept: Accept = lambda captured: None,
 ) -> Captured:
     """Capture ``model`` with the first rung that can.
 
     Args:
         model: the model.
-        args: its positional inputs.
+        args: its positional inputs; only the last rung, which runs the model, needs real ones.
         kwargs: its keyword inputs.
         dissolve: names of functions to trace into (see :func:`fxprune.capture.symbolic.function_name`).
+        known: regions to capture (:attr:`Captured.regions`), instead of looking for any.
+        accept: called with what a rung delivers, last with what is returned; raises CaptureError or
+            ExampleInputsError to have the next rung tried.
 
     Raises:
         CaptureError: if no rung can; the message holds each rung's reason.
@@ -59,30 +79,79 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}.")
+    opened: dict[str, Rung] = {
+        "symbolic tracing with known shapes": partial(symbolic.trace_with_shapes, dissolve=dissolve)
+    }
+
+    def whole(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+        program = _climb(module, args, kwargs, RUNGS, accept).program
+        if dissolve.isdisjoint(symbolic.function_name(node.target) for node in program.graph.nodes):
+            return program
+        return _climb(module, args, kwargs, opened, accept).program
+
+    if known:
+        rungs: dict[str, Rung] = {"regions": lambda model, *_: regions.again(model, known, whole)}
+    elif dissolve:
+        rungs = opened
+    else:
+        rungs = {**RUNGS, "regions": partial(regions.find, whole=whole)}
+    return _climb(model, args, kwargs, rungs, accept)
+
+
+def _climb(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rungs: Mapping[str, Rung],
+    accept: Accept,
+) -> Captured:
+    """Try ``rungs`` in their order."""
     name = type(model).__name__
-    refusals: list[tuple[str, CaptureError]] = []
-    rungs = dict(RUNGS)
-    if dissolve:
-        rungs = {"symbolic tracing with known shapes": partial(symbolic.trace_with_shapes, dissolve=dissolve)}
+    refusals: list[tuple[str, CaptureError | ExampleInputsError]] = []
     for rung, trace in rungs.items():
         try:
             program = trace(model, args, kwargs)
+            captured = _captured(name, rung, program, _inputs(name, program, args, kwargs), refusals)
+            accept(captured)
+            return captured
         except CaptureError as refusal:
             refusals.append((rung, refusal))
-            continue
-        report = (
-            f"captured {name} by {rung}: {len(program.graph.nodes)} nodes, "
-            f"{len(program.modules)} leaf modules."
-        )
-        for other, reason in refusals:
-            report += f" ({other} could not: {reason})"
-        report += "".join(f" Note: {note}." for note in program.notes)
-        if refusals:
-            report += " Control flow follows the shapes of the example inputs."
-        return Captured(program, rung, report, name)
+        except ExampleInputsError as refusal:
+            if not hasattr(refusal, "node"):  # the inputs do not fit the signature
+                raise
+            refusals.append((rung, refusal))
+    for _, reason in refusals:
+        if isinstance(reason, ExampleInputsError):
+            raise reason
+    if len(refusals) == 1:
+        raise refusals[0][1]
     reasons = "\n".join(f"  {rung}: {reason}" for rung, reason in refusals)
     raise CaptureError(
         f"{name} could not be captured as a graph.\n{reasons}\n"
         f"Next: capture the part that can be (prune model.backbone, say), or move the control flow that "
         f"depends on tensor values out of forward."
     ) from refusals[-1][1]
+
+
+def _inputs(name: str, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    try:
+        return program.bind(to_meta(args), to_meta(kwargs))
+    except TypeError as error:
+        raise ExampleInputsError(f"the captured {name} {error}.") from error
+
+
+def _captured(
+    name: str, rung: str, program: Program, inputs: list[Any], refusals: list[tuple[str, Any]]
+) -> Captured:
+    report = (
+        f"captured {name} by {rung}: {len(program.graph.nodes)} nodes, {len(program.modules)} leaf modules."
+    )
+    for other, reason in refusals:
+        report += f" ({other} could not: {reason})"
+    if isinstance(program, RegionProgram):
+        report += f" Regions: {', '.join(region.path for region in program.regions)}."
+        report += f" Left as they are: {'; '.join(program.refused)}." if program.refused else ""
+    report += "".join(f" Note: {note}." for note in program.notes)
+    if refusals:
+        report += " Control flow follows the shapes of the example inputs."
+    return Captured(program, rung, report, name, inputs, regions.describe(program))

@@ -22,6 +22,7 @@ import keyword
 import operator
 import os
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from types import FrameType, FunctionType
 from typing import Any
@@ -151,7 +152,7 @@ class _Tracer(fx.Tracer):
         """
         asked: set[nn.Module] = set()
         try:
-            with _dynamic_training(self.model, asked), _dynamic_factories(self):
+            with _restored(self.model), _dynamic_training(self.model, asked), _dynamic_factories(self):
                 graph = super().trace(self.model)
         except (CaptureError, ExampleInputsError):
             raise
@@ -182,7 +183,7 @@ class _Tracer(fx.Tracer):
             graph=graph,
             modules={str(n.target): self.leaf(str(n.target)) for n in graph.nodes if n.op == "call_module"},
             tensors={name: self.tensors[name] for name in self.names},
-            skeleton=_skeleton(self.model, self.names),
+            skeleton=module_skeleton(self.model),
             extras=self.constants,
             notes=tuple(notes),
         )
@@ -271,6 +272,8 @@ class _Tracer(fx.Tracer):
                 self.tensor_names[id(a)] = name
                 self.alive.append(a)
             return self.create_node("get_attr", name, (), {})
+        if type(a) is OrderedDict:  # which torch.fx would turn into a plain dict
+            return self.create_node("call_function", OrderedDict, (super().create_arg(a),), {})
         return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
@@ -357,7 +360,7 @@ class _ShapeTracer(_Tracer):
 
     def create_arg(self, a: Any) -> Any:
         node = super().create_arg(a)
-        if isinstance(node, fx.Node) and node not in self.values:  # a training flag or a constant
+        if isinstance(node, fx.Node) and node not in self.values:  # a flag, a constant, an OrderedDict
             flag = node.op == "call_module"
             self.values[node] = self.leaf(str(node.target)).training if flag else self._evaluate(node)
         return node
@@ -444,7 +447,8 @@ def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def _skeleton(model: nn.Module, names: tuple[str, ...]) -> Skeleton:
+def module_skeleton(model: nn.Module) -> Skeleton:
+    """What of the module tree of ``model`` is neither a leaf of a graph nor a tensor."""
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
     training: dict[str, bool] = {}
@@ -461,7 +465,7 @@ def _skeleton(model: nn.Module, names: tuple[str, ...]) -> Skeleton:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 buffers[f"{path}.{name}" if path else name] = name not in module._non_persistent_buffers_set
-    return Skeleton(training, aliases, buffers, names)
+    return Skeleton(training, aliases, buffers, tuple(name for name, _ in _tensors(model)))
 
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "linspace", "eye")
@@ -492,6 +496,27 @@ def _dynamic_factories(tracer: _Tracer) -> Iterator[None]:
     finally:
         for name, original in originals.items():
             setattr(torch, name, original)
+
+
+@contextlib.contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Afterwards, modules have the attributes that they have now: a forward may cache what it computes."""
+    before = [(module, dict(module.__dict__)) for module in model.modules()]
+    contents = [
+        (value, value.copy())
+        for _, attributes in before
+        for value in attributes.values()
+        if type(value) in (dict, list, set)
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+        for value, content in contents:
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
 
 
 @contextlib.contextmanager
@@ -536,4 +561,4 @@ def _blame(error: BaseException) -> str:
     return where
 
 
-__all__ = ["check_value", "function_name", "is_leaf", "trace", "trace_with_shapes"]
+__all__ = ["check_value", "function_name", "is_leaf", "module_skeleton", "trace", "trace_with_shapes"]

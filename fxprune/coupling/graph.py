@@ -98,12 +98,11 @@ class CouplingGraph:
     Iterating gives the groups. Made by :func:`fxprune.analyze`.
     """
 
-    def __init__(self, captured: Captured, inputs: list[Any], held: tuple[str, ...] = ()) -> None:
+    def __init__(self, captured: Captured, held: tuple[str, ...] = ()) -> None:
         """``held`` are names of graph nodes around which nothing is to be narrowed."""
         self.captured = captured
-        self.inputs = inputs
         self.held = held
-        self._run: Run = interpret(captured.program, inputs)
+        self._run: Run = interpret(captured.program, self.inputs)
         self._regroup()
 
     def _regroup(self) -> None:
@@ -121,7 +120,7 @@ class CouplingGraph:
     def hold(self, names: set[str]) -> CouplingGraph:
         """The same analysis with nothing narrowed around the nodes ``names``."""
         other = object.__new__(CouplingGraph)
-        other.captured, other.inputs, other._run = self.captured, self.inputs, self._run
+        other.captured, other._run = self.captured, self._run
         other.held = tuple(sorted({*self.held, *names}))
         other._regroup()
         return other
@@ -263,6 +262,11 @@ class CouplingGraph:
         return report(self)
 
     # -- what the later stages read -------------------------------------------------------------
+
+    @property
+    def inputs(self) -> list[Any]:
+        """Meta tensors and values for the graph's placeholders, in order."""
+        return self.captured.inputs
 
     @property
     def run(self) -> Run:

@@ -197,9 +197,10 @@ class _Interpreter(TorchDispatchMode):
             elif node.op == "get_attr":
                 result = self._tensor(node.target)
             elif node.op == "output":
+                reason = node.meta.get("reason", "output of the model")
                 for tensor in pytree.tree_leaves(map_arg(node.args[0], env.__getitem__)):
                     if isinstance(tensor, torch.Tensor):
-                        self.coupler.freeze_value(self.coupler.value(tensor), "output of the model")
+                        self.coupler.freeze_value(self.coupler.value(tensor), reason)
                 continue
             else:
                 args = map_arg(node.args, env.__getitem__)

@@ -11,7 +11,7 @@ from ..errors import PlanError
 from .patterns import nearest
 
 if TYPE_CHECKING:
-    from torch import Tensor, fx, nn
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
     _Optimizer = TypeVar("_Optimizer", bound=Optimizer)
@@ -81,6 +81,8 @@ class PruningPlan:
         removed: positions of the units to remove, by the group's name; groups that stay are left out.
         held: names of graph nodes that could not be rewritten; nothing around them is narrowed.
         dissolved: functions that had to be traced into, as ``module.name``.
+        regions: where the model is captured in parts: by path of a submodule a description of its inputs
+            and the names of its tensors that are used outside of it, too.
         notes: why nodes were held, for people.
         settings: how the plan was made (ratio, importance, seed); for the record only.
     """
@@ -92,10 +94,11 @@ class PruningPlan:
     removed: Mapping[str, list[int]]
     held: tuple[str, ...] = ()
     dissolved: tuple[str, ...] = ()
+    regions: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def apply(self, model: nn.Module) -> fx.GraphModule:
+    def apply(self, model: nn.Module) -> nn.Module:
         """A narrowed copy of ``model``, which may be any copy of the architecture that the plan is for.
 
         Raises:
@@ -240,12 +243,15 @@ class PruningPlan:
         Raises:
             PlanError: names the field and what is wrong with it.
         """
-        for name in ("inputs", "shapes", "sizes", "removed", "settings"):
+        for name in ("inputs", "shapes", "sizes", "removed", "regions", "settings"):
             if not isinstance(getattr(self, name), Mapping):
                 raise PlanError(f"the plan's {name!r} must map names to values, got {getattr(self, name)!r}.")
         for name, shape in self.shapes.items():
             if not _whole_numbers(shape):
                 raise PlanError(f"the plan's shape of {name!r} must be a list of sizes, got {shape!r}.")
+        for path, region in self.regions.items():
+            if not isinstance(region, Mapping) or not {"inputs", "outside"} <= region.keys():
+                raise PlanError(f"the plan's region {path!r} must hold 'inputs' and 'outside'.")
         for group, gone in self.removed.items():
             size = self.sizes.get(group)
             if type(size) is not int:

@@ -1,0 +1,246 @@
+"""A program that covers parts of a model: regions, with opaque Python code around them.
+
+All regions stand side by side in one graph, so that coupling, scoring, planning, rewriting and the check
+know nothing of them: parameters that regions share are one tensor, and each region's outputs are outputs
+of the graph, which keep their widths. Only the last step differs: the graph falls into its pieces, each
+of which becomes the ``forward`` of its submodule in a copy of the model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.node import map_arg
+
+from .inputs import restore_inputs
+from .program import OwnedModule, Program, Skeleton, clone_module
+
+
+@dataclass(frozen=True)
+class Region:
+    """A submodule that is captured as a whole.
+
+    Attributes:
+        path: the submodule.
+        inputs: description of its arguments (see :func:`fxprune.inputs.describe_inputs`).
+        outside: parameters and buffers in it that code around the regions uses, too, by their full names.
+        placeholders: name of a placeholder in the common graph -> its name in the submodule's signature.
+        skeleton: the submodule's own.
+    """
+
+    path: str
+    inputs: Mapping[str, Any]
+    outside: tuple[str, ...]
+    placeholders: Mapping[str, str]
+    skeleton: Skeleton
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionProgram(Program):
+    """A :class:`~fxprune.program.Program` whose graph holds the regions of ``model``.
+
+    Node metadata ``"region"`` is the path of the region that a node belongs to.
+
+    Attributes:
+        model: the model around the regions.
+        regions: the submodules that the graph covers.
+        refused: submodules that could not be captured and why, for people.
+    """
+
+    model: nn.Module
+    regions: tuple[Region, ...]
+    refused: tuple[str, ...] = ()
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The regions' own inputs, on meta; those of the model go to the code around them."""
+        values: list[Any] = []
+        pieces = self.pieces()
+        for region in self.regions:
+            values += pieces[region.path].bind(*restore_inputs(region.inputs))
+        return values
+
+    def pieces(self) -> dict[str, Program]:
+        owners = _owners(self.graph)
+        return {region.path: self._piece(region, owners) for region in self.regions}
+
+    def result(self, class_name: str) -> nn.Module:
+        """A copy of the model, of its own type, that owns ``tensors`` and runs the regions' graphs."""
+        memo: dict[int, Any] = {}
+        for name, tensor in _tensors(self.model):
+            memo[id(tensor)] = self.tensors[name]
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        added = {}
+        for path, leaf in self.modules.items():
+            new = clone_module(leaf, partial(self._owned, path))
+            if path in modules:
+                memo[id(modules[path])] = new
+            else:
+                added[path] = new
+        model = copy.deepcopy(self.model, memo)
+        for path, new in added.items():
+            parent, _, name = path.rpartition(".")
+            model.get_submodule(parent)._modules[name] = new
+        for path, piece in self.pieces().items():
+            region = model.get_submodule(path)
+            for name, tensor in piece.extras.items():
+                parent, _, attribute = name.rpartition(".")
+                region.get_submodule(parent).register_buffer(attribute, tensor, persistent=False)
+            RegionModule.take_over(region, piece.graph)
+        return model
+
+    def _owned(self, path: str, name: str, _: torch.Tensor) -> torch.Tensor | None:
+        return self.tensors.get(f"{path}.{name}")
+
+    def _piece(self, region: Region, owners: Mapping[fx.Node, str]) -> Program:
+        prefix = f"{region.path}."
+        graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            if owners.get(node) == region.path:
+                mapping[node] = new = graph.node_copy(node, mapping.__getitem__)
+                if node.op == "placeholder":
+                    new.target = region.placeholders[node.name]
+                elif node.op in ("get_attr", "call_module"):
+                    new.target = str(node.target).removeprefix(prefix)
+            elif node.op == "output":
+                graph.output(map_arg(node.args[0][region.path], mapping.__getitem__))
+        used = {node.target for node in self.graph.nodes if owners.get(node) == region.path}
+        return Program(
+            graph=graph,
+            modules={k.removeprefix(prefix): v for k, v in self.modules.items() if k.startswith(prefix)},
+            tensors={name: self.tensors[prefix + name] for name in region.skeleton.names},
+            skeleton=region.skeleton,
+            extras={k.removeprefix(prefix): v for k, v in self.extras.items() if k in used},
+        )
+
+
+def unite(
+    model: nn.Module,
+    skeleton: Skeleton,
+    parts: Mapping[str, tuple[Program, Any, tuple[str, ...]]],
+    refused: tuple[str, ...],
+) -> RegionProgram:
+    """One program for several submodules of ``model``.
+
+    Args:
+        model: the model that holds them.
+        skeleton: the model's.
+        parts: by path a submodule's program, the description of its inputs, and the names of its tensors
+            that are used outside of the regions, too.
+        refused: submodules that could not be captured and why, for people.
+    """
+    graph = fx.Graph()
+    outputs: dict[str, Any] = {}
+    regions = []
+    modules: dict[str, nn.Module] = {}
+    extras: dict[str, torch.Tensor] = {}
+    for path, (program, inputs, outside) in parts.items():
+        prefix = path.replace(".", "_")
+        mapping: dict[fx.Node, fx.Node] = {}
+        placeholders = {}
+        for node in program.graph.nodes:
+            args, kwargs = map_arg((node.args, node.kwargs), mapping.__getitem__)
+            if node.op == "output":
+                outputs[path] = args[0]
+                continue
+            target = node.target
+            if node.op == "placeholder":
+                target = f"{prefix}__{target}"
+            elif node.op in ("get_attr", "call_module"):
+                target = f"{path}.{target}"
+            new = graph.create_node(node.op, target, args, kwargs, f"{prefix}_{node.name}", node.type)
+            new.meta = {**node.meta, "region": path}
+            if node.op == "placeholder":
+                placeholders[new.name] = str(node.target)
+            mapping[node] = new
+        modules.update({f"{path}.{name}": module for name, module in program.modules.items()})
+        extras.update({f"{path}.{name}": tensor for name, tensor in program.extras.items()})
+        regions.append(Region(path, inputs, outside, placeholders, program.skeleton))
+    outputs[""] = [graph.get_attr(name) for _, _, outside in parts.values() for name in outside]
+    output = graph.output(outputs)
+    output.meta["reason"] = "the boundary of a region: the code around it is no graph"
+    return RegionProgram(
+        graph=graph,
+        modules=modules,
+        tensors=dict(_tensors(model)),
+        skeleton=skeleton,
+        extras=extras,
+        notes=tuple(f"in {path}, {note}" for path, part in parts.items() for note in part[0].notes),
+        refused=refused,
+        model=model,
+        regions=tuple(regions),
+    )
+
+
+def _owners(graph: fx.Graph) -> dict[fx.Node, str]:
+    """The region of every node; one that a pass inserted belongs to that of its neighbours."""
+    owners = {node: node.meta["region"] for node in graph.nodes if "region" in node.meta}
+    nodes = [node for node in graph.nodes if node.op != "output"]
+    for ordered, near in ((nodes, "all_input_nodes"), (reversed(nodes), "users")):
+        for node in ordered:
+            owner = next((owners[n] for n in getattr(node, near) if n in owners), None)
+            if node not in owners and owner is not None:
+                owners[node] = owner
+    return owners
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+
+
+class RegionModule(nn.Module):
+    """What a region becomes: a module of its original class that runs a graph.
+
+    Attributes and methods are those of the original class, so that the code around the region finds what
+    it looks for. Its graph is ``graph``.
+    """
+
+    graph: fx.Graph
+    original: type[nn.Module]
+
+    @staticmethod
+    def take_over(module: nn.Module, graph: fx.Graph) -> None:
+        """Turn ``module`` into one whose ``forward`` is ``graph``."""
+        original = module.original if isinstance(module, RegionModule) else type(module)
+        forward = type(OwnedModule.of(module, graph, original.__name__)).forward
+        module.__class__ = type(
+            original.__name__,
+            (RegionModule, original),
+            {
+                "__module__": original.__module__,
+                "__qualname__": original.__qualname__,
+                "__doc__": original.__doc__,
+                "original": original,
+                "graph": graph,
+                "forward": forward,
+            },
+        )
+
+    def graph_module(self) -> OwnedModule:
+        """A ``GraphModule`` that shares everything with this module."""
+        return OwnedModule.of(self, self.graph, self.original.__name__)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickle, (self.original, self.graph_module(), self.__dict__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RegionModule:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+
+def _unpickle(original: type[nn.Module], view: OwnedModule, state: dict[str, Any]) -> nn.Module:
+    module = original.__new__(original)
+    module.__dict__.update(state)
+    RegionModule.take_over(module, view.graph)
+    return module
+
+
+__all__ = ["Region", "RegionModule", "RegionProgram", "unite"]
