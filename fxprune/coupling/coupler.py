@@ -275,11 +275,15 @@ class Coupler:
             assert label is not None
             over_other = tuple(names[d] for d in label.over)
             if ids is not label.ids or over != over_other:
-                both = (*over, *(o for o in over_other if o not in over))
-                self.merge(aligned(ids, over, both), aligned(label.ids, over_other, both), axis, label.axis)
+                # Rows that the other side does not have meet all of its rows, so they are tied.
+                other = label.ids
                 lost = [o for o in over if o not in over_other]
                 if lost:
                     ids, over = self._drop(ids, over, lost, axis)
+                lost = [o for o in over_other if o not in over]
+                if lost:
+                    other, over_other = self._drop(other, over_other, lost, label.axis)
+                self.merge(aligned(ids, over, over), aligned(other, over_other, over), axis, label.axis)
             row = row and label.row
         for _, value, dim, names, label in used:
             if label is None and value.is_open(dim):

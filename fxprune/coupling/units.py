@@ -100,7 +100,7 @@ class Units:
                     break
                 self._parent[high[keep]] = low[keep]
                 break
-            self._parent[high] = low
+            np.minimum.at(self._parent, high, low)  # one that meets several goes to the least of them
         return met, collided
 
 

@@ -1,0 +1,265 @@
+"""Models that cannot be captured whole: their largest submodules are pruned, the code around them stays."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import difference, masked, same_structure, snapshot, stir
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxprune
+from fxprune.api import graph_for
+from fxprune.coupling.units import Units
+from fxprune.errors import CaptureError, PlanError, VerificationError
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Head(nn.Module):
+    """Has a method and an attribute that the code around it uses."""
+
+    scale = 2.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(8, 16)
+        self.out = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        return OrderedDict(z=self.out(self.hidden(x).relu()))
+
+    def loss(self, y: Tensor) -> Tensor:
+        return y.square().mean() * self.scale
+
+
+class Whole(nn.Module):
+    """Body and head with a loop on values between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        conv = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3)
+        self.body = nn.Sequential(*conv, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = Head()
+        self.unused = nn.Linear(3, 3)
+        stir(self)
+
+    def forward(self, x: Tensor) -> tuple[Any, Tensor]:
+        y = self.body(x)
+        while y.sum() > 0:
+            y = y - 1
+        out = self.head(F.dropout(y, 0.5, self.training))
+        return out, self.head.loss(out["z"])
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return Whole().eval()
+
+
+def judge(model: nn.Module, inputs: Any = X, narrows: str = "") -> tuple[fxprune.PruningPlan, nn.Module]:
+    """Prune at half; the result computes what the masked original computes, the original is untouched."""
+    before = snapshot(model)
+    plan = fxprune.plan(model, inputs, ratio=0.5)
+    pruned = plan.apply(model)
+    assert type(pruned) is type(model)
+    assert list(pruned.state_dict()) == list(model.state_dict())
+    for name in narrows.split():
+        assert pruned.get_parameter(name).numel() < model.get_parameter(name).numel(), name
+    assert fxprune.verify(model, pruned, plan, inputs).exact
+    reference = masked(model, graph_for(plan, model), plan).double().eval()
+    with torch.no_grad():
+        wanted = reference(inputs.double())
+        got = copy.deepcopy(pruned).double().eval()(inputs.double())
+    assert same_structure(wanted, got)
+    assert difference(got, wanted) < 1e-8
+    assert snapshot(model) == before
+    owned = {id(t) for t in [*model.parameters(), *model.buffers()]}
+    assert owned.isdisjoint(id(t) for t in [*pruned.parameters(), *pruned.buffers()])
+    return plan, pruned
+
+
+def test_prunes_parts(model: nn.Module) -> None:
+    """Both sides of the loop narrow; type, attributes, methods and output types are the original's."""
+    plan, pruned = judge(model, narrows="body.0.weight body.3.weight head.hidden.weight head.out.weight")
+    assert isinstance(pruned.head, Head)
+    assert list(plan.regions) == ["body", "head"]
+    assert pruned.meta["fxprune"] == plan
+    assert fxprune.PruningPlan.from_json(plan.to_json()) == plan
+
+
+def test_says_so(model: nn.Module) -> None:
+    """The report names the regions and why the rungs before failed."""
+    report = fxprune.analyze(model, X).captured.report
+    assert "by regions" in report
+    assert "Regions: body, head." in report
+    assert "control flow" in report
+
+
+def test_boundary_stays(model: nn.Module) -> None:
+    """What leaves a region keeps its width, and says why."""
+    frozen = {str(f.axis): f.reason for f in fxprune.analyze(model, X).frozen}
+    assert "boundary of a region" in frozen["body.3.weight[0]"]
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies(model: nn.Module, again: Any) -> None:
+    """A copy or a pickle computes the same with tensors of its own, and stays prunable."""
+    pruned = fxprune.prune(model, X)
+    twin = again(pruned)
+    assert torch.equal(twin(X)[1], pruned(X)[1])
+    assert isinstance(twin.head, Head)
+    with torch.no_grad():
+        twin.head.hidden.weight.zero_()
+    assert not torch.equal(twin(X)[1], pruned(X)[1])
+    assert fxprune.plan(twin, X).sizes == dict.fromkeys(twin.meta["fxprune"].sizes, 8)
+
+
+def test_trains(model: nn.Module) -> None:
+    """Gradients reach every parameter of a region; modes switch."""
+    pruned = fxprune.prune(model, X).train()
+    assert not torch.equal(pruned(X)[1], pruned(X)[1])
+    pruned(X)[1].backward()
+    assert all(p.grad is not None for n, p in pruned.named_parameters() if not n.startswith("unused"))
+    assert not torch.equal(
+        pruned.get_buffer("body.1.running_mean"), model.get_buffer("body.1.running_mean")[:8]
+    )
+
+
+def test_leaves_no_trace() -> None:
+    """The run that finds the regions moves no statistics and no random numbers."""
+    model = Whole().train()
+    before = snapshot(model)
+    torch.manual_seed(3)
+    wanted = torch.rand(1)
+    torch.manual_seed(3)
+    fxprune.analyze(model, X)
+    assert torch.equal(torch.rand(1), wanted)
+    assert snapshot(model) == before
+
+
+def test_plan_applies_without_running() -> None:
+    """The plan knows the inputs of the regions: another copy of the architecture may live on meta."""
+    plan = fxprune.plan(Whole(), X)
+    assert plan.apply(Whole().to("meta")).get_parameter("head.hidden.weight").shape == (8, 8)
+
+
+def test_tampering_is_found(model: nn.Module) -> None:
+    plan = fxprune.plan(model, X)
+    pruned = plan.apply(model)
+    with torch.no_grad():
+        pruned.get_parameter("head.hidden.weight").mul_(1.01)
+    with pytest.raises(VerificationError, match="head_hidden"):
+        fxprune.verify(model, pruned, plan, X)
+
+
+def test_unknown_region(model: nn.Module) -> None:
+    plan = fxprune.plan(model, X)
+    broken = plan.to_json().replace('"outside"', '"inside"')
+    with pytest.raises(PlanError, match="region 'body'"):
+        fxprune.PruningPlan.from_json(broken)
+
+
+class Stepwise(nn.Module):
+    """A region that is called several times, with other sizes; its parent reads one of its weights."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.block = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 3, 3, padding=1))
+        self.tied = tied
+
+    def forward(self, x: Tensor) -> Tensor:
+        while x.shape[-1] > 2 and x.sum() == x.sum():
+            x = F.max_pool2d(self.block(x), 2)
+        if self.tied:
+            x = x + self.block[0].weight.sum()
+        return x
+
+
+def test_called_several_times() -> None:
+    plan, _ = judge(Stepwise(), narrows="block.0.weight block.2.weight")
+    assert list(plan.regions) == ["block"]
+
+
+def test_weight_used_outside() -> None:
+    """A parameter that the code around reads keeps its shape."""
+    model = Stepwise(tied=True).eval()
+    graph = fxprune.analyze(model, X)
+    assert graph.captured.regions["block"]["outside"] == ["block.0.weight"]
+    assert not list(graph)
+    assert torch.equal(fxprune.prune(model, X)(X), model(X))
+
+
+class Shape(nn.Module):
+    """Takes another branch for small inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1))
+        self.b = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Tanh(), nn.Conv2d(8, 3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) if x.shape[-1] > 4 else self.b(x)
+
+
+def test_calls_must_agree() -> None:
+    """A submodule whose graph is another from call to call is no region; its children may be."""
+    model = Stepwise().eval()
+    model.block = Shape()  # type: ignore[assignment]
+    plan, _ = judge(model, narrows="block.a.0.weight block.b.0.weight")
+    assert list(plan.regions) == ["block.a", "block.b"]
+
+
+def test_nothing_to_capture() -> None:
+    class Alone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) if x.sum() > 0 else x
+
+    with pytest.raises(CaptureError, match="no part of it can be captured"):
+        fxprune.analyze(Alone(), torch.ones(2, 3))
+
+
+def test_tracing_leaves_attributes() -> None:
+    """A forward that stores what it computes does not store what tracing computes."""
+
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 3))
+            self.cache: Any = None
+            self.seen: list[Any] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.cache = self.fc(x)
+            self.seen.append(x)
+            return self.cache
+
+    model = Caching()
+    fxprune.prune(model, torch.randn(2, 3))
+    assert model.cache is None
+    assert model.seen == []
+
+
+def test_many_meet_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One unit that meets many is merged with all of them in a few rounds, not in one each."""
+    units = Units()
+    one, many = units.fresh(1), units.fresh(50)
+    hub = units.fresh(1)
+    rounds = []
+    find = Units.find
+    monkeypatch.setattr(Units, "find", lambda self, ids: rounds.append(1) or find(self, ids))
+    units.merge(np.append(one, many), hub)
+    assert len(rounds) < 10
+    assert (units.find(many) == one).all()
