@@ -89,8 +89,8 @@ def schedule(
 
     Every step scores the units of the current network and narrows it. Ratios refer to the sizes of the
     original, so that after each step the widths are those that one step with ``step.share * ratio`` would
-    give, and names of layers in the options mean those of the original; ``ratios``, ``scopes`` and the shares
-    in a ``budget`` follow the curve, too. What is gone stays gone.
+    give, and names of layers in the options mean those of the original; ``ratios``, ``scopes``, ``heads`` and
+    the shares in a ``budget`` follow the curve, too. What is gone stays gone.
 
     Args:
         model: the original; it is not changed.
@@ -137,8 +137,9 @@ def _shares(steps: int, curve: str | Curve) -> list[float]:
 def _partly(share: float, ratio: float | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of :func:`fxprune.plan` for a part of the way."""
     new = dict(options)
-    if ratio is not None:
-        new["ratio"] = share * check_ratio(ratio)
+    for name, part in {"ratio": ratio, "heads": new.get("heads")}.items():
+        if part is not None:
+            new[name] = share * check_ratio(part, name)
     for name in ("ratios", "scopes"):
         if isinstance(new.get(name), Mapping):
             new[name] = {

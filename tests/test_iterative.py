@@ -183,6 +183,24 @@ def test_schedule_with_training_and_an_optimiser() -> None:
         next(steps)
 
 
+def test_heads_go_in_steps() -> None:
+    """Once some heads are gone, the pruned network has other groups; the totals are still plans."""
+    model = stir(
+        torchvision.models.VisionTransformer(
+            image_size=8, patch_size=4, num_layers=1, num_heads=4, hidden_dim=16, mlp_dim=8, num_classes=5
+        )
+    ).eval()
+    x = torch.randn(1, 3, 8, 8)
+    replay: nn.Module = model
+    for step in fxprune.schedule(model, x, ratio=0.5, heads=0.5, steps=2):
+        replay = step.plan.apply(replay)
+        shake(step.model)
+    attention = replay.get_submodule("encoder.layers.encoder_layer_0.self_attention")
+    assert (attention.num_heads, attention.v_width) == (2, 4)
+    assert equal(replay, step.total.apply(model))
+    assert torch.equal(replay(x), step.total.apply(model)(x))
+
+
 def test_criteria_and_globally() -> None:
     """A function of a group sees the current network's groups."""
     model, x = stir(Attending()), NETS["attending"][1]

@@ -48,7 +48,7 @@ def test_names_what_goes_and_what_else_is_needed(graph: fxprune.CouplingGraph) -
     wanted |= dict.fromkeys(["norm.running_mean[0]", "norm.running_var[0]"], "[1-2, 6]")
     assert lines(removal) == wanted | {"grouped.weight[1]": "[1-2], 1-2 a row"}
     assert removal.balance == (
-        "also needs 1 more in row 1 of the 2 rows of stem.weight[0], of 4 units each; any will do",
+        "also needs 1 more in row 1 of the 2 rows that remain of stem.weight[0] (4 units each); any will do",
     )
     text = str(removal)
     assert text.startswith("stem.weight[0], indices 1-2, 6\n")
@@ -67,7 +67,14 @@ def test_balanced_removals_make_plans(graph: fxprune.CouplingGraph) -> None:
     with pytest.raises(PlanError):
         replace(plan, removed=fxprune.removable(graph, "stem", idxs=[1]).removed).apply(model)
     whole = fxprune.removable(graph, "stem", idxs=[0, 1, 2, 3])
-    assert "would lose all of its units" in whole.balance[0]
+    assert whole.balance == (
+        "a whole row of stem.weight[0] goes, so it needs units 0-2 of grouped.weight[0], too",
+    )
+    both = whole.removed | fxprune.removable(graph, "grouped", idxs=[0, 1, 2]).removed
+    assert replace(plan, removed=both).apply(model).grouped.groups == 1
+    more = fxprune.removable(graph, "stem", idxs=[0, 1, 2, 3, 5])
+    assert len(more.balance) == 1, "what remains is a single row"
+    assert "all rows of stem.weight[0] would go" in fxprune.removable(graph, "stem").balance[-1]
 
 
 def test_names_dimensions_and_repeats(graph: fxprune.CouplingGraph) -> None:

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from ..errors import AxisError
 from .graph import CouplingGraph, Explanation, Link
-from .groups import Group
+from .groups import Group, RowSet
 from .units import Axis, Ids
 
 
@@ -117,7 +117,10 @@ def removable(
         indices,
         {group.name: units.tolist() for group, units in groups},
         _steps(explanation, groups),
-        tuple(text for group, units in groups for text in _balance(group, units)),
+        (
+            *_whole_rows(graph.rows, {group.name: units for group, units in groups}),
+            *(text for group, units in groups for text in _balance(group, units)),
+        ),
         kept,
     )
 
@@ -193,10 +196,31 @@ def _steps(explanation: Explanation, groups: list[tuple[Group, Ids]]) -> tuple[S
     return tuple(steps)
 
 
-def _balance(group: Group, units: Ids) -> list[str]:
-    """What else must go in the rows of a group, so that all of them lose the same share."""
+def _whole_rows(sets: tuple[RowSet, ...], gone: dict[str, Ids]) -> list[str]:
+    """What goes with rows (heads, groups of a convolution) of which some group loses all units."""
     texts = []
-    for band in group.balance:
+    for row in (row for rows in sets for row in rows.rows):
+        by_group = {name: np.isin(units, gone.get(name, ())) for name, units in row.items()}
+        if any(hit.all() for hit in by_group.values()):
+            first = next(name for name, hit in by_group.items() if hit.all())
+            more = {name: row[name][~hit] for name, hit in by_group.items() if not hit.all()}
+            texts += [
+                f"a whole row of {first} goes, so it needs units {ranges(units)} of {name}, too"
+                for name, units in more.items()
+            ]
+    return texts
+
+
+def _balance(group: Group, units: Ids) -> list[str]:
+    """What else must go in the rows that remain of a group, so that all of them lose the same share."""
+    texts = []
+    whole = [row for row in group.rows if np.isin(row, units).all()]
+    gone = np.concatenate(whole) if whole else np.empty(0, dtype=np.int64)
+    for every in group.balance:
+        band = [row for row in every if not np.isin(row, gone).all()]
+        if not band:
+            texts.append(f"all rows of {group.name} would go; at least one must stay")
+            continue
         parts = math.gcd(*(row.size for row in band))
         counts = [int(np.isin(row, units).sum()) for row in band]
         share = max(-(-count * parts // row.size) for count, row in zip(counts, band, strict=True))
@@ -204,7 +228,10 @@ def _balance(group: Group, units: Ids) -> list[str]:
         if not any(more):
             continue
         if share == parts:
-            texts.append(f"a row of {group.name} would lose all of its units; every row keeps at least one")
+            texts.append(
+                f"a row of {group.name} would lose all of its units; one that cannot go as a whole keeps "
+                f"at least one"
+            )
             continue
         by_need: dict[int, list[int]] = {}
         for row, need in enumerate(more):
@@ -213,7 +240,7 @@ def _balance(group: Group, units: Ids) -> list[str]:
         for need, rows in by_need.items():
             texts.append(
                 f"also needs {need} more in row{'s' if len(rows) > 1 else ''} {ranges(rows)} of the "
-                f"{len(band)} rows of {group.name}, of {band[rows[0]].size} units each; any will do"
+                f"{len(band)} rows that remain of {group.name} ({band[rows[0]].size} units each); any will do"
             )
     return texts
 
