@@ -58,7 +58,7 @@ class UpdateModules(Pass):
                 changes[name] = attributes
         if not changes:
             return None
-        copy = clone_module(leaf, lambda _, tensor: tensor)
+        copy = clone_module(leaf, lambda _, tensor: tensor, share=True)
         for name, attributes in changes.items():
             submodule = copy.get_submodule(name)
             if isinstance(submodule, nn.MultiheadAttention):

@@ -34,6 +34,11 @@ CALLS: list[tuple[Any, tuple[Any, ...]]] = [
     (aten.mm.default, (meta(*ROWS), meta(6, 4))),
     (aten.bmm.default, (meta(3, *ROWS), meta(3, 6, 4))),
     (aten.mean.dim, (meta(*IMAGE), [-1, -2], True)),
+    (aten.cat.default, ([meta(*IMAGE), meta(2, 3, 9, 7), meta(*IMAGE)], 1)),
+    (aten.cat.default, ([meta(*ROWS), meta(2, 6)],)),
+    (aten.cat.default, ([meta(*ROWS), meta(*ROWS)], -1)),
+    (aten.cat.default, ([meta(*ROWS), meta(0)], 0)),
+    (aten.cat.default, ([meta(*ROWS), meta(*ROWS, dtype=torch.float64)], 0)),
     (aten.mean.dim, (meta(*IMAGE), [0, 2], False)),
     *(
         (aten.mul.Tensor, (meta(*a), meta(*b)))
@@ -80,6 +85,8 @@ def test_every_shortcut_is_taken() -> None:
     ("operator", "args"),
     [
         (aten.mm.default, (meta(5, 6), meta(5, 4))),
+        (aten.cat.default, ([meta(5, 6), meta(5, 4)], 0)),
+        (aten.cat.default, ([meta(5, 6), meta(5, 6)], 2)),
         (aten.addmm.default, (meta(3), meta(5, 6), meta(6, 4))),
         (aten.convolution.default, (meta(2, 5, 9, 7), meta(8, 6, 3, 3), None, [1], [0], [1], False, [0], 1)),
         (aten.native_layer_norm.default, (meta(2, 5, 6), [7], meta(7), meta(7), 1e-5)),

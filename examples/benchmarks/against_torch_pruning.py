@@ -1,28 +1,33 @@
 """Time fxprune against Torch-Pruning 1.6.1 on torchvision's classification models.
 
-Each model has a process of its own, with a time and a memory limit. In it the two tools take turns on
-fresh models, several rounds, and the median counts; building the model is not timed. What is timed:
+Each model has a process of its own, with a limit to its memory and to the time of each run. In it the two
+tools take turns on fresh copies, several rounds, and the median counts. What is timed:
 
 - Torch-Pruning: ``MagnitudePruner(...)`` (which builds its dependency graph) and ``step()``. It is told what
   it needs to know: the classifier that must stay, and the head counts.
 - fxprune: ``fxprune.prune(model, x, ratio=0.5)``: capture, analysis, plan, rewrite and shape check. It is
   told nothing.
 
-A model "survives" when it still runs and gives outputs of the same shape. The geometric mean is over the
-models that survive both.
+A model "survives" when it still runs and gives outputs of the same shape. One that a tool fails on, or that
+takes it longer than the limit, is listed as such. The geometric mean is over the models that survive both.
 
     pip install -e '.[bench]'
     python examples/benchmarks/against_torch_pruning.py resnet18 densenet201
-    python examples/benchmarks/against_torch_pruning.py --markdown > table.md      # all 80; over an hour
+    python examples/benchmarks/against_torch_pruning.py --results results.jsonl > table.md      # all 80
+
+Progress goes to stderr, a Markdown table to stdout. With ``--results`` figures are kept as soon as
+they are there: after an interruption the same command goes on with the models that are missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import gc
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -30,16 +35,17 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import IO, Any
 
 RATIO = 0.5
 # Inception cannot take smaller images, and Swin-v2 is made for these; everything else is timed at 224.
 SIZES = {"inception_v3": 299, "swin_v2_t": 256, "swin_v2_s": 256, "swin_v2_b": 256}
 PEER, OURS = "torch-pruning", "fxprune"
+_START = 120  # seconds that a process may take before its first run
 
 
 @dataclass
@@ -77,15 +83,15 @@ def worker(name: str, rounds: int, tools: Sequence[str]) -> None:
     tiny = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
     for tool in tools:
         prune[tool](tiny, torch.randn(1, 3, 8, 8))
-    report(params=count_params(build(name)))
-
+    pristine = build(name)
+    report(params=count_params(pristine))
     failed: set[str] = set()
     for turn in range(rounds):
         # Ours goes first once, so that there is a figure when the peer never ends; then they take turns.
         for tool in tools if turn % 2 else reversed(tools):
             if tool in failed:
                 continue
-            model = build(name)
+            model = copy.deepcopy(pristine)
             shape = output_shape(model, inputs) if turn == 0 else None
             report(tool=tool, started=True)
             gc.collect()
@@ -161,7 +167,7 @@ def measure(name: str, rounds: int, limit: float, memory: float) -> tuple[int, d
     Args:
         name: of a torchvision model.
         rounds: how often each tool is run.
-        limit: seconds for each process.
+        limit: seconds for each run.
         memory: resident gigabytes (1e9 bytes) for each process.
 
     Returns:
@@ -172,7 +178,9 @@ def measure(name: str, rounds: int, limit: float, memory: float) -> tuple[int, d
         # What the other tool's breach cut short is run again in peace.
         if results[other].failure and results[tool].failure is None and len(results[tool].seconds) < rounds:
             again, alone = run_worker(name, rounds, (tool,), limit, memory)
-            params, results[tool] = again or params, alone[tool]
+            params = params or again
+            if len(alone[tool].seconds) >= len(results[tool].seconds):
+                results[tool] = alone[tool]
     return params, results
 
 
@@ -183,7 +191,7 @@ def run_worker(
     command = [sys.executable, __file__, name, "--worker", ",".join(tools), "--rounds", str(rounds)]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err)
-        breach = watch(process, limit, memory)
+        breach = watch(process, out, limit, memory)
         for stream in (out, err):
             stream.seek(0)
         # A worker that is ended while it writes leaves a last line without an end.
@@ -212,11 +220,11 @@ def run_worker(
     return params, results
 
 
-def watch(process: subprocess.Popen[Any], limit: float, memory: float) -> str | None:
-    """Wait for a process; end it when it breaks a limit, and say which."""
+def watch(process: subprocess.Popen[Any], out: IO[str], limit: float, memory: float) -> str | None:
+    """Wait for a process; end it when it breaks a limit, and say which. It reports every step to ``out``."""
     import psutil
 
-    start, watched = time.monotonic(), psutil.Process(process.pid)
+    watched, last, written = psutil.Process(process.pid), time.monotonic(), 0
     try:
         while process.poll() is None:
             time.sleep(0.1)
@@ -226,7 +234,11 @@ def watch(process: subprocess.Popen[Any], limit: float, memory: float) -> str | 
                 continue
             if resident > memory * 1e9:
                 return f"over {memory:g} GB"
-            if time.monotonic() - start > limit:
+            size = os.fstat(out.fileno()).st_size
+            if size != written:
+                last, written = time.monotonic(), size
+            # Before the first report it imports and builds the model.
+            if time.monotonic() - last > limit + (0 if written else _START):
                 return f"over {limit:g} s"
         return None
     finally:
@@ -243,6 +255,13 @@ class Row:
     params: int
     peer: Result
     ours: Result
+    setting: str
+
+    @classmethod
+    def read(cls, line: str) -> Row:
+        """From a line of a results file."""
+        facts = json.loads(line)
+        return cls(**{**facts, "peer": Result(**facts["peer"]), "ours": Result(**facts["ours"])})
 
     @property
     def speedup(self) -> float | None:
@@ -334,14 +353,12 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=3, help="runs of each tool, of which the median counts (default: 3)"
     )
-    parser.add_argument(
-        "--limit", type=float, default=240, help="seconds for each model's process (default: 240)"
-    )
+    parser.add_argument("--limit", type=float, default=60, help="seconds for each run (default: 60)")
     parser.add_argument(
         "--memory", type=float, default=15, help="gigabytes for each model's process (default: 15)"
     )
     parser.add_argument(
-        "--markdown", action="store_true", help="write a Markdown table; progress goes to stderr"
+        "--results", type=Path, help="file to keep results in, a line a model; what it holds is not run again"
     )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -353,22 +370,34 @@ def main() -> None:
     unknown = [name for name in options.models if name not in names]
     if unknown:
         parser.error(f"no torchvision classification model: {', '.join(unknown)}")
-    rows = []
-    progress = sys.stderr if options.markdown else sys.stdout
-    for name in options.models or names:
-        params, results = measure(name, options.rounds, options.limit, options.memory)
-        rows.append(Row(name, params, results[PEER], results[OURS]))
-        cells = dict(zip(HEADER, rows[-1].cells(), strict=True))
-        print("  ".join(f"{key}: {value}" for key, value in cells.items()), file=progress, flush=True)
-    if options.markdown:
-        print(f"{setting(options.rounds)}\n")
-        print(f"| {' | '.join(HEADER)} |\n|---|{'---:|' * (len(HEADER) - 1)}")
-        for row in rows:
-            print(f"| {' | '.join(cell.replace('|', '/') for cell in row.cells())} |")
-        print()
-    else:
-        print(setting(options.rounds))
-    print(summary(rows))
+    names = options.models or names
+    rows: dict[str, Row] = {}
+    if options.results is not None and options.results.exists():
+        lines = options.results.read_text().splitlines(keepends=True)
+        kept = [Row.read(line) for line in lines if line.endswith("\n")]
+        rows = {row.name: row for row in kept if row.name in names}
+    try:
+        for number, name in enumerate(names, 1):
+            if name in rows:
+                continue
+            params, results = measure(name, options.rounds, options.limit, options.memory)
+            row = rows[name] = Row(name, params, results[PEER], results[OURS], setting(options.rounds))
+            cells = "  ".join(f"{key}: {value}" for key, value in zip(HEADER, row.cells(), strict=True))
+            print(f"{number}/{len(names)}  {cells}", file=sys.stderr, flush=True)
+            if options.results is not None:
+                with options.results.open("a") as file:
+                    file.write(json.dumps(asdict(row)) + "\n")
+    except KeyboardInterrupt:
+        print("interrupted; the table holds what there is", file=sys.stderr)
+    print(table([rows[name] for name in names if name in rows]))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Settings, a Markdown table, and the summary."""
+    lines = [*sorted({row.setting for row in rows}), "", f"| {' | '.join(HEADER)} |"]
+    lines.append(f"|---|{'---:|' * (len(HEADER) - 1)}")
+    lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row.cells())} |" for row in rows]
+    return "\n".join([*lines, "", summary(rows)])
 
 
 if __name__ == "__main__":

@@ -112,6 +112,23 @@ def _mean(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _new(x, *(1 if d in reduced else size for d, size in enumerate(x.shape)))
 
 
+def _cat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensors, dim = (*args, 0)[:2]
+    first = tensors[0] if tensors else None
+    if kwargs or first is None or not all(_plain(t) and t.dtype == first.dtype for t in tensors):
+        return None
+    shape = list(first.shape)
+    if not -len(shape) <= dim < len(shape):
+        return None
+    dim %= len(shape)
+    others = shape[:dim] + shape[dim + 1 :]
+    shapes = [list(t.shape) for t in tensors]
+    if any(len(s) != len(shape) or s[:dim] + s[dim + 1 :] != others for s in shapes):
+        return None
+    shape[dim] = sum(s[dim] for s in shapes)
+    return _new(first, *shape)
+
+
 def _softmax(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0]
     return _like(x) if _plain(x) and not kwargs and len(args) > 1 and args[2:] in ((), (False,)) else None
@@ -147,6 +164,7 @@ SHORTCUTS: dict[Any, Shortcut] = {
     **dict.fromkeys([aten._softmax.default, aten._safe_softmax.default], _softmax),
     **dict.fromkeys([aten.add.Scalar, aten.sub.Scalar, aten.mul.Scalar, aten.div.Scalar], _binary),
     aten.mean.dim: _mean,
+    aten.cat.default: _cat,
     aten.add_.Tensor: _in_place,
     aten.mul_.Tensor: _in_place,
 }  # fmt: skip
