@@ -366,7 +366,8 @@ class _Steps:
             inserted = {name: shape for name, shape in shapes.items() if name not in first.shapes}
             self.narrow = graph_for(replace(second, shapes={**own, **inserted}), self.pruned)
         else:
-            names = {node.name for node in getattr(self.pruned, "graph", fx.Graph()).nodes}
+            nodes = self.pruned.graph.nodes if isinstance(self.pruned, fx.GraphModule) else ()
+            names = {node.name for node in nodes}
             held = tuple(name for name in held if name in names)
             like = replace(first, removed={}, sizes={}, shapes=shapes, held=held, dissolved=dissolved)
             self.narrow = graph_of(like, self.pruned)

@@ -90,7 +90,7 @@ class Program:
         return self.module(class_name)
 
 
-_REGISTRIES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+_REGISTRIES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "_forward_pre_hooks")
 
 
 _GENERATED = ("_code", "_lineno_map", "_prologue_start")

@@ -158,6 +158,10 @@ def test_mask_of_a_pruned_network_and_of_frozen_parameters() -> None:
     pruned.stem.weight.requires_grad_(False)
     again = fxprune.plan(pruned, batches[0], ratio=0.5)
     twin = again.mask(pruned)
+    for copied in (copy.deepcopy(twin), pickle.loads(pickle.dumps(twin))):
+        copied.load_state_dict(pruned.state_dict())
+        copied(batches[0])
+        assert not copied.stem.weight[~again.masks(pruned)["stem.weight"]].any()
     (twin(batches[0]).sum() + twin(batches[1]).sum()).backward()
     assert twin.stem.weight.grad is None
     twin.stem.weight.requires_grad_(True)
