@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .structure import Structure, flatten
+
 
 class TrainingFlag(nn.Module):
     """Returns its own ``training`` flag.
@@ -18,6 +20,40 @@ class TrainingFlag(nn.Module):
 
     def forward(self) -> bool:
         return self.training
+
+
+class Unpack(nn.Module):
+    """The tensors inside of one nested input, which must be built as it was when the model was captured."""
+
+    def __init__(self, name: str, structure: Structure) -> None:
+        super().__init__()
+        self.name = name
+        self.structure = structure
+
+    def forward(self, tree: Any) -> list[Tensor]:
+        tensors, structure = flatten(tree)
+        if structure != self.structure:
+            raise ValueError(
+                f"the input {self.name!r} was {self.structure} when the model was captured; got {structure}."
+            )
+        return tensors
+
+
+class Pack(nn.Module):
+    """The model's nested output, built from its tensors.
+
+    Attributes:
+        state: numbers of the tensors that are state which the model hands out and takes in again (a
+            key/value cache): as wide as the narrowed network makes them, not as the original did.
+    """
+
+    def __init__(self, structure: Structure, state: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.structure = structure
+        self.state = state
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.structure.rebuild(tensors)
 
 
 class MultiheadAttention(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,53 @@ class Skeleton:
     aliases: Mapping[str, str]
     buffers: Mapping[str, bool]
     names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Skeleton:
+        """The skeleton of ``model``."""
+        first: dict[int, str] = {}
+        aliases: dict[str, str] = {}
+        training: dict[str, bool] = {}
+        modules: dict[str, nn.Module] = {}
+        for path, module in named_modules(model):
+            training[path] = module.training
+            modules[path] = module
+            if id(module) in first:
+                aliases[path] = first[id(module)]
+            else:
+                first[id(module)] = path
+        buffers = {}
+        for path, module in modules.items():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    buffers[f"{path}.{name}" if path else name] = (
+                        name not in module._non_persistent_buffers_set
+                    )
+        return cls(training, aliases, buffers, tuple(name for name, _ in named_tensors(model)))
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, then buffers, under every name that they have."""
+    modules = named_modules(model)
+    for registry in ("_parameters", "_buffers"):
+        for path, module in modules:
+            for name, tensor in module.__dict__[registry].items():
+                if tensor is not None:
+                    yield f"{path}.{name}" if path else name, tensor
+
+
+def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """``model.named_modules(remove_duplicate=False)`` as a list, which is made several times faster."""
+    found: list[tuple[str, nn.Module]] = []
+
+    def walk(path: str, module: nn.Module) -> None:
+        found.append((path, module))
+        for name, child in module.__dict__["_modules"].items():
+            if child is not None:
+                walk(f"{path}.{name}" if path else name, child)
+
+    walk("", model)
+    return found
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from .inputs import restore_inputs
-from .program import OwnedModule, Program, Skeleton, clone_module
+from .program import OwnedModule, Program, Skeleton, clone_module, named_tensors
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class RegionProgram(Program):
     def result(self, class_name: str) -> nn.Module:
         """A copy of the model, of its own type, that owns ``tensors`` and runs the regions' graphs."""
         memo: dict[int, Any] = {}
-        for name, tensor in _tensors(self.model):
+        for name, tensor in named_tensors(self.model):
             memo[id(tensor)] = self.tensors[name]
         modules = dict(self.model.named_modules(remove_duplicate=False))
         added = {}
@@ -168,7 +168,7 @@ def unite(
     return RegionProgram(
         graph=graph,
         modules=modules,
-        tensors=dict(_tensors(model)),
+        tensors=dict(named_tensors(model)),
         skeleton=skeleton,
         extras=extras,
         notes=tuple(f"in {path}, {note}" for path, part in parts.items() for note in part[0].notes),
@@ -188,10 +188,6 @@ def _owners(graph: fx.Graph) -> dict[fx.Node, str]:
             if node not in owners and owner is not None:
                 owners[node] = owner
     return owners
-
-
-def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
 class RegionModule(nn.Module):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from .api import graph_for
@@ -23,6 +24,7 @@ from .coupling.units import Value
 from .errors import ExampleInputsError, VerificationError
 from .inputs import normalize
 from .passes import Narrowing
+from .passes.base import copy_graph
 from .passes.parameters import narrow, surviving
 from .planning.plan import PruningPlan
 from .program import Program, describe_source
@@ -98,6 +100,9 @@ def verify(
     program = graph.captured.program
     originals = _masked(program, narrowing, dtype).pieces()
     candidate = copy.deepcopy(pruned).to(dtype).eval()
+    for inner in candidate.modules():
+        if isinstance(inner, fx.GraphModule):
+            inner.graph = _recast(inner.graph, dtype)
     inexact = {
         event.node.name: None
         for event in graph.run.coupler.inexact
@@ -164,7 +169,25 @@ def _masked(program: Program, narrowing: Narrowing, dtype: torch.dtype) -> Progr
                 new = nn.Parameter(new, requires_grad=False) if new.is_floating_point() else new
             made[id(tensor)] = new
         tensors[name] = made[id(tensor)]
-    return replace(program, tensors=tensors, extras=extras)
+    return replace(program, graph=_recast(program.graph, dtype), tensors=tensors, extras=extras)
+
+
+def _recast(graph: fx.Graph, dtype: torch.dtype) -> fx.Graph:
+    """A copy of ``graph`` in which every floating-point type that is written down is ``dtype``."""
+    new, nodes = copy_graph(graph)
+
+    def recast(argument: Any) -> Any:
+        return dtype if isinstance(argument, torch.dtype) and argument.is_floating_point else argument
+
+    for node in nodes.values():
+        if node.op == "call_method" and node.target in _CASTS:
+            node.target, node.args = "to", (node.args[0], dtype)
+        elif node.op != "get_attr":
+            node.args, node.kwargs = map_aggregate(node.args, recast), map_aggregate(node.kwargs, recast)
+    return new
+
+
+_CASTS = frozenset(["float", "double", "half", "bfloat16"])
 
 
 def _compare_weights(program: Program, pruned: nn.Module, narrowing: Narrowing) -> None:

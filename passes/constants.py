@@ -141,7 +141,7 @@ def scale(graph: fx.Graph, number: fx.Node, new: int, old: int) -> fx.Node:
 def _of_shape(node: fx.Node, narrowing: Narrowing) -> tuple[str, ...] | None:
     """What the sizes that a node reads off a tensor depend on."""
     name = operator_name(node)
-    if name not in ("size", "getattr", "numel", "len") or not node.args:
+    if name not in ("size", "sym_size", "getattr", "numel", "sym_numel", "len") or not node.args:
         return None
     value = narrowing.value(node.args[0])
     if value is None or (name == "getattr" and node.args[1] != "shape"):
@@ -151,7 +151,7 @@ def _of_shape(node: fx.Node, narrowing: Narrowing) -> tuple[str, ...] | None:
         label = value.label(dim)
         free = label is None or (narrowing.narrows(label) and narrowing.repeats(label))
         kinds.append("free" if free else "narrowed" if narrowing.narrows(label) else "fixed")
-    if name == "size" and len(node.args) > 1 and isinstance(node.args[1], int):
+    if name in ("size", "sym_size") and len(node.args) > 1 and isinstance(node.args[1], int):
         return (kinds[node.args[1]],)
     if name == "len":
         return (kinds[0],)

@@ -44,7 +44,8 @@ class RewriteLiterals(Pass):
             with graph.inserting_before(node):
                 args, kwargs = map_aggregate(edited, lambda item: _computed(item, graph))
             node.args, node.kwargs = args, kwargs
-            if operator_name(node) in _AS_SPLIT:  # parts of unequal width are a split
+            overload = isinstance(node.target, torch._ops.OpOverload) and operator_name(node) == "split"
+            if operator_name(node) in _AS_SPLIT or overload:  # parts of unequal width are a split
                 node.target = "split" if node.op == "call_method" else torch.split
         return replace(program, graph=graph)
 

@@ -7,6 +7,7 @@ Where none can, the last rung captures the largest submodules that one of the ot
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from ..errors import CaptureError, ExampleInputsError
 from ..inputs import to_meta
 from ..program import Program
 from ..regions import RegionProgram
-from . import regions, symbolic
+from . import exported, regions, symbolic
 
 __all__ = ["Captured", "capture"]
 
@@ -50,6 +51,7 @@ Accept = Callable[[Captured], Any]
 RUNGS: dict[str, Rung] = {
     "symbolic tracing": symbolic.trace,
     "symbolic tracing with known shapes": symbolic.trace_with_shapes,
+    "torch.export": exported.trace,
 }
 """The rungs that capture a module as a whole."""
 
@@ -111,6 +113,7 @@ def _climb(
     for rung, trace in rungs.items():
         try:
             program = trace(model, args, kwargs)
+            _check_names(program)
             captured = _captured(name, rung, program, _inputs(name, program, args, kwargs), refusals)
             accept(captured)
             return captured
@@ -155,3 +158,11 @@ def _captured(
     if refusals:
         report += " Control flow follows the shapes of the example inputs."
     return Captured(program, rung, report, name, inputs, regions.describe(program))
+
+
+def _check_names(program: Program) -> None:
+    """Refuse names of modules and tensors that could not stand in the code of a graph module."""
+    names = [str(node.target) for node in program.graph.nodes if node.op in ("call_module", "get_attr")]
+    odd = next((n for n in names if any(keyword.iskeyword(part) for part in n.split("."))), None)
+    if odd is not None:
+        raise CaptureError(f"torch.fx cannot write code for {odd!r}, because a Python keyword is part of it.")

@@ -19,9 +19,9 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, FxpruneError
 from ..inputs import describe_inputs, restore_inputs
-from ..program import Program
+from ..program import Program, Skeleton
 from ..regions import RegionProgram, unite
-from .symbolic import is_leaf, module_skeleton
+from .symbolic import is_leaf
 
 Calls = tuple[tuple[Any, ...], dict[str, Any]]
 Whole = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Program]
@@ -69,7 +69,7 @@ def find(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], whole:
         raise CaptureError(f"no part of it can be captured, either ({reasons})")
     outside = seen.outside(set(found))
     parts = {path: (*part, _beneath(path, outside)) for path, part in found.items()}
-    return unite(model, module_skeleton(model), parts, tuple(refusals))
+    return unite(model, Skeleton.of(model), parts, tuple(refusals))
 
 
 def again(model: nn.Module, regions: Mapping[str, Any], whole: Whole) -> RegionProgram:
@@ -84,7 +84,7 @@ def again(model: nn.Module, regions: Mapping[str, Any], whole: Whole) -> RegionP
             region["inputs"],
             tuple(region["outside"]),
         )
-    return unite(model, module_skeleton(model), found, ())
+    return unite(model, Skeleton.of(model), found, ())
 
 
 def describe(program: Program) -> dict[str, Any]:

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
-import keyword
 import operator
 import os
 import sys
@@ -36,7 +34,9 @@ from ..errors import CaptureError, ExampleInputsError
 from ..inputs import meta_like, to_meta
 from ..leaves import leaf_for
 from ..nn import TrainingFlag
-from ..program import Program, Skeleton, clone_module
+from ..program import Program, Skeleton, clone_module, named_modules, named_tensors
+from ..structure import TENSORS, flatten
+from .arguments import Arguments, packing
 
 _SKIPPED = (
     os.path.dirname(torch.__file__) + os.sep,
@@ -57,7 +57,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pr
         CaptureError: if the forward cannot be traced; names the source line.
         ExampleInputsError: if the inputs do not fit the signature of ``forward``.
     """
-    return _Tracer(model, _arguments(model, args, kwargs)).program()
+    return _Tracer(model, Arguments.of(model, args, kwargs)).program()
 
 
 def trace_with_shapes(
@@ -71,7 +71,7 @@ def trace_with_shapes(
         kwargs: its keyword inputs.
         dissolve: functions to trace into, as ``module.name``, though torch.fx was told to keep them whole.
     """
-    return _ShapeTracer(model, _arguments(model, args, kwargs), dissolve).program()
+    return _ShapeTracer(model, Arguments.of(model, args, kwargs), dissolve).program()
 
 
 def function_name(target: Any) -> str | None:
@@ -93,22 +93,6 @@ def check_value(value: Any, expected: Any, name: str) -> None:
         raise ValueError(f"the input {name!r} was {expected!r} when the model was captured; got {value!r}.")
 
 
-def _arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The given inputs by name; positional extras of ``*args`` are numbered."""
-    lazy = next((n for n, p in _tensors(model) if nn.parameter.is_lazy(p)), None)
-    if lazy is not None:
-        raise CaptureError(f"{lazy} is uninitialized: run the model once on real inputs, then prune it.")
-    signature = inspect.signature(model.forward)
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise ExampleInputsError(
-            f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}. Give a "
-            f"tensor, a tuple of positional inputs or a dict of keyword inputs."
-        ) from error
-    return dict(bound.arguments)
-
-
 class _Flag(int):
     """The value of a module's ``training`` attribute while tracing: a truth value with an owner."""
 
@@ -127,7 +111,7 @@ _PLAIN = frozenset([type(None), bool, int, float, str, torch.dtype, torch.device
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, model: nn.Module, arguments: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, arguments: Arguments) -> None:
         super().__init__()
         self.model = model
         self.arguments = arguments
@@ -136,9 +120,10 @@ class _Tracer(fx.Tracer):
         self.constants: dict[str, torch.Tensor] = {}
         self.alive: list[torch.Tensor] = []  # constants whose id must stay theirs
         self.given: dict[str, Any] = {}
-        self.flags: dict[str, TrainingFlag] = {}
-        self.modules = dict(_modules(model))
-        named = list(_tensors(model))
+        self.added: dict[str, nn.Module] = {}  # modules of ours, by path
+        self.notes: list[str] = []
+        self.modules = dict(named_modules(model))
+        named = list(named_tensors(model))
         self.names = tuple(name for name, _ in named)
         self.tensors = dict(named)
         self.tensor_names = {id(tensor): name for name, tensor in reversed(named)}
@@ -164,28 +149,22 @@ class _Tracer(fx.Tracer):
             again.switches = switches
             return again.program()
         graph._tracer_cls = None  # a tracer of ours cannot be made from nothing, as unpickling would
-        paths = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
         for node in graph.nodes:
             if function_name(node.target) is None:
                 node.meta.pop("is_wrapped", None)
-        odd = next((p for p in paths if any(keyword.iskeyword(part) for part in p.split("."))), None)
-        if odd is not None:
-            raise CaptureError(
-                f"torch.fx cannot write code for {odd!r}, because a Python keyword is part of it."
-            )
         named = self.model.named_modules() if asked else ()
         fixed = sorted(path for path, module in named if module in asked)
         mode = "training" if self.model.training else "evaluation"
-        notes = [
+        self.notes += [
             f"control flow on self.training in {p or 'the model'} stays that of {mode} mode" for p in fixed
         ]
         return Program(
             graph=graph,
             modules={str(n.target): self.leaf(str(n.target)) for n in graph.nodes if n.op == "call_module"},
             tensors={name: self.tensors[name] for name in self.names},
-            skeleton=module_skeleton(self.model),
+            skeleton=Skeleton.of(self.model),
             extras=self.constants,
-            notes=tuple(notes),
+            notes=tuple(self.notes),
         )
 
     # -- inputs ---------------------------------------------------------------------------------
@@ -193,28 +172,27 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        signature = inspect.signature(self.model.forward)
-        positional: list[Any] = [self.root]
-        keywords: dict[str, Any] = {}
-        for name, parameter in signature.parameters.items():
-            if name not in self.arguments:
-                continue
-            given = self.arguments[name]
-            if parameter.kind is parameter.VAR_POSITIONAL:
-                positional += [self._input(f"{name}_{i}", item) for i, item in enumerate(given)]
-            elif parameter.kind is parameter.VAR_KEYWORD:
-                keywords.update({key: self._input(key, item) for key, item in given.items()})
-            elif parameter.kind is parameter.KEYWORD_ONLY:
-                keywords[name] = self._input(name, given)
-            elif len(positional) - 1 == list(signature.parameters).index(name):
-                positional.append(self._input(name, given))
-            else:  # an earlier positional one keeps its default
-                keywords[name] = self._input(name, given)
+        placed, named = self.arguments.by_place(), self.arguments.by_name()
+        positional = [self.root, *(self._input(name, given) for name, given in placed.items())]
+        keywords = {name: self._input(name, given) for name, given in named.items()}
 
         def call(*values: Any) -> Any:
-            return root_fn(*values, **keywords)
+            return self._packed(root_fn(*values, **keywords))
 
         return call, positional
+
+    def _packed(self, output: Any) -> Any:
+        """The output as the graph can hold it: what is no plain container is built by a module of ours."""
+        tensors, structure = flatten(output, (fx.Proxy, *TENSORS))
+        pack, notes = packing(structure, self.arguments)
+        if pack is None:
+            return output
+        self.notes += notes
+        path = "_pack"
+        while hasattr(self.model, path):
+            path += "_"
+        self.added[path] = pack.train(self.model.training)
+        return self.create_proxy("call_module", path, tuple(tensors), {})
 
     def _input(self, name: str, given: Any) -> Any:
         leaves, spec = pytree.tree_flatten(given)
@@ -260,8 +238,8 @@ class _Tracer(fx.Tracer):
         if isinstance(a, _Flag):
             owner = self.path_of_module(a.owner) if a.owner is not self.model else ""
             path = f"{owner}.training_flag" if owner else "training_flag"
-            if path not in self.flags:
-                self.flags[path] = TrainingFlag().train(int(a) != 0)
+            if path not in self.added:
+                self.added[path] = TrainingFlag().train(int(a) != 0)
             return self.create_node("call_module", path, (), {})
         if isinstance(a, torch.Tensor):
             name = self.tensor_names.get(id(a))
@@ -290,7 +268,7 @@ class _Tracer(fx.Tracer):
         return dynamic
 
     def leaf(self, path: str) -> nn.Module:
-        return self.flags[path] if path in self.flags else self.modules[path]
+        return self.added[path] if path in self.added else self.modules[path]
 
 
 class _ShapeProxy(fx.Proxy):
@@ -338,7 +316,7 @@ class _ShapeProxy(fx.Proxy):
 
 
 class _ShapeTracer(_Tracer):
-    def __init__(self, model: nn.Module, arguments: dict[str, Any], dissolve: frozenset[str]) -> None:
+    def __init__(self, model: nn.Module, arguments: Arguments, dissolve: frozenset[str]) -> None:
         super().__init__(model, arguments)
         self.options = (dissolve,)
         self.dissolve = dissolve
@@ -423,51 +401,6 @@ def is_leaf(module: nn.Module) -> bool:
     )
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters, then buffers, under every name that they have."""
-    modules = _modules(model)
-    for registry in ("_parameters", "_buffers"):
-        for path, module in modules:
-            for name, tensor in module.__dict__[registry].items():
-                if tensor is not None:
-                    yield f"{path}.{name}" if path else name, tensor
-
-
-def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """``named_modules(remove_duplicate=False)`` as a list, which is made several times faster."""
-    found: list[tuple[str, nn.Module]] = []
-
-    def walk(path: str, module: nn.Module) -> None:
-        found.append((path, module))
-        for name, child in module.__dict__["_modules"].items():
-            if child is not None:
-                walk(f"{path}.{name}" if path else name, child)
-
-    walk("", model)
-    return found
-
-
-def module_skeleton(model: nn.Module) -> Skeleton:
-    """What of the module tree of ``model`` is neither a leaf of a graph nor a tensor."""
-    first: dict[int, str] = {}
-    aliases: dict[str, str] = {}
-    training: dict[str, bool] = {}
-    modules: dict[str, nn.Module] = {}
-    for path, module in _modules(model):
-        training[path] = module.training
-        modules[path] = module
-        if id(module) in first:
-            aliases[path] = first[id(module)]
-        else:
-            first[id(module)] = path
-    buffers = {}
-    for path, module in modules.items():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                buffers[f"{path}.{name}" if path else name] = name not in module._non_persistent_buffers_set
-    return Skeleton(training, aliases, buffers, tuple(name for name, _ in _tensors(model)))
-
-
 _FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "linspace", "eye")
 
 
@@ -526,7 +459,7 @@ def _dynamic_training(model: nn.Module, asked: set[nn.Module]) -> Iterator[None]
     Done with a property on ``nn.Module``, as ``torch.fx`` itself does for ``__call__`` and
     ``__getattr__``: the modules are not written to.
     """
-    owned = {id(module) for _, module in _modules(model)}
+    owned = {id(module) for _, module in named_modules(model)}
 
     def read(module: nn.Module) -> Any:
         try:
@@ -561,4 +494,4 @@ def _blame(error: BaseException) -> str:
     return where
 
 
-__all__ = ["check_value", "function_name", "is_leaf", "module_skeleton", "trace", "trace_with_shapes"]
+__all__ = ["check_value", "function_name", "is_leaf", "trace", "trace_with_shapes"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from ..errors import CaptureError, ExampleInputsError, FxpruneError
 from ..inputs import meta_like
 from ..leaves import leaf_for
+from ..nn import Pack
 from ..program import Program, clone_module, describe_source
 from .coupler import Coupler
 from .plain import call_plain
@@ -86,6 +87,9 @@ def _slow_paths() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+_OUTPUT = "output of the model"
 
 
 class _Interpreter(TorchDispatchMode):
@@ -197,10 +201,8 @@ class _Interpreter(TorchDispatchMode):
             elif node.op == "get_attr":
                 result = self._tensor(node.target)
             elif node.op == "output":
-                reason = node.meta.get("reason", "output of the model")
-                for tensor in pytree.tree_leaves(map_arg(node.args[0], env.__getitem__)):
-                    if isinstance(tensor, torch.Tensor):
-                        self.coupler.freeze_value(self.coupler.value(tensor), reason)
+                outputs = pytree.tree_leaves(map_arg(node.args[0], env.__getitem__))
+                self._freeze_outputs(outputs, reason=node.meta.get("reason", _OUTPUT))
                 continue
             else:
                 args = map_arg(node.args, env.__getitem__)
@@ -239,13 +241,16 @@ class _Interpreter(TorchDispatchMode):
 
     def _call(self, path: str, args: Any, kwargs: Any) -> Any:
         """Run a leaf module; one with a rule of its own is not followed inside, a plain one need not run."""
-        leaf = leaf_for(self.program.modules[path])
+        original = self.program.modules[path]
+        leaf = leaf_for(original)
+        if isinstance(original, Pack):
+            self._freeze_outputs(args, original.state)
         if leaf is None:
 
             def tensor(name: str) -> torch.Tensor:
                 return self._tensor(f"{path}.{name}")
 
-            result = call_plain(self.program.modules[path], args, kwargs, tensor, self._aten)
+            result = call_plain(original, args, kwargs, tensor, self._aten)
             if result is not None:
                 return result
         else:
@@ -265,6 +270,13 @@ class _Interpreter(TorchDispatchMode):
         self.coupler.operator = leaf.module_class.__qualname__
         leaf.couple(self.coupler, module, args, kwargs, result)
         return result
+
+    def _freeze_outputs(
+        self, values: Iterable[Any], state: tuple[int, ...] = (), reason: str = _OUTPUT
+    ) -> None:
+        for number, value in enumerate(values):
+            if isinstance(value, torch.Tensor) and number not in state:
+                self.coupler.freeze_value(self.coupler.value(value), reason)
 
     # -- views that amount to a permutation -----------------------------------------------------
 

@@ -237,3 +237,15 @@ def embedding(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None
     names = list(range(len(index.shape)))
     labels, _ = c.unify([(weight, ["entry", "feature"])], [*names, "feature"])
     c.put(out, labels)
+
+
+@rule("_grouped_mm", "transformers::grouped_mm_fallback")
+def grouped_mm(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
+    """Rows ``(S, K)`` sorted by expert, times one matrix of ``(E, K, N)`` for each expert: ``(S, N)``."""
+    x, weight = c.value(args[0]), c.value(args[1])
+    if len(x.shape) != 2 or len(weight.shape) != 3 or (len(args) > 3 and args[3] is not None):
+        for value in (x, weight):
+            c.freeze_value(value, "a grouped matrix product of another form than rows times experts")
+        return
+    c.freeze_dim(weight, 0, "experts are chosen at run time")
+    _contract(c, [(x, "sk"), (weight, "ekn")], "sn", out)

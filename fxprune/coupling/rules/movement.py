@@ -107,9 +107,12 @@ def slice_(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     index = np.arange(value.shape[dim])[slice(start, end, step)]
     if index.size == value.shape[dim]:
         c.alias(out, value)
+    elif not index.size:
+        labels = [value.label(d) if d != dim else None for d in range(out.dim())]
+        c.put(out, [label if label is not None and dim not in label.over else None for label in labels])
     else:
         label = value.label(dim)
-        if label is not None and label.over and index[0] > 0:
+        if label is not None and label.over and index.size and index[0] > 0:
             c.take(value, dim, np.arange(index[0]))  # what lies before must be balanced, too
         pick = c.take if step == 1 else c.pick
         c.put_view(out, value, pick(value, dim, index))
@@ -232,7 +235,7 @@ def _pick(c: Coupler, value: Value, dim: int, index: torch.Tensor, out: torch.Te
 @rule("cat", "concat")
 def cat(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
-    values = [c.value(t) for t in args[0] if t.dim() == out.dim()]
+    values = [c.value(t) for t in args[0] if t.dim() == out.dim() and (t.shape[dim] or not out.shape[dim])]
     c.put(out, c.cat(values, dim))
 
 

@@ -1,0 +1,108 @@
+"""What a model is called with, by the names under which the captured graph takes it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..errors import CaptureError, ExampleInputsError
+from ..nn import Pack
+from ..program import named_tensors
+from ..structure import Structure
+
+LITERALS = (type(None), bool, int, float, str)
+"""Values that can stand in a graph."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The given inputs of ``forward``; those that keep their defaults are left out.
+
+    Attributes:
+        signature: of ``forward``.
+        given: values by parameter name; ``*args`` is a tuple, ``**kwargs`` a dict.
+    """
+
+    signature: inspect.Signature
+    given: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """Bind inputs to ``model.forward``.
+
+        Raises:
+            CaptureError: if the model has parameters that are not yet initialised.
+            ExampleInputsError: if the inputs do not fit the signature.
+        """
+        lazy = next((n for n, p in named_tensors(model) if nn.parameter.is_lazy(p)), None)
+        if lazy is not None:
+            raise CaptureError(f"{lazy} is uninitialized: run the model once on real inputs, then prune it.")
+        signature = inspect.signature(model.forward)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise ExampleInputsError(
+                f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}. Give a "
+                f"tensor, a tuple of positional inputs or a dict of keyword inputs."
+            ) from error
+        return cls(signature, dict(bound.arguments))
+
+    def by_place(self) -> dict[str, Any]:
+        """What is passed by position; extras of ``*args`` are numbered."""
+        return dict(self._listed(True))
+
+    def by_name(self) -> dict[str, Any]:
+        """What is passed by keyword: keyword-only inputs, and those after one that keeps its default."""
+        return dict(self._listed(False))
+
+    def _listed(self, by_place: bool) -> Iterator[tuple[str, Any]]:
+        gap = False
+        for name, parameter in self.signature.parameters.items():
+            if name not in self.given:
+                gap = True
+                continue
+            value = self.given[name]
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                yield from ((f"{name}_{i}", item) for i, item in enumerate(value) if by_place)
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                yield from (() if by_place else value.items())
+            elif by_place != (gap or parameter.kind is parameter.KEYWORD_ONLY):
+                yield name, value
+
+
+def packing(structure: Structure, arguments: Arguments) -> tuple[Pack | None, list[str]]:
+    """The module that builds the model's output, and what to note; None if the graph itself can.
+
+    State that the model hands out as an object under the name of one of its inputs, to be given back to
+    it, is no output that must keep its width.
+    """
+    if _is_plain(structure.rebuild([None] * len(structure.leaves))):
+        return None, []
+    state = tuple(
+        number
+        for number, leaf in enumerate(structure.leaves)
+        if leaf.inside and leaf.path[0] in arguments.signature.parameters
+    )
+    names = sorted({str(structure.leaves[number].path[0]) for number in state})
+    notes = [
+        f"the output's {name} is an object that forward takes in again: its tensors are as narrow as the "
+        f"network"
+        for name in names
+    ]
+    return Pack(structure, state), notes
+
+
+def _is_plain(tree: Any) -> bool:
+    """Whether torch.fx can write the tree down as it is."""
+    if type(tree) in (list, tuple) or (isinstance(tree, tuple) and hasattr(tree, "_fields")):
+        return all(map(_is_plain, tree))
+    if type(tree) is dict:
+        return all(isinstance(key, str) and _is_plain(value) for key, value in tree.items())
+    return isinstance(tree, LITERALS)
+
+
+__all__ = ["LITERALS", "Arguments", "packing"]

@@ -1,0 +1,314 @@
+"""``torch.export``: the rung for models that symbolic tracing cannot follow.
+
+The model's Python code is run on fake tensors (https://docs.pytorch.org/docs/stable/export.html), which
+gives a graph of ATen calls. Here it gets back what an ``ExportedProgram`` has lost: the call signature,
+nested inputs and outputs, the parameters' names in a module tree, and switches for ``train()`` and
+``eval()`` where ``torch.nn`` layers read them.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import free_symbols
+from torch.fx.node import map_arg
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from ..errors import CaptureError
+from ..nn import TrainingFlag, Unpack
+from ..program import Program, Skeleton, named_tensors
+from ..structure import Structure, flatten
+from .arguments import LITERALS, Arguments, packing
+from .symbolic import check_value
+
+_INTERNAL = os.path.dirname(torch.__file__) + os.sep
+_ASSERTIONS = ("_assert", "sym_constrain_range")
+
+
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    """Export ``model`` and restore what is around the graph.
+
+    Sizes of inputs stay free where the model allows it: all sizes of tensors with up to three dimensions,
+    the first of larger ones (images, volumes).
+
+    Raises:
+        CaptureError: if the model cannot be exported.
+        ExampleInputsError: if the inputs do not fit the signature of ``forward``.
+    """
+    return _Exporter(model, Arguments.of(model, args, kwargs)).program()
+
+
+class _Flat(nn.Module):
+    """The model with its inputs and outputs as flat lists of tensors."""
+
+    def __init__(self, model: nn.Module, rebuild: Callable[..., Any], seen: list[Structure]) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+        self._rebuild, self._seen = rebuild, seen
+
+    def forward(self, *tensors: Any) -> list[Any]:
+        args, kwargs = self._rebuild(tensors)
+        outputs, structure = flatten(self.model(*args, **kwargs))
+        self._seen[:] = [structure]
+        return outputs
+
+
+class _Exporter:
+    def __init__(self, model: nn.Module, arguments: Arguments) -> None:
+        self.model = model
+        self.arguments = arguments
+        self.named = dict(named_tensors(model))
+        self.first = {id(tensor): name for name, tensor in reversed(self.named.items())}
+        self.modules: dict[str, nn.Module] = {}
+        self.extras: dict[str, torch.Tensor] = {}
+        self.notes: list[str] = []
+        self.output: list[Structure] = []
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, Any] = {}
+
+    def program(self) -> Program:
+        exported = self._export()
+        inputs = self._inputs()
+        supply = iter(inputs)
+        lifted = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+        for node in exported.graph.nodes:
+            if node.op == "placeholder":
+                spec = lifted[node.name]
+                if spec.kind is InputKind.USER_INPUT:
+                    self.env[node] = next(supply)
+                else:
+                    self.env[node] = self._tensor(str(spec.target), exported, node)
+        results = self._copy(exported.graph_module, self.env)
+        self._note_fixed(exported)
+        self.graph.output(self._packed(list(results)))
+        self._drop_unused()
+        self.graph.lint()
+        return Program(
+            graph=self.graph,
+            modules=self.modules,
+            tensors=self.named,
+            skeleton=Skeleton.of(self.model),
+            extras=self.extras,
+            notes=tuple(self.notes),
+        )
+
+    # -- running torch.export -------------------------------------------------------------------
+
+    def _export(self) -> torch.export.ExportedProgram:
+        """The exported program, with as many free sizes as can be."""
+        given = {**self.arguments.by_place(), **self.arguments.by_name()}
+        tensors, structure = flatten(given)
+        placed = list(self.arguments.by_place())
+
+        def rebuild(values: Any) -> tuple[list[Any], dict[str, Any]]:
+            named = structure.rebuild(values)
+            return [named.pop(name) for name in placed], named
+
+        device = next((t.device for t in self.named.values()), torch.device("cpu"))
+        examples = [torch.zeros(t.shape, dtype=t.dtype, device=device) for t in tensors]
+        refusal: Exception | None = None
+        for doubled, free in ((True, True), (False, True), (False, False)):
+            inputs = _doubled(examples) if doubled else examples
+            if inputs is None:
+                continue
+            shapes = [_free(t) if free else None for t in inputs]
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    exported = torch.export.export(
+                        _Flat(self.model, rebuild, self.output),
+                        tuple(inputs),
+                        dynamic_shapes={"tensors": tuple(shapes)} if inputs and free else None,
+                        strict=False,
+                    )
+            except Exception as error:  # noqa: BLE001  whatever a user's forward raises, or export refuses
+                refusal = refusal or error
+                continue
+            if inputs is examples or not any(_fixed(exported)):
+                return exported
+            refusal = refusal or CaptureError("the model fixes the batch size")
+        if refusal is None:
+            raise CaptureError("there is nothing to export")
+        raise CaptureError(f"{type(refusal).__name__}: {_first_lines(refusal)}") from refusal
+
+    def _note_fixed(self, exported: torch.export.ExportedProgram) -> None:
+        if any(_fixed(exported)):
+            self.notes.append("the batch size is fixed to that of the example inputs")
+        asked = [path for path, module in self.model.named_modules() if module.training]
+        mode = "training" if asked else "evaluation"
+        self.notes.append(f"everything but dropout and batch norm layers stays in {mode} mode")
+
+    # -- from the exported graph to ours --------------------------------------------------------
+
+    def _inputs(self) -> list[fx.Node]:
+        """Placeholders under the names of the signature; the nodes of all tensors inside of them."""
+        leaves: list[fx.Node] = []
+        given = {**self.arguments.by_place(), **self.arguments.by_name()}
+        placeholders = {}
+        for name, value in given.items():
+            tensors, _ = flatten(value)
+            default = (value,) if not tensors and isinstance(value, LITERALS) else ()
+            placeholders[name] = self.graph.create_node("placeholder", name, default)
+        for name, value in given.items():
+            tensors, structure = flatten(value)
+            place = placeholders[name]
+            if not tensors:
+                if isinstance(value, LITERALS):
+                    self.graph.call_function(check_value, (place, value, name))
+            elif tensors == [value]:
+                leaves.append(place)
+            else:
+                path = self._added(f"_unpack_{name}", Unpack(name, structure))
+                unpacked = self.graph.call_module(path, (place,))
+                leaves += [
+                    self.graph.call_function(operator.getitem, (unpacked, i)) for i in range(len(tensors))
+                ]
+        return leaves
+
+    def _tensor(self, target: str, exported: torch.export.ExportedProgram, node: fx.Node) -> fx.Node:
+        """A node that reads a parameter, a buffer or a constant."""
+        name = target.removeprefix("model.")
+        if name not in self.named:
+            constant = exported.constants[target]
+            if not isinstance(constant, torch.Tensor):
+                raise CaptureError(f"the graph uses {target}, an object of {type(constant).__name__}")
+            name = self._free_name(f"_constant_{len(self.extras)}")
+            self.extras[name] = constant.detach()
+        else:  # of several names of a tied tensor, the first
+            name = self.first[id(self.named[name])]
+        return self.graph.get_attr(name)
+
+    def _copy(self, module: fx.GraphModule, env: dict[fx.Node, Any]) -> Any:
+        """Copy the calls of an exported graph; gives what it returns."""
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                continue
+            if node.op == "output":
+                return map_arg(node.args[0], env.__getitem__)
+            if node.op == "get_attr":
+                attribute: Any = module
+                for part in str(node.target).split("."):
+                    attribute = getattr(attribute, part)
+                env[node] = attribute  # a graph, for the operator that calls it
+                continue
+            if node.op != "call_function":
+                raise CaptureError(f"torch.export left a node of kind {node.op} ({node.target})")
+            if isinstance(node.target, torch._ops.HigherOrderOperator):
+                env[node] = self._inlined(node, env)
+            elif node.target is operator.getitem and isinstance(env[node.args[0]], (list, tuple)):
+                env[node] = env[node.args[0]][node.args[1]]
+            elif not str(getattr(node.target, "__name__", "")).startswith(_ASSERTIONS):
+                new = self.graph.node_copy(node, lambda n: env[n])
+                new.meta = {"source": source} if (source := _source(node)) else {}
+                self._switch(node, new)
+                env[node] = new
+        return None
+
+    def _inlined(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        """What a block under ``torch.no_grad`` or ``torch.autocast`` computes, as part of this graph."""
+        name = str(node.target)
+        args: Any = map_arg(node.args, env.__getitem__)
+        if name == "wrap_with_set_grad_enabled":
+            enabled, block, *inputs = args
+        elif name == "wrap_with_autocast" and not args[2]:
+            enabled, (_, _, _, _, block, *inputs) = True, args
+        else:
+            where = _source(node)
+            at = f" at {where[0]}:{where[1]}" if where else ""
+            raise CaptureError(f"the graph holds {name}{at}, which is not rewritten")
+        places = [n for n in block.graph.nodes if n.op == "placeholder"]
+        results = self._copy(block, dict(zip(places, inputs, strict=True)))
+        if enabled:
+            return results
+        return [self.graph.call_function(torch.ops.aten.detach.default, (r,)) for r in results]
+
+    def _switch(self, old: fx.Node, new: fx.Node) -> None:
+        """Let a dropout or batch norm that ``torch.nn`` called follow ``train()`` and ``eval()`` again."""
+        stack = list(old.meta.get("nn_module_stack", {}).values())
+        place = {torch.ops.aten.dropout.default: 2, torch.ops.aten.batch_norm.default: 5}.get(old.target)  # type: ignore[call-overload]
+        if place is None or not stack:
+            return
+        path = str(stack[-1][0]).removeprefix("model.")
+        try:
+            owner = self.model.get_submodule(path)
+        except AttributeError:
+            return
+        averaged = isinstance(owner, _BatchNorm) and owner.track_running_stats and owner.momentum is not None
+        if averaged or isinstance(owner, _DropoutNd):
+            flag = f"{path}.training_flag"
+            self.modules.setdefault(flag, TrainingFlag().train(owner.training))
+            with self.graph.inserting_before(new):
+                new.update_arg(place, self.graph.call_module(flag))
+
+    def _packed(self, results: list[Any]) -> Any:
+        (structure,) = self.output
+        pack, note = packing(structure, self.arguments)
+        if pack is None:
+            return structure.rebuild(results)
+        self.notes += note
+        return self.graph.call_module(self._added("_pack", pack), tuple(results))
+
+    def _drop_unused(self) -> None:
+        for node in reversed(list(self.graph.nodes)):
+            unused = not node.users and node.op in ("call_function", "get_attr")
+            if unused and node.target is not check_value and not node.is_impure():
+                self.graph.erase_node(node)
+
+    def _added(self, name: str, module: nn.Module) -> str:
+        path = self._free_name(name)
+        self.modules[path] = module.train(self.model.training)
+        return path
+
+    def _free_name(self, name: str) -> str:
+        taken = {*self.named, *self.extras, *self.modules, *(n for n, _ in self.model.named_children())}
+        while name in taken:
+            name += "_"
+        return name
+
+
+def _free(tensor: torch.Tensor) -> dict[int, Any]:
+    count = tensor.dim() if tensor.dim() <= 3 else 1
+    return dict.fromkeys(range(count), torch.export.Dim.AUTO)
+
+
+def _doubled(tensors: list[torch.Tensor]) -> list[torch.Tensor] | None:
+    """The inputs with a batch of two in place of one, which torch.export would take to be fixed."""
+    if not tensors or any(t.dim() == 0 or t.shape[0] != 1 for t in tensors):
+        return None
+    return [torch.cat([t, t]) for t in tensors]
+
+
+def _fixed(exported: torch.export.ExportedProgram) -> list[bool]:
+    """For each input tensor whether its first size is a fixed number."""
+    names = set(exported.graph_signature.user_inputs)
+    values = [n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder" and n.name in names]
+    return [not free_symbols(v.shape[0]) for v in values if isinstance(v, torch.Tensor) and v.dim()]
+
+
+_FRAME = re.compile(r'File "(.+)", line (\d+), in (\S+)')
+
+
+def _source(node: fx.Node) -> tuple[str, int, str] | None:
+    """The innermost line of the user's code behind a node."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    for file, line, function in reversed(frames):
+        if not file.startswith(_INTERNAL):
+            return file, int(line), function
+    return None
+
+
+def _first_lines(error: Exception) -> str:
+    return "\n".join(str(error).splitlines()[:6])
+
+
+__all__ = ["trace"]

@@ -1,0 +1,298 @@
+"""The torch.export rung: models that symbolic tracing cannot follow."""
+
+from __future__ import annotations
+
+import copy
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from oracle import check
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxprune
+from fxprune.errors import CaptureError
+
+
+def tensor_only(x: Any) -> None:
+    """What many models ask of their inputs, and what no symbolic value answers."""
+    if not isinstance(x, Tensor):
+        raise TypeError("not a tensor")
+
+
+class Cache:
+    """State that is handed out and taken in again."""
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        self.name = "cache"
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    cache: Cache | None = None
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int = 32, heads: int = 4, key_heads: int = 2) -> None:
+        super().__init__()
+        self.heads, self.key_heads, self.head_dim = heads, key_heads, width // heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * key_heads * self.head_dim)
+        self.o = nn.Linear(width, width)
+        self.drop = nn.Dropout(0.5)
+        self.register_buffer("freq", torch.logspace(0, -1, 4), persistent=False)
+
+    @torch.no_grad()
+    def table(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        angles = torch.arange(x.shape[1])[:, None] * self.freq
+        angles = torch.cat([angles, angles], -1)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        cos, sin = self.table(x.transpose(1, 2))
+        a, b = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+        rest = x[..., self.head_dim :]  # empty: partial rotary with everything rotated
+        return torch.cat([x * cos + torch.cat([-b, a], -1) * sin, rest], -1)
+
+    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+        batch, length, _ = x.shape
+        k, v = self.kv(x).split(self.key_heads * self.head_dim, dim=-1)
+        q = self.q(x).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
+        k, v = (t.view(batch, length, self.key_heads, self.head_dim).transpose(1, 2) for t in (k, v))
+        q, k = self.rotate(q), self.rotate(k)
+        if cache is not None:
+            cache.layers.append((k, v))
+        repeat = self.heads // self.key_heads
+        k, v = (
+            t[:, :, None]
+            .expand(batch, self.key_heads, repeat, length, -1)
+            .reshape(batch, self.heads, length, -1)
+            for t in (k, v)
+        )
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.drop(self.o(out.transpose(1, 2).reshape(batch, length, -1)))
+
+
+class Norm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.float32)
+        return self.weight * (wide * (wide.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)
+
+
+class Language(nn.Module):
+    """A decoder in the manner of those of common libraries, with a cache and an output class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 32)
+        self.norms = nn.ModuleList(Norm(32) for _ in range(3))
+        self.attention = Attention()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(32, 32)
+        self.head = nn.Linear(32, 20, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(
+        self, tokens: Tensor, scale: float = 1.0, cache: Cache | None = None, use_cache: bool = True
+    ) -> Output:
+        tensor_only(tokens)
+        if use_cache and cache is None:
+            cache = Cache()
+        x = self.embed(tokens) * scale
+        x = x + self.attention(self.norms[0](x), cache)
+        gate, value = self.up(self.norms[1](x)).chunk(2, -1)
+        x = x + self.down(F.silu(gate) * value)
+        return Output(self.head(self.norms[2](x)), cache)
+
+
+@pytest.fixture
+def language() -> Language:
+    torch.manual_seed(0)
+    return Language().eval()
+
+
+TOKENS = torch.arange(14).reshape(2, 7)
+
+
+def test_decoder_narrows_and_keeps_its_interface(language: Language) -> None:
+    inputs = {"tokens": TOKENS}
+    plan = fxprune.plan(language, inputs, ratio=0.5)
+    assert fxprune.analyze(language, inputs).captured.rung == "torch.export"
+    pruned = plan.apply(language)
+    assert list(pruned.state_dict()) == list(language.state_dict())
+    assert pruned.get_parameter("head.weight") is pruned.get_parameter("embed.weight")
+    sizes = {name: tuple(p.shape) for name, p in pruned.named_parameters()}
+    assert sizes["embed.weight"] == (20, 16)  # the residual stream
+    assert sizes["attention.q.weight"] == (16, 16)
+    assert sizes["attention.kv.weight"] == (16, 16)
+    assert sizes["up.weight"] == (32, 16)
+    assert not plan.notes
+    fxprune.verify(language, pruned, plan, inputs)
+    wanted, got = language(TOKENS), pruned(TOKENS)
+    assert type(got) is Output
+    assert got.logits.shape == wanted.logits.shape
+    assert type(got.cache) is Cache
+    assert got.cache.name == "cache"
+    assert got.cache.layers[0][0].shape == (2, 2, 7, 4)  # state is as narrow as the network
+    assert (
+        "cache is an object that forward takes in again" in fxprune.analyze(language, inputs).captured.report
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_exact_groups_equal_the_masked_original_at_any_size(language: Language, batch: int) -> None:
+    tokens = TOKENS[:batch]
+    plan = fxprune.plan(language, tokens, ratio=0.5, where=lambda group: group.exact)
+    pruned = plan.apply(language)
+    masked = plan.mask(language)
+    with torch.no_grad():
+        for size in ((1, 7), (3, 7), (2, 4), (5, 12)):
+            other = torch.randint(20, size)
+            torch.testing.assert_close(pruned(other).logits, masked(other).logits)
+
+
+def test_dropout_follows_train_and_eval(language: Language) -> None:
+    pruned = fxprune.prune(language, {"tokens": TOKENS})
+    torch.testing.assert_close(pruned(TOKENS).logits, pruned(TOKENS).logits, rtol=0, atol=0)
+    pruned.train()
+    assert not torch.equal(pruned(TOKENS).logits, pruned(TOKENS).logits)
+    pruned(TOKENS).logits.sum().backward()
+    assert all(p.grad is not None for p in pruned.parameters())
+
+
+def test_result_pickles_copies_and_prunes_again(language: Language) -> None:
+    pruned = fxprune.prune(language, {"tokens": TOKENS})
+    stream = io.BytesIO()
+    torch.save(pruned, stream)
+    stream.seek(0)
+    for again in (torch.load(stream, weights_only=False), copy.deepcopy(pruned)):
+        torch.testing.assert_close(again(TOKENS).logits, pruned(TOKENS).logits)
+    twice = fxprune.prune(pruned, {"tokens": TOKENS})
+    assert twice.get_parameter("up.weight").shape[0] == 16
+
+
+def test_values_that_are_no_tensors_are_those_of_the_capture(language: Language) -> None:
+    pruned = fxprune.prune(language, {"tokens": TOKENS, "use_cache": False})
+    assert pruned(TOKENS).cache is None
+    assert pruned(tokens=TOKENS, use_cache=False).cache is None
+    with pytest.raises(ValueError, match=r"use_cache.*was False"):
+        pruned(TOKENS, use_cache=True)
+
+
+class Nested(nn.Module):
+    """Takes its tensors in a dict and in a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, pair: dict[str, Any], plus: tuple[Tensor, Any]) -> dict[str, Tensor]:
+        tensor_only(pair["x"])
+        return {"y": self.b(torch.relu(self.a(pair["x"] + plus[0] * pair["by"])))}
+
+
+def test_nested_inputs() -> None:
+    plus = (torch.randn(2, 4), None)
+    inputs = ({"x": torch.randn(2, 4), "by": 2.0}, plus)
+    model = Nested()
+    pruned = fxprune.prune(model, inputs, ratio=0.5)
+    assert pruned.a.weight.shape == (4, 4)
+    assert pruned(*inputs)["y"].shape == (2, 3)
+    with pytest.raises(ValueError, match="'pair' was a tree"):
+        pruned({"x": inputs[0]["x"], "by": 3.0}, plus)
+
+
+class Mutating(nn.Module):
+    """Writes into slices and into a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tensor_only(x)
+        self.calls.add_(1)
+        x = self.norm(self.first(x))
+        x[:, :4] = x[:, :4] * 2
+        return self.last(x.relu_()).mean((2, 3))
+
+
+def test_mutation_and_batch_norm() -> None:
+    _, pruned = check(
+        Mutating().eval(), torch.randn(2, 3, 6, 6), narrows=["first.weight", "norm.weight"], exact=True
+    )
+    before, mean = int(pruned.calls), pruned.norm.running_mean.clone()
+    pruned(torch.randn(2, 3, 6, 6))
+    assert int(pruned.calls) == before + 1
+    torch.testing.assert_close(pruned.norm.running_mean, mean)
+    pruned.train()(torch.randn(2, 3, 6, 6))
+    assert not torch.equal(pruned.norm.running_mean, mean)
+
+
+class FixedBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tensor_only(x)
+        return self.b(self.a(x).relu()).view(2, 3)
+
+
+def test_fixed_batch_is_reported() -> None:
+    graph = fxprune.analyze(FixedBatch(), torch.randn(2, 4))
+    assert "the batch size is fixed" in graph.captured.report
+    assert (
+        "the batch size is fixed" not in fxprune.analyze(Mutating(), torch.randn(1, 3, 6, 6)).captured.report
+    )
+
+
+class Routed(nn.Module):
+    """Rows are sent to the expert that a router chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 2)
+        self.up = nn.Parameter(torch.randn(2, 8, 16) / 4)
+        self.down = nn.Parameter(torch.randn(2, 16, 8) / 4)
+        self.into, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tensor_only(x)
+        x = self.into(x)
+        weight, choice = self.router(x).softmax(-1).topk(1, dim=-1)
+        order = choice[:, 0].argsort()
+        ends = F.one_hot(choice[:, 0], 2).sum(0).cumsum(0).to(torch.int32)
+        rows = x[order]
+        hidden = torch._grouped_mm(rows, self.up, offs=ends).relu()
+        out = torch._grouped_mm(hidden, self.down, offs=ends)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.shape[0])
+        return self.head(x + out[back] * weight)
+
+
+def test_experts_narrow_in_hidden_units_and_stream() -> None:
+    graph = fxprune.analyze(Routed(), torch.randn(8, 4))
+    members = {str(member.axis) for group in graph for member in group.members}
+    assert {"up[1]", "up[2]", "down[1]", "down[2]", "into.weight[0]", "head.weight[1]"} <= members
+    reasons = {str(f.axis): f.reason for f in graph.frozen}
+    assert "experts are chosen at run time" in reasons["up[0]"]
+    assert "router.weight[0]" in reasons
+
+
+def test_what_cannot_be_exported_is_an_error_with_every_reason() -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(CaptureError, match=r"(?s)symbolic tracing:.*torch\.export:"):
+        fxprune.analyze(Branch(), torch.randn(2, 3))
