@@ -317,16 +317,19 @@ def _balance(
     links = nx.Graph()
     links.add_nodes_from(range(len(atoms)))
     atom_of = np.full(roots.size, -1)
-    for number, atom in enumerate(atoms):
-        atom_of[atom] = number
+    atom_of[classes] = inverse
+    first = np.array([atom[0] for atom in atoms], dtype=np.int64)
+    size = np.array([atom.size for atom in atoms], dtype=np.int64)
     broken = []
     for rectangle, inside, counts in constraints:
+        numbers = np.unique(atom_of[inside])
+        unit_counts = counts[np.searchsorted(inside, first[numbers])]
+        which, rows = np.nonzero(unit_counts)
+        held = numbers[which]
+        columns, signatures = size[held] * unit_counts[which, rows], signature[first[held]]
         rows_atoms = defaultdict(list)
-        for number in np.unique(atom_of[inside]).tolist():
-            unit_counts = counts[np.searchsorted(inside, atoms[number][0])]
-            for row in np.flatnonzero(unit_counts).tolist():
-                columns = atoms[number].size * int(unit_counts[row])
-                rows_atoms[row].append((columns, int(signature[atoms[number][0]]), number))
+        for row, *atom in zip(*(array.tolist() for array in (rows, columns, signatures, held)), strict=True):
+            rows_atoms[row].append(tuple(atom))
         by_row = [sorted(rows_atoms.get(row, [])) for row in range(counts.shape[1])]
         shapes = [[atom[0] for atom in row] for row in by_row]
         if any(shape != shapes[0] for shape in shapes):
