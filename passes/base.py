@@ -76,6 +76,7 @@ class Narrowing:
         self._kept: dict[tuple[int, tuple[int, ...]], Kept] = {}
         self._masks: dict[int, tuple[Ids, Mask, bool]] = {}
         self._sizes: dict[int, int] = {}
+        self._repeats: dict[int, bool] = {}
         self._values = {node.name: value for node, value in graph.run.values.items()}
         self._takes = {node.name: take for node, take in graph.run.coupler.takes.items()}
         self._origin: dict[int, str] = {}
@@ -118,8 +119,10 @@ class Narrowing:
 
     def repeats(self, label: Label) -> bool:
         """Whether a unit occurs more than once along the dimension, as in a batch of rows ``(B H, N, D)``."""
-        row = self.graph.classes(label.ids.reshape(-1, label.ids.shape[-1])[0])
-        return np.unique(row).size < row.size
+        if id(label.ids) not in self._repeats:
+            row = self.graph.classes(label.ids.reshape(-1, label.ids.shape[-1])[0])
+            self._repeats[id(label.ids)] = len(set(row.tolist())) < row.size
+        return self._repeats[id(label.ids)]
 
     def row(self, label: Label) -> Mask:
         """Survivors along the dimension itself; of the first surviving row where there are several."""

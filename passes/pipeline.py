@@ -146,6 +146,8 @@ def _compact(narrowing: Narrowing) -> Any:
     roots = graph.classes(np.arange(graph.run.coupler.units.count))
     single = Units()
     for rectangle in graph.rectangles:
+        if narrowing.survive(rectangle.cells[0]).sum() > 1:
+            continue
         survive = narrowing.survive(rectangle.cells)
         if survive.sum(axis=1).max(initial=0) == 1:  # a row of one column is its only cell
             if single.count == 1:

@@ -276,6 +276,7 @@ def test_multihead_attention(kind: str, extras: str, batch_first: bool) -> None:
     plan, pruned = check(net, inputs, ratio=0.4, heads=0.25, narrows=names, exact=True, batch_dim=None)
     assert pruned.get_submodule("attend").num_heads == 3
     assert not plan.held
+    pruned(**inputs)  # generates its code
     check(pruned, inputs, ratio=0.3, heads=0.4, narrows=names, exact=True, batch_dim=None)  # once more
 
 

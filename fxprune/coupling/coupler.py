@@ -520,11 +520,10 @@ class Coupler:
 
     def _fresh_rows(self, cells: Ids) -> Ids:
         """A unit for each row of ``cells``; rows of the same cells (a batch of heads) are one row."""
-        flat = self.units.find(cells.reshape(-1, cells.shape[-1]))
-        first = np.unique(flat[:, 0])
-        if first.size == flat.shape[0]:
+        flat = cells.reshape(-1, cells.shape[-1])
+        if len(set(self.units.find(flat[:, 0]).tolist())) == flat.shape[0]:
             return self.units.fresh(*cells.shape[:-1])
-        _, kind = np.unique(flat, axis=0, return_inverse=True)
+        _, kind = np.unique(self.units.find(flat), axis=0, return_inverse=True)
         rows = self.units.fresh(int(kind.max()) + 1)
         return cast(Ids, rows[kind.reshape(-1)].reshape(cells.shape[:-1]))
 

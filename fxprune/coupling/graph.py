@@ -284,8 +284,10 @@ class CouplingGraph:
             if len(gone):
                 mask[group.units[list(gone)]] = False
                 left = mask[group.units]
-                rows = (row for band in group.balance if len(band) > 1 for row in band)
-                loses_row = loses_row or any(not left[row].any() for row in rows)
+                rows = [row for band in group.balance if len(band) > 1 for row in band]
+                if rows and not loses_row:
+                    starts = np.cumsum([0, *(row.size for row in rows[:-1])])
+                    loses_row = not np.logical_or.reduceat(left[np.concatenate(rows)], starts).all()
         if loses_row:
             units = {group.name: group.units for group in self.groups}
             for row_set in self.rows:
