@@ -100,6 +100,30 @@ def test_predicted_is_counted(name: str, ratio: float, scope: Any, heads: float,
         assert predicted.macs == macs(pruned, inputs)
 
 
+class Whole(nn.Module):
+    """A linear layer that is registered, so that the analysis does not look inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(40, 30))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+def test_the_inside_of_registered_modules_counts_in_full() -> None:
+    """Nobody knows what becomes of it, so a budget is met with room to spare."""
+    model, inputs = nn.Sequential(nn.Linear(6, 30), Whole(), nn.Linear(40, 3)), torch.randn(2, 6)
+    with fxprune.register_module(Whole, "... i, weight: o i -> ... o"):
+        plan = fxprune.plan(model, inputs, 0.5)
+        assert len(plan.removed) == 2
+        costs = CostModel(fxprune.api.graph_for(plan, model))
+        assert costs({}) == fxprune.count(model, inputs)
+        assert costs(plan.removed).macs == 2 * (6 * 15 + 30 * 40 + 20 * 3)
+        pruned = fxprune.prune(model, inputs, budget=Budget(macs=0.9))
+    assert macs(pruned, inputs) <= 0.9 * macs(model, inputs)
+
+
 def test_models_made_in_inference_mode_are_counted_alike() -> None:
     with torch.inference_mode():
         model, inputs = Chain(), torch.randn(1, 3, 16, 16)

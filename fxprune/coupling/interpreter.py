@@ -67,7 +67,8 @@ def interpret(
         seeds: labels for the axes of parameters and buffers, by the tensor's name, for a check.
         known: for a node that need not be run, a function that gives its values (a tree of
             :class:`Value` and numbers) when they are asked for; None for one that does.
-        observe: called as ``observe(operator, args, kwargs, out)`` after each ATen call.
+        observe: called as ``observe(operator, args, kwargs, out)`` after each ATen call; inside of modules
+            that are registered as a whole, with unlabelled values in place of tensors.
 
     Raises:
         ExampleInputsError: where a node fails on the inputs' shapes; names the node and its source.
@@ -262,7 +263,8 @@ class _Interpreter(TorchDispatchMode):
             with self:
                 return module(*args, **kwargs)
         try:
-            result = module(*args, **kwargs)
+            with contextlib.nullcontext() if self.observe is None else _Observed(self.observe):
+                result = module(*args, **kwargs)
         except Exception as error:  # whatever a user's forward raises on shapes
             if leaf.outputs is None or not _needs_values(error):
                 raise
@@ -361,6 +363,24 @@ class _Interpreter(TorchDispatchMode):
         return clone_module(
             self.program.modules[path], lambda name, _: self._tensor(f"{path}.{name}"), share=True
         )
+
+
+class _Observed(TorchDispatchMode):
+    """Shows ATen calls to an observer, without labels: nobody knows how they couple."""
+
+    def __init__(self, observe: Callable[[Any, Any, Any, Any], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.observe = observe
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tree = (args, kwargs or {}, out)
+        self.observe(func, *pytree.tree_map_only(torch.Tensor, self._plain, tree))
+        return out
+
+    @staticmethod
+    def _plain(tensor: torch.Tensor) -> Value:
+        return Value(tuple(tensor.shape), [None] * tensor.dim(), dtype=tensor.dtype)
 
 
 _BY_DIMENSION = frozenset(
