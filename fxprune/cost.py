@@ -7,6 +7,7 @@ nothing else tells it.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
@@ -51,12 +53,14 @@ class Count:
 
 
 def count(model: nn.Module, example_inputs: Any) -> Count:
-    """Count parameters, MACs, activations and bytes of ``model``; it is neither run nor touched.
+    """Count parameters, MACs, activations and bytes of ``model``; it is not touched.
+
+    It is not run, either, unless its control flow depends on values: then a copy of it is, once.
 
     Args:
         model: any module; it may live on the meta device. It is counted as in eval mode.
-        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. Their values
-            do not matter, their shapes do: MACs are those of the whole batch.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. Their shapes
+            matter, and their values where control flow depends on them: MACs are those of the whole batch.
 
     Raises:
         ExampleInputsError: the model does not run on inputs of these shapes, or has lazy parameters whose
@@ -71,7 +75,7 @@ def count(model: nn.Module, example_inputs: Any) -> Count:
     # keep_vars: the tensors themselves, so that a tied one is recognised.
     saved = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
     args, kwargs = normalize(example_inputs)
-    macs, activations = _work(model, to_meta(args), to_meta(kwargs))
+    macs, activations = _work(model, args, kwargs)
     return Count(
         params=sum(p.numel() for p in model.parameters()),
         macs=macs,
@@ -148,18 +152,28 @@ class _Activations(TorchDispatchMode):
 
 
 def _work(model: nn.Module, args: Any, kwargs: Any) -> tuple[int, int]:
-    """Multiply-accumulates and activations of one forward pass over meta inputs."""
-    twin = _meta_copy(model).eval()
-    counter, activations = FlopCounterMode(display=False), _Activations()
+    """Multiply-accumulates and activations of one forward pass, over meta inputs if that can be."""
     # The default device catches tensors that the forward makes itself, such as a mask.
-    with _slow_attention(), torch.no_grad(), torch.device("meta"), activations, counter:
-        try:
-            twin(*args, **kwargs)
-        except Exception as error:
-            raise ExampleInputsError(
-                f"{type(model).__name__} does not run on the example inputs with shapes only (meta tensors), "
-                f"which counting its MACs needs: {type(error).__name__}: {error}"
-            ) from error
+    try:
+        with torch.device("meta"):
+            return _counted(_meta_copy(model), to_meta(args), to_meta(kwargs))
+    except Exception as error:
+        tensors = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs))]
+        if not any(isinstance(t, Tensor) and t.is_meta for t in tensors):
+            # Control flow may depend on values: run a copy that shares nothing but the parameters.
+            with contextlib.suppress(Exception), torch.random.fork_rng():
+                twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+                return _counted(twin, *pytree.tree_map_only(Tensor, torch.clone, (args, kwargs)))
+        raise ExampleInputsError(
+            f"{type(model).__name__} does not run on the example inputs with shapes only (meta tensors), "
+            f"which counting its MACs needs: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _counted(twin: nn.Module, args: Any, kwargs: Any) -> tuple[int, int]:
+    counter, activations = FlopCounterMode(display=False), _Activations()
+    with _slow_attention(), torch.no_grad(), activations, counter:
+        twin.eval()(*args, **kwargs)
     # FlopCounterMode counts a multiplication and an addition as two.
     return int(counter.get_total_flops()) // 2, activations.count
 

@@ -327,6 +327,17 @@ def assemble(program: Program) -> nn.Module:
     return root
 
 
+def mutable(tree: Any) -> Any:
+    """Plain lists and dicts in place of torch.fx's immutable ones."""
+    if isinstance(tree, list):
+        return [mutable(item) for item in tree]
+    if isinstance(tree, tuple) and not hasattr(tree, "_fields"):
+        return tuple(mutable(item) for item in tree)
+    if isinstance(tree, dict):
+        return {key: mutable(item) for key, item in tree.items()}
+    return tree
+
+
 def describe_source(node: fx.Node | None) -> str:
     """``file.py:12 in forward`` for a node, or an empty string where the source is unknown."""
     source = node.meta.get("source") if node is not None else None

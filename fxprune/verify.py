@@ -27,7 +27,7 @@ from .passes import Narrowing
 from .passes.base import copy_graph
 from .passes.parameters import narrow, surviving
 from .planning.plan import PruningPlan
-from .program import Program, describe_source
+from .program import Program, describe_source, mutable
 from .regions import RegionModule
 
 
@@ -324,11 +324,16 @@ class _Walk:
         return pytree.tree_unflatten([narrowed(leaf) for leaf in leaves], spec)
 
 
+class _Interpreter(fx.Interpreter):
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(target, mutable(args), mutable(kwargs))
+
+
 class _Stepper:
     """An fx interpreter that can be stopped after each node, and whose values can be exchanged."""
 
     def __init__(self, module: fx.GraphModule, inputs: list[Any]) -> None:
-        self.interpreter = fx.Interpreter(module, garbage_collect_values=False)
+        self.interpreter = _Interpreter(module, garbage_collect_values=False)
         self.nodes = iter(module.graph.nodes)
         self.inputs = iter(inputs)
         self.values: dict[fx.Node, Any] = self.interpreter.env

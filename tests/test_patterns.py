@@ -2073,6 +2073,17 @@ def leaf_function_with_literals(net, x):
     return net.b(split_by_a_literal(net.a(x)))
 
 
+@torch.fx.wrap
+def scaled_in_place(x: Tensor, factors: list[int]) -> Tensor:
+    factors[0] *= 2
+    return x * factors[0]
+
+
+@case(VECTOR, two_linears(), "a b")
+def leaf_function_that_writes_into_a_list(net, x):
+    return net.b(scaled_in_place(net.a(x), [1, 2]))
+
+
 @case(IMAGE[0], lambda: {"a": conv(3, 8), "p": nn.MaxPool2d(2), "b": conv(8, 4)}, "a b", batch_dim=None)
 def convs_without_a_batch(net, x):
     return net.b(F.relu(net.p(net.a(x))))

@@ -151,6 +151,14 @@ def test_plan_applies_without_running() -> None:
     assert plan.apply(Whole().to("meta")).get_parameter("head.hidden.weight").shape == (8, 8)
 
 
+def test_counts(model: nn.Module) -> None:
+    """MACs of a model that cannot be run on shapes alone are those of a real run."""
+    before, after = fxprune.count(model, X), fxprune.count(fxprune.prune(model, X), X)
+    linear = 8 * 16 + 16 * 4
+    assert before.macs == 2 * (36 * 27 * 16 + 16 * 9 * 16 * 8 + linear)
+    assert after.macs == before.macs // 2
+
+
 def test_tampering_is_found(model: nn.Module) -> None:
     plan = fxprune.plan(model, X)
     pruned = plan.apply(model)

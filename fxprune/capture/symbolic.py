@@ -34,7 +34,7 @@ from ..errors import CaptureError, ExampleInputsError
 from ..inputs import meta_like, to_meta
 from ..leaves import leaf_for
 from ..nn import TrainingFlag
-from ..program import Program, Skeleton, clone_module, named_modules, named_tensors
+from ..program import Program, Skeleton, clone_module, mutable, named_modules, named_tensors
 from ..structure import TENSORS, flatten
 from .arguments import Arguments, packing
 
@@ -331,7 +331,7 @@ class _ShapeTracer(_Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         if kind == "call_function" and function_name(target) in self.dissolve:
             plain: Any = map_aggregate((args, kwargs), lambda a: a)
-            return target(*_mutable(plain[0]), **_mutable(plain[1]))
+            return target(*mutable(plain[0]), **mutable(plain[1]))
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         self.values[proxy.node] = self._evaluate(proxy.node)
         return proxy
@@ -366,6 +366,7 @@ class _ShapeTracer(_Tracer):
                 if node.op == "call_function":
                     if getattr(node.target, "__name__", "") in _FACTORIES:
                         kwargs = {**kwargs, "device": "meta"}
+                    args, kwargs = mutable(args), mutable(kwargs)
                     return node.target(*args, **kwargs)  # type: ignore[operator]
                 path = str(node.target)
                 if path not in self.clones:
@@ -376,17 +377,6 @@ class _ShapeTracer(_Tracer):
 
     def _meta(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.metas.setdefault(id(tensor), meta_like(tensor))
-
-
-def _mutable(tree: Any) -> Any:
-    """Plain lists and dicts in place of torch.fx's immutable ones."""
-    if isinstance(tree, list):
-        return [_mutable(item) for item in tree]
-    if isinstance(tree, tuple) and not hasattr(tree, "_fields"):
-        return tuple(_mutable(item) for item in tree)
-    if isinstance(tree, dict):
-        return {key: _mutable(item) for key, item in tree.items()}
-    return tree
 
 
 def is_leaf(module: nn.Module) -> bool:

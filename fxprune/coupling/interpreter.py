@@ -11,6 +11,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from ..errors import CaptureError, ExampleInputsError, FxpruneError
 from ..inputs import meta_like
 from ..leaves import leaf_for
 from ..nn import Pack
-from ..program import Program, clone_module, describe_source
+from ..program import Program, clone_module, describe_source, mutable
 from .coupler import Coupler
 from .plain import call_plain
 from .registry import rule_for
@@ -238,6 +239,8 @@ class _Interpreter(TorchDispatchMode):
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             target: Any = node.target
+            if isinstance(target, FunctionType):  # which may write into a list that it is given
+                args, kwargs = mutable(args), mutable(kwargs)
             return target(*args, **kwargs)
 
     def _call(self, path: str, args: Any, kwargs: Any) -> Any:
