@@ -285,6 +285,8 @@ class _Walk:
             if node.name in self.inexact:
                 got.values[node] = expected
                 continue
+            if self._narrowed_later(node) and _shapes(got.values[node]) == _shapes(reference):
+                expected = reference
             error = _error(*self._used(node, got.values[node], expected))
             self.compared += 1
             if error > self.limit:
@@ -309,6 +311,12 @@ class _Walk:
             [leaf for i, leaf in enumerate(pytree.tree_leaves(tree)) if i >= len(unread) or not unread[i]]
             for tree in trees
         ]
+
+    def _narrowed_later(self, node: fx.Node) -> bool:
+        """Whether the node makes a constant, which the rewriter narrows by a node of its own behind it."""
+        value = self.narrowing.value(node)
+        state = value.state if value is not None else None
+        return state is not None and state.tensor is None and state.name == node.name
 
     def _narrowed(self, node: fx.Node, reference: Any) -> Any:
         values = iter(pytree.tree_leaves(self.narrowing.tree(node.name)))

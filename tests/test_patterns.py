@@ -1908,7 +1908,7 @@ mystery.register_autograd(lambda ctx, grad: grad.flip(-1).flip(-1).cumsum(-1).fl
     VECTOR,
     lambda: {"a": nn.Linear(6, 12), "b": nn.Linear(12, 8), "c": nn.Linear(8, 4)},
     "b c",
-    frozen={"a.weight[0]": r"fxprune_tests.mystery.*at mystery.*test_patterns.py:\d+.*register a rule"},
+    frozen={"a.weight[0]": r"fxprune_tests.mystery.*at mystery.*test_patterns.py:\d+.*register_rule"},
 )
 def unknown_operator(net, x):
     return net.c(net.b(mystery(net.a(x))))
@@ -2161,6 +2161,91 @@ def _nothing_left_in_the_tracer() -> Iterator[None]:
     assert not added, added
 
 
+# -- what the zoos taught -------------------------------------------------------------------------
+
+
+@case(_random(2, 8, 8, 3), lambda: {"a": nn.Linear(3, 8), "b": nn.Linear(8, 4)}, "a b")
+def one_window_that_is_the_whole_map(net, x):
+    x = net.a(x)
+    n, h, w, c = x.shape
+    x = x.view(n, h // 8, 8, w // 8, 8, c).permute(0, 1, 3, 2, 4, 5).contiguous().view(-1, 8, 8, c)
+    return net.b(x)
+
+
+def gated() -> Layers:
+    return {"a": conv(3, 8), "gate": conv(3, 3, 1), "levels": nn.ModuleList(conv(8, 8) for _ in range(3)),
+            "b": conv(8, 4)}  # fmt: skip
+
+
+@case(IMAGE, gated, "a levels.0.weight b", frozen={"gate.weight[0]": "selected by its number"})
+def gates_in_slices_of_one(net, x):
+    gates, x = net.gate(x), net.a(x)
+    total = 0
+    for level, layer in enumerate(net.levels):
+        x = layer(x)
+        total = total + x * gates[:, level : level + 1]
+    return net.b(total)
+
+
+@case(TOKENS, lambda: {"a": nn.Linear(12, 8), "mix": nn.Conv1d(2, 1, 1), "b": nn.Linear(8, 4)}, "a b")
+def convolution_that_mixes_two_streams(net, x):
+    x = net.a(x)
+    x = net.mix(torch.stack([x[:, 0], x[:, 1]], dim=1)).squeeze(1)
+    return net.b(x)
+
+
+@case(TOKENS, lambda: {"a": nn.Linear(12, 8), "bend": nn.Conv1d(5, 5, 3, padding=1), "b": nn.Linear(8, 4)},
+      "", shrinks=False, frozen={"a.weight[0]": "spatial axis"})  # fmt: skip
+def convolution_that_mixes_features(net, x):
+    return net.b(net.bend(net.a(x)))
+
+
+@case(TOKENS, lambda: {"a": nn.Linear(12, 8), "norm": nn.LayerNorm(8), "project": nn.Linear(8, 8),
+                       "b": nn.Linear(8, 4)}, "a b", exact=False)  # fmt: skip
+def sine_code_behind_a_normalisation(net, x):
+    x = net.norm(net.a(x))
+    code = 100 ** (2 * torch.arange(8, device=x.device, dtype=x.dtype) / 8)
+    return net.b(x + net.project(1 / code))
+
+
+@case(IMAGE, lambda: {"a": conv(3, 8), "b": conv(8, 8), "c": conv(8, 4)}, "a b c", exact=False)
+def standardised_weight(net, x):
+    weight = F.batch_norm(net.b.weight.reshape(1, 8, -1), None, None, training=True)
+    return net.c(F.conv2d(net.a(x), weight.reshape_as(net.b.weight), net.b.bias, padding=1))
+
+
+class Caching(nn.Module):
+    """Keeps what it computed, as attention biases of several libraries do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 4)
+        self.bias = parameter(12, 3)
+        self.cache: dict[str, Tensor] = {}
+        self.calls: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        key = str(x.device)
+        if key not in self.cache:
+            self.cache[key] = self.bias[:, torch.tensor([1])].squeeze(1)
+        self.calls.append(1)
+        self.last = x
+        return self.b(self.a(x) + self.cache[key])
+
+
+def test_caches_do_not_remember_the_tracing() -> None:
+    """What a forward writes to its module while it is traced is gone afterwards, so that it traces again."""
+    model = Caching()
+    for _ in range(2):
+        check(model, VECTOR, narrows=["a.weight", "bias", "b.weight"])
+        model.eval()
+        with torch.no_grad():
+            model(VECTOR)
+        assert list(model.cache) == ["cpu"]
+        assert all(type(kept) is Tensor for kept in model.cache.values())
+        model.cache.clear()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_pattern(name: str) -> None:
     """Narrowed where it can be, frozen where it must be, and never wrong."""
@@ -2294,7 +2379,7 @@ def test_unknown_operator_is_named() -> None:
     ]
     assert "fxprune_tests.mystery" in entry.reason
     assert "test_patterns.py" in entry.source
-    assert "register a rule" in entry.remedy
+    assert "register_rule" in entry.remedy
 
 
 def test_rows_choose_their_own_columns() -> None:

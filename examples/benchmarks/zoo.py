@@ -696,12 +696,12 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     for zoo in options.zoos:
         try:
-            names = ZOOS[zoo][0](options.folder)
+            names = options.models or ZOOS[zoo][0](options.folder)
         except ImportError as error:
             print(f"{zoo} is not installed: {error}")
             continue
         done = read_rows(options.folder)
-        for name in options.models or names:
+        for name in names:
             row = done.get((zoo, name))
             again = options.models or (
                 options.failed and row is not None and row.exact not in ("yes", "unseen")

@@ -155,9 +155,10 @@ class _Tracer(fx.Tracer):
         named = self.model.named_modules() if asked else ()
         fixed = sorted(path for path, module in named if module in asked)
         mode = "training" if self.model.training else "evaluation"
-        self.notes += [
-            f"control flow on self.training in {p or 'the model'} stays that of {mode} mode" for p in fixed
-        ]
+        where = ", ".join(path or "the model" for path in fixed[:3])
+        where += f" and {len(fixed) - 3} more" if len(fixed) > 3 else ""
+        if fixed:
+            self.notes.append(f"control flow on self.training in {where} stays that of {mode} mode")
         return Program(
             graph=graph,
             modules={str(n.target): self.leaf(str(n.target)) for n in graph.nodes if n.op == "call_module"},

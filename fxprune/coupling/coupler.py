@@ -336,7 +336,10 @@ class Coupler:
             label = value.label(own)
             if label is not None and (own == dim or dim in label.over):
                 self.delicate()
-            if label is not None and own == dim:
+            if label is not None and own == dim and index.size == 1 and label.ids.shape[-1] > 1:
+                self._picked_out(label, int(index[0]))
+                label = None
+            elif label is not None and own == dim:
                 ids = label.ids[..., index]
                 if label.over:
                     self.rectangle(self._rows(value, label), ids)
@@ -362,13 +365,8 @@ class Coupler:
             o is not None and dim in o.over for o in map(value.label, range(len(value.shape)))
         ):
             self.delicate()
-        if own is not None and own.over:
-            self.freeze(own, "one column of a rectangle is selected")
-        elif own is not None:
-            event = Event(
-                own.ids[index : index + 1], own.axis, self.node, "this index is selected by its number"
-            )
-            self.frozen.append(event)
+        if own is not None:
+            self._picked_out(own, index)
         labels: list[Label | None] = []
         for d in range(len(value.shape)):
             label = value.label(d)
@@ -383,6 +381,14 @@ class Coupler:
                 label = Label(ids, shifted, label.axis, label.zero, label.row)
             labels.append(label)
         return labels
+
+    def _picked_out(self, label: Label, index: int) -> None:
+        """One index is picked by its number, so that it has to stay."""
+        if label.over:
+            self.freeze(label, "one column of a rectangle is selected")
+        else:
+            ids = label.ids[index : index + 1]
+            self.frozen.append(Event(ids, label.axis, self.node, "this index is selected by its number"))
 
     def cat(self, values: Sequence[Value], dim: int) -> list[Label | None]:
         """Labels after concatenating along ``dim``; other dimensions are coupled."""
@@ -442,6 +448,9 @@ class Coupler:
                 continue
             if len(ins) > 1 or len(outs) > 1:
                 self.delicate()
+            if value.state is not None and not any(label is not None and label.over for label in old):
+                # A weight's channels, rather than its kernel, of which nothing is known yet.
+                inside.sort(key=lambda d: value.shape[d])
             dim, label = self._innermost(inside, old)
             blocks: list[tuple[list[int], list[int]]] = []
             for o in label.over:

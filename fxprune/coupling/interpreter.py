@@ -363,9 +363,10 @@ class _Interpreter(TorchDispatchMode):
         return meta
 
     def _module(self, path: str) -> torch.nn.Module:
-        return clone_module(
-            self.program.modules[path], lambda name, _: self._tensor(f"{path}.{name}"), share=True
-        )
+        module = self.program.modules[path]
+        # What a registered module keeps in dicts and lists must not see meta tensors.
+        share = leaf_for(module) is None
+        return clone_module(module, lambda name, _: self._tensor(f"{path}.{name}"), share)
 
 
 class _Observed(TorchDispatchMode):
@@ -465,8 +466,11 @@ _NUMBER_OPERATORS = frozenset(
 
 
 def _permutation(probe: torch.Tensor, result: Any) -> tuple[int, Any] | None:
-    """The one dimension along which ``result`` permutes ``probe``, and how; None if it is anything else."""
-    if not isinstance(result, torch.Tensor) or result.shape != probe.shape:
+    """The one dimension along which ``result`` permutes ``probe``, and how; None if it is anything else.
+
+    What moves nothing is no permutation: the views in it may still have to be rewritten.
+    """
+    if not isinstance(result, torch.Tensor) or result.shape != probe.shape or torch.equal(result, probe):
         return None
     for dim in range(probe.dim()):
         if probe.shape[dim] > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -90,8 +91,10 @@ def convolution(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> No
     transposed, groups = args[6], args[8]
     if args[0].dtype != args[1].dtype:
         raise RuntimeError(f"input of dtype {args[0].dtype} meets a weight of dtype {args[1].dtype}")
+    through = _through(x, args) if groups == 1 else {}
     for dim in range(2, len(x.shape)):
-        c.freeze_dim(x, dim, "spatial axis of a convolution")
+        if dim not in through:
+            c.freeze_dim(x, dim, "spatial axis of a convolution")
         if weight.state is None or not weight.is_open(dim):
             c.freeze_dim(weight, dim, "kernel axis of a convolution")
     space = [("space", d) for d in range(2, out.dim())]
@@ -111,8 +114,23 @@ def convolution(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> No
             operands.insert(0, (bias, "o"))
             zero = _biased
         _contract(c, operands, ["n", "o", *space], out, zero)
+        for dim, label in through.items():
+            c.value(out).labels[dim] = label if bias is None else replace(label, zero=False)
         return
     _grouped(c, x, weight, bias, groups, into, outof, out)
+
+
+def _through(x: Value, args: Args) -> dict[int, Label]:
+    """Labels of spatial dimensions along which nothing is mixed: a kernel of 1, taken step by step."""
+    through = {}
+    for dim in range(2, len(x.shape)):
+        stride, padding = (numbers[min(dim - 2, len(numbers) - 1)] for numbers in (args[3], args[4]))
+        label = x.label(dim)
+        if label is None or label.over or label.row:
+            continue
+        if (args[1].shape[dim], stride, padding) == (1, 1, 0):
+            through[dim] = label
+    return through
 
 
 def _first(c: Coupler, x: Value) -> list[Label | None]:

@@ -112,8 +112,9 @@ def slice_(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
         c.put(out, [label if label is not None and dim not in label.over else None for label in labels])
     else:
         label = value.label(dim)
-        if label is not None and label.over and index.size and index[0] > 0:
-            c.take(value, dim, np.arange(index[0]))  # what lies before must be balanced, too
+        if label is not None and label.over and index[0] > 0:
+            # What lies before must be balanced, too.
+            c.rectangle(c._rows(value, label), label.ids[..., : index[0]])
         pick = c.take if step == 1 else c.pick
         c.put_view(out, value, pick(value, dim, index))
 

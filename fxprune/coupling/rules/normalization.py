@@ -28,6 +28,10 @@ def batch_norm(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
     operands: list[tuple[Value, Sequence[Any]]] = [(x, names), *((c.value(v), [1]) for v in vectors)]
     scaled = [i + 1 for i, v in enumerate(vectors) if v is args[1] or v is args[2]]
     labels, _ = c.unify(operands, names, lambda zeros: affine and all(zeros[i] for i in scaled))
+    training = next((a for a in args if isinstance(a, bool)), c.operator == "_batch_norm_with_update")
+    for dim, label in enumerate(labels):
+        if training and dim != 1 and label is not None:
+            c.mark_inexact(label, "normalised over this axis")
     c.put(out[0], labels)
 
 
