@@ -19,6 +19,7 @@ from oracle import check
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision import ops
 
 import fxprune
 from fxprune.coupling import interpreter
@@ -39,6 +40,9 @@ INPUTS = {
     "tokens": (2, 6, 3),
     "vector": (2, 3),
 }
+
+
+ROIS = torch.tensor([[0.0, 0.0, 0.0, 2.0, 2.0], [1.0, 1.0, 0.0, 3.0, 3.0]])
 
 
 @dataclass(frozen=True)
@@ -369,6 +373,8 @@ CASES = [
     Case("_upsample_bicubic2d_aa", lambda x: F.interpolate(x, (3, 3), mode="bicubic", antialias=True)),
     Case("upsample_trilinear3d", lambda x: F.interpolate(x, 5, mode="trilinear"), kind="volume"),
     Case("im2col", lambda x: F.unfold(x, 2)),
+    Case("torchvision.roi_align", lambda x: ops.roi_align(x, ROIS.type_as(x), 2), batch=False),
+    Case("torchvision.roi_pool", lambda x: ops.roi_pool(x, ROIS.type_as(x), 2), batch=False),
 ]  # fmt: skip
 
 

@@ -52,3 +52,15 @@ def im2col(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
         ids = np.repeat(label.ids, out.shape[at] // x.shape[at])
         labels[at] = Label(ids, (), label.axis, label.zero)
     c.put(out, labels)
+
+
+@rule("torchvision::roi_align", "torchvision::roi_pool")
+def roi_align(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
+    """``x: (N, C, H, W)``, ``rois: (R, 5) -> (R, C, h, w)``: each region is resampled by itself."""
+    x = c.value(args[0])
+    for dim in (0, 2, 3):
+        c.freeze_dim(x, dim, "picked by a region of interest")
+    c.freeze_value(c.value(args[1]), "coordinates of regions of interest")
+    labels, _ = c.unify([(x, "nchw")], "rcyx")
+    for result in [out] if isinstance(out, torch.Tensor) else out:
+        c.put(result, labels)
