@@ -484,7 +484,7 @@ def shortfall(graph: Any, plan: Any, kept: float) -> str:
             shares[entry.reason] = shares.get(entry.reason, 0) + size
         if shares:
             notes.append(f"frozen: {max(shares, key=lambda reason: shares[reason])}")
-    return re.sub(r"\s+", " ", "; ".join(notes))[:300]
+    return plain("; ".join(notes))
 
 
 def settle(model: nn.Module, inputs: Any) -> None:
@@ -542,8 +542,13 @@ def describe(inputs: Any) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    text = re.sub(r"\s+", " ", str(error)).replace(str(ROOT), ".")
-    return re.sub(r"/\S*/site-packages/", "", f"{type(error).__name__}: {text}")[:300]
+    return plain(f"{type(error).__name__}: {error}")
+
+
+def plain(text: str) -> str:
+    """One line without the paths of this machine."""
+    text = re.sub(r"\s+", " ", text).replace(str(ROOT), ".")
+    return re.sub(r"/\S*/site-packages/", "", text)[:300]
 
 
 # -- the parent: starts workers, watches their limits, keeps the rows ------------------------------
