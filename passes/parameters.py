@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,8 +16,6 @@ from .base import Kept, Narrowing, Pass
 
 _CHUNK = 1 << 19
 """Entries of a tensor that are moved at once."""
-_LARGE = 1 << 22
-"""Bytes from which memory is allocated in huge pages."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +147,7 @@ def _pick(data: torch.Tensor, flat: dict[int, Kept]) -> torch.Tensor:
         rows = max(1, _CHUNK * shape[0] // max(data.numel(), 1))
     for axis, index in axes.items():
         shape[axis] = len(index)
-    new = _allocate(shape, data)
+    new = torch.empty(shape, dtype=data.dtype, device=data.device)
     for start in range(0, len(chosen), rows):
         part, target = view, new.narrow(first, start, min(rows, len(chosen) - start))
         *picks, (last, index) = (first, chosen[start : start + rows]), *others
@@ -158,11 +155,3 @@ def _pick(data: torch.Tensor, flat: dict[int, Kept]) -> torch.Tensor:
             part = part.index_select(axis, i)
         torch.index_select(part, last, index, out=target)
     return new.view(final)
-
-
-def _allocate(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-    """Memory for a result. numpy asks the system for huge pages, which are several times faster to fill."""
-    n_bytes = math.prod(shape) * like.element_size()
-    if like.device.type != "cpu" or n_bytes < _LARGE:
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
-    return torch.from_numpy(np.empty(n_bytes, np.uint8)).view(like.dtype).view(shape)
