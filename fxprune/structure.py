@@ -90,8 +90,8 @@ class _Walk:
 
     def tree(self, tree: Any, path: tuple[Any, ...], inside: bool, above: frozenset[int]) -> Any:
         """The tree with places for its tensors; ``above`` are the objects that it lies in."""
-        found, spec = pytree.tree_flatten_with_path(tree)
-        made = [self.leaf(leaf, (*path, *map(_key, keys)), inside, above) for keys, leaf in found]
+        found, spec = _with_paths(tree)
+        made = [self.leaf(leaf, (*path, *keys), inside, above) for keys, leaf in found]
         return pytree.tree_unflatten(made, spec)
 
     def leaf(self, leaf: Any, path: tuple[Any, ...], inside: bool, above: frozenset[int]) -> Any:
@@ -121,6 +121,16 @@ class _Walk:
             for name, value in own.items()
             if any(isinstance(x, self.kinds) or self.attributes(x, above) for x in pytree.tree_leaves(value))
         }
+
+
+def _with_paths(tree: Any) -> tuple[list[tuple[tuple[Any, ...], Any]], pytree.TreeSpec]:
+    """Leaves with the keys that lead to them; numbers where a container was registered without keys."""
+    try:
+        found, spec = pytree.tree_flatten_with_path(tree)
+    except ValueError:
+        leaves, spec = pytree.tree_flatten(tree)
+        return [((number,), leaf) for number, leaf in enumerate(leaves)], spec
+    return [(tuple(map(_key, keys)), leaf) for keys, leaf in found], spec
 
 
 def _key(key: Any) -> Any:

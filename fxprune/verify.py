@@ -24,7 +24,7 @@ from .coupling.units import Value
 from .errors import ExampleInputsError, VerificationError
 from .inputs import normalize
 from .passes import Narrowing
-from .passes.base import copy_graph
+from .passes.base import copy_graph, operator_name
 from .passes.parameters import narrow, surviving
 from .planning.plan import PruningPlan
 from .program import Program, describe_source, mutable
@@ -187,6 +187,7 @@ def _recast(graph: fx.Graph, dtype: torch.dtype) -> fx.Graph:
     return new
 
 
+_UNWRITTEN = ("empty", "new_empty")
 _CASTS = frozenset(["float", "double", "half", "bfloat16"])
 
 
@@ -302,7 +303,9 @@ class _Walk:
         return worst
 
     def _used(self, node: fx.Node, *trees: Any) -> list[list[Any]]:
-        """The leaves of two trees that some operator reads."""
+        """The leaves of two trees that some operator reads, and that have been written."""
+        if operator_name(node).startswith(_UNWRITTEN):
+            return [[] for _ in trees]
         unread = [
             isinstance(value, Value) and bool(value.on_use)
             for value in pytree.tree_leaves(self.narrowing.tree(node.name))

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, ExampleInputsError
 from ..nn import Pack
@@ -59,6 +61,22 @@ class Arguments:
         """What is passed by keyword: keyword-only inputs, and those after one that keeps its default."""
         return dict(self._listed(False))
 
+    def all(self) -> dict[str, Any]:
+        """All of them, in the order of the captured graph's placeholders."""
+        return {**self.by_place(), **self.by_name()}
+
+    def default(self, name: str) -> tuple[Any, ...]:
+        """What a placeholder's ``args`` are: its default, if there is one.
+
+        A value that is no tensor need not be given again. What follows such an input must have a default,
+        too, as in any Python signature; None there stands for nothing.
+        """
+        given = self.all()
+        if not _holds_tensors(given[name]):
+            return (given[name],)
+        before = list(given)[: list(given).index(name)]
+        return (None,) if any(not _holds_tensors(given[other]) for other in before) else ()
+
     def _listed(self, by_place: bool) -> Iterator[tuple[str, Any]]:
         gap = False
         for name, parameter in self.signature.parameters.items():
@@ -72,6 +90,10 @@ class Arguments:
                 yield from (() if by_place else value.items())
             elif by_place != (gap or parameter.kind is parameter.KEYWORD_ONLY):
                 yield name, value
+
+
+def _holds_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
 
 
 def packing(structure: Structure, arguments: Arguments) -> tuple[Pack | None, list[str]]:

@@ -27,8 +27,8 @@ from ..errors import CaptureError
 from ..nn import TrainingFlag, Unpack
 from ..program import Program, Skeleton, named_tensors
 from ..structure import Structure, flatten
-from .arguments import LITERALS, Arguments, packing
-from .symbolic import check_value
+from .arguments import Arguments, packing
+from .symbolic import check_value, restored
 
 _INTERNAL = os.path.dirname(torch.__file__) + os.sep
 _ASSERTIONS = ("_assert", "sym_constrain_range")
@@ -106,7 +106,7 @@ class _Exporter:
 
     def _export(self) -> torch.export.ExportedProgram:
         """The exported program, with as many free sizes as can be."""
-        given = {**self.arguments.by_place(), **self.arguments.by_name()}
+        given = self.arguments.all()
         tensors, structure = flatten(given)
         placed = list(self.arguments.by_place())
 
@@ -123,7 +123,7 @@ class _Exporter:
                 continue
             shapes = [_free(t) if free else None for t in inputs]
             try:
-                with warnings.catch_warnings():
+                with restored(self.model), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     exported = torch.export.export(
                         _Flat(self.model, rebuild, self.output),
@@ -153,18 +153,15 @@ class _Exporter:
     def _inputs(self) -> list[fx.Node]:
         """Placeholders under the names of the signature; the nodes of all tensors inside of them."""
         leaves: list[fx.Node] = []
-        given = {**self.arguments.by_place(), **self.arguments.by_name()}
-        placeholders = {}
-        for name, value in given.items():
-            tensors, _ = flatten(value)
-            default = (value,) if not tensors and isinstance(value, LITERALS) else ()
-            placeholders[name] = self.graph.create_node("placeholder", name, default)
+        given = self.arguments.all()
+        placeholders = {
+            name: self.graph.create_node("placeholder", name, self.arguments.default(name)) for name in given
+        }
         for name, value in given.items():
             tensors, structure = flatten(value)
             place = placeholders[name]
             if not tensors:
-                if isinstance(value, LITERALS):
-                    self.graph.call_function(check_value, (place, value, name))
+                self.graph.call_function(check_value, (place, value, name))
             elif tensors == [value]:
                 leaves.append(place)
             else:

@@ -137,7 +137,7 @@ class _Tracer(fx.Tracer):
         """
         asked: set[nn.Module] = set()
         try:
-            with _restored(self.model), _dynamic_training(self.model, asked), _dynamic_factories(self):
+            with restored(self.model), _dynamic_training(self.model, asked), _dynamic_factories(self):
                 graph = super().trace(self.model)
         except (CaptureError, ExampleInputsError):
             raise
@@ -199,10 +199,10 @@ class _Tracer(fx.Tracer):
         leaves, spec = pytree.tree_flatten(given)
         self.given[name] = to_meta(given)
         if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
-            checked = self.create_proxy("placeholder", name, (given,), {})
+            checked = self.create_proxy("placeholder", name, self.arguments.default(name), {})
             self.create_proxy("call_function", check_value, (checked, given, name), {})
             return given
-        proxy: Any = self.create_proxy("placeholder", name, (), {})
+        proxy: Any = self.create_proxy("placeholder", name, self.arguments.default(name), {})
         if isinstance(given, torch.Tensor):
             return proxy
         items = []
@@ -423,7 +423,7 @@ def _dynamic_factories(tracer: _Tracer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
+def restored(model: nn.Module) -> Iterator[None]:
     """Afterwards, modules have the attributes that they have now: a forward may cache what it computes."""
     before = [(module, dict(module.__dict__)) for module in model.modules()]
     contents = [
@@ -485,4 +485,4 @@ def _blame(error: BaseException) -> str:
     return where
 
 
-__all__ = ["check_value", "function_name", "is_leaf", "trace", "trace_with_shapes"]
+__all__ = ["check_value", "function_name", "is_leaf", "restored", "trace", "trace_with_shapes"]

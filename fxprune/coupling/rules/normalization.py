@@ -144,3 +144,22 @@ def _reduced(operator: str, args: Args, kwargs: Kwargs, rank: int) -> list[int]:
     if isinstance(dims, int):
         dims = [dims]
     return [int(d) % rank for d in np.asarray(dims).tolist()]
+
+
+@rule("topk", "sort", "argsort", "kthvalue", "median.dim", "mode")
+def ranking(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
+    """Entries along one dimension are ranked by their values; the other dimensions pass on."""
+    x = c.value(args[0])
+    at = 2 if c.operator in ("topk", "kthvalue") else 1
+    dim = kwargs.get("dim", args[at] if len(args) > at else -1)
+    names: list[Any] = list(range(len(x.shape)))
+    results = [out] if isinstance(out, torch.Tensor) else [r for r in out if isinstance(r, torch.Tensor)]
+    if not names:
+        return
+    dim %= len(names)
+    c.freeze_dim(x, dim, "ranked by value")
+    keeps = results[0].dim() == len(names)
+    kept = [name if name != dim else "rank" for name in names if keeps or name != dim]
+    labels, _ = c.unify([(x, names)], kept, lambda zeros: False)
+    for result in results:
+        c.put(result, labels)
