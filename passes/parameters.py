@@ -43,8 +43,10 @@ class NarrowParameters(Pass):
 
 
 def _shrink(tensor: torch.Tensor, labels: Sequence[Label | None], narrowing: Narrowing) -> torch.Tensor:
-    """A meta tensor of the narrowed shape."""
+    """A meta tensor of the narrowed shape, or a buffer that stays as it is."""
     shape = narrowed_shape(tensor.shape, labels, narrowing)
+    if shape == tensor.shape and not isinstance(tensor, nn.Parameter):
+        return tensor  # a number that is read off it stays known
     return torch.empty(shape, dtype=tensor.dtype, device="meta")
 
 

@@ -12,6 +12,7 @@ import torch
 from oracle import check
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 import fxprune
 from fxprune.errors import CaptureError
@@ -254,6 +255,58 @@ def test_fixed_batch_is_reported() -> None:
     assert (
         "the batch size is fixed" not in fxprune.analyze(Mutating(), torch.randn(1, 3, 6, 6)).captured.report
     )
+
+
+class Strides(nn.Module):
+    """Reads numbers off a tensor that is no parameter, as detection heads do of their strides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+        self.strides = torch.tensor([2.0, 4.0])
+        self.shape: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        tensor_only(x)
+        self.shape = x.new_zeros(2)
+        y = self.b(self.a(x).relu())
+        return sum(y * stride.item() for stride in self.strides)  # type: ignore[return-value]
+
+
+def test_numbers_read_off_constants() -> None:
+    model = Strides().eval()
+    check(model, torch.randn(2, 3, 6, 6), narrows=["a.weight", "b.weight"], exact=True)
+    assert model.shape is None or not isinstance(model.shape, torch._subclasses.FakeTensor)
+
+
+class Unkeyed(dict[str, Any]):
+    """A container that was registered without keys."""
+
+
+pytree.register_pytree_node(
+    Unkeyed, lambda d: (list(d.values()), list(d)), lambda v, k: Unkeyed(zip(k, v, strict=True))
+)
+
+
+class InOrder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, by: Tensor | None = None) -> Unkeyed:
+        tensor_only(x)
+        x = x if mask is None else x * mask
+        return Unkeyed(y=self.b(self.a(x * by).relu()))
+
+
+def test_inputs_left_out_before_others_that_are_given() -> None:
+    x, by = torch.randn(2, 4), torch.randn(2, 4)
+    model = InOrder()
+    pruned = fxprune.prune(model, (x, None, by))
+    assert pruned.a.weight.shape == (4, 4)
+    for result in (pruned(x, None, by), pruned(x, by=by)):
+        assert type(result) is Unkeyed
+        assert result["y"].shape == (2, 3)
 
 
 class Routed(nn.Module):

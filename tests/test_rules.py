@@ -279,6 +279,11 @@ CASES = [
     Case("_grouped_mm", lambda x, w: aten._grouped_mm(x, w, aten.arange.default(2, dtype=torch.int32) + 1),
          kind="vector", extra=((2, 12, 8),), batch=False, runs=False),
     # normalisation and reduction ---------------------------------------------------------------
+    Case("topk", lambda x: aten.topk.default(x, 2, 2)[0], kind="sequence", batch=False),
+    Case("sort", lambda x: aten.sort.default(x, 2)[0] + aten.sort.stable(x, stable=True, dim=2)[0], kind="sequence"),
+    Case("kthvalue", lambda x: aten.kthvalue.default(x, 2, 2)[0], kind="sequence"),
+    Case("median.dim", lambda x: aten.median.dim(x, 2)[0], kind="sequence"),
+    Case("mode", lambda x: aten.mode.default(x, 2)[0], kind="sequence"),
     Case("native_batch_norm", lambda x, w, b, m, v: F.batch_norm(x, m, v, w, b, training=True),
          extra=((12,), (12,)), buffers=((12,), (12,))),
     Case("native_batch_norm", lambda x, w, b, m, v: F.batch_norm(x, m, v, w, b),

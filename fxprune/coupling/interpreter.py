@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -90,6 +91,9 @@ def _slow_paths() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 
+
+_SMALL = 1 << 12
+"""Entries of a tensor that may be computed while analysing."""
 
 _OUTPUT = "output of the model"
 
@@ -218,7 +222,9 @@ class _Interpreter(TorchDispatchMode):
                     error.node = node  # type: ignore[attr-defined]
                     raise
                 except Exception as error:  # whatever a user's node raises
-                    raise _failed(node, error, args, self._shapes(node)) from error
+                    result = self._constant(node) if _needs_values(error) else None
+                    if not isinstance(result, (bool, int, float)):
+                        raise _failed(node, error, args, self._shapes(node)) from error
                 if self._numbers:
                     self.scalars[node] = tuple(self._numbers)
             env[node] = result
@@ -241,6 +247,32 @@ class _Interpreter(TorchDispatchMode):
             target: Any = node.target
             if isinstance(target, FunctionType):  # which may write into a list that it is given
                 args, kwargs = mutable(args), mutable(kwargs)
+            return target(*args, **kwargs)
+
+    def _constant(self, node: fx.Node) -> Any:
+        """What a node computes from constants and buffers alone; None where it needs anything else.
+
+        For numbers that are read off small tensors (strides, sizes). The graph goes on computing them.
+        """
+        if node.op == "get_attr":
+            tensors = {**self.program.extras, **self.program.tensors}
+            tensor = tensors[str(node.target)]
+            fixed = not isinstance(tensor, torch.nn.Parameter) and tensor.device.type != "meta"
+            return tensor if fixed and tensor.numel() <= _SMALL else None
+        value = self.values.get(node)
+        if node.op not in ("call_function", "call_method") or (
+            isinstance(value, Value) and math.prod(value.shape) > _SMALL
+        ):
+            return None
+        inputs = {source: self._constant(source) for source in node.all_input_nodes}
+        if any(found is None for found in inputs.values()):
+            return None
+        args: Any = map_arg(node.args, inputs.__getitem__)
+        kwargs: Any = map_arg(node.kwargs, inputs.__getitem__)
+        target: Any = node.target
+        with _disable_current_modes(), torch.no_grad():
+            if node.op == "call_method":
+                return getattr(args[0], str(target))(*args[1:], **kwargs)
             return target(*args, **kwargs)
 
     def _call(self, path: str, args: Any, kwargs: Any) -> Any:

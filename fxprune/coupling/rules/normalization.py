@@ -146,12 +146,12 @@ def _reduced(operator: str, args: Args, kwargs: Kwargs, rank: int) -> list[int]:
     return [int(d) % rank for d in np.asarray(dims).tolist()]
 
 
-@rule("topk", "sort", "argsort", "kthvalue", "median.dim", "mode")
+@rule("topk", "sort", "kthvalue", "median.dim", "mode")
 def ranking(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Entries along one dimension are ranked by their values; the other dimensions pass on."""
     x = c.value(args[0])
     at = 2 if c.operator in ("topk", "kthvalue") else 1
-    dim = kwargs.get("dim", args[at] if len(args) > at else -1)
+    dim: Any = kwargs.get("dim", args[at] if len(args) > at else -1)
     names: list[Any] = list(range(len(x.shape)))
     results = [out] if isinstance(out, torch.Tensor) else [r for r in out if isinstance(r, torch.Tensor)]
     if not names:
