@@ -286,8 +286,6 @@ class Unkeyed(dict[str, Any]):
 pytree.register_pytree_node(
     Unkeyed, lambda d: (list(d.values()), list(d)), lambda v, k: Unkeyed(zip(k, v, strict=True))
 )
-    Unkeyed, lambda d: (list(d.values()), list(d)), lambda v, k: Unkeyed(zip(k, v, strict=True))
-)
 
 
 class InOrder(nn.Module):

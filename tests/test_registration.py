@@ -305,7 +305,9 @@ def by_module(c: Any, module: Any, args: Any, kwargs: Any, out: Any) -> None:
     c.put(out, labels)
 
 
-@pytest.mark.parametrize("how", [None, "n d, weight: d, bias: d -> n d", by_module], ids=str)
+@pytest.mark.parametrize(
+    "how", [None, "n d, weight: d, bias: d -> n d", by_module], ids=["followed", "equation", "function"]
+)
 @pytest.mark.parametrize("kind", [Affine, Remembering])
 def test_forms_of_a_module(kind: type[nn.Module], how: Any) -> None:
     """The module stays whole, narrows with its neighbours, and its attribute follows."""

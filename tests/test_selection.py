@@ -182,7 +182,7 @@ def test_balanced_rows_are_ranked_as_one_step() -> None:
         (Block, {*INNER, STREAM}),
         (nn.Linear, set()),
     ],
-    ids=str,
+    ids=lambda value: ",".join(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_what_a_name_means(model: nn.Module, pattern: Any, groups: set[str]) -> None:
     everything = set(fxprune.plan(model, IMAGE, 0.5).removed)
