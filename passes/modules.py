@@ -227,6 +227,10 @@ def _narrowed_multihead(
     return {"qk_width": parts * module.qk_width // old, "v_width": parts * module.v_width // old}
 
 
+def _transformer(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | None) -> dict[str, Any]:
+    return {"d_model": inputs[-1]} if inputs is not None else {}
+
+
 _RULES: list[tuple[type, Attributes]] = [
     (_ConvNd, _conv),
     (nn.Linear, _linear),
@@ -239,6 +243,7 @@ _RULES: list[tuple[type, Attributes]] = [
     (nn.PReLU, _prelu),
     (nn.RNNBase, _recurrent),
     (nn.RNNCellBase, _cell),
+    (nn.Transformer, _transformer),
     (nn.MultiheadAttention, _multihead),
     (MultiheadAttention, _narrowed_multihead),
 ]

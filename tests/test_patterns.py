@@ -1725,6 +1725,21 @@ def transformer_decoder_layer(net, x, memory):
 
 @case(
     (TOKENS, TOKENS.flip(1)),
+    lambda: {
+        "into": nn.Linear(12, 12),
+        "t": nn.Transformer(12, 2, 1, 1, 24, batch_first=True),
+        "last": nn.Linear(12, 5),
+    },
+    "into.weight t.encoder.layers.0.linear1.weight t.decoder.norm.weight last.weight",
+    exact=False,
+)
+def transformer_between_layers(net, x, y):
+    """The width of the residual stream is an attribute of ``nn.Transformer``."""
+    return net.last(net.t(net.into(x), net.into(y)))
+
+
+@case(
+    (TOKENS, TOKENS.flip(1)),
     lambda: {"t": nn.Transformer(12, 2, 1, 1, 24, batch_first=True)},
     "t.encoder.layers.0.linear1.weight t.decoder.layers.0.multihead_attn.out_proj.weight",
 )

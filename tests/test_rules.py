@@ -279,6 +279,10 @@ CASES = [
     Case("_grouped_mm", lambda x, w: aten._grouped_mm(x, w, aten.arange.default(2, dtype=torch.int32) + 1),
          kind="vector", extra=((2, 12, 8),), batch=False, runs=False),
     # normalisation and reduction ---------------------------------------------------------------
+    Case("_fft_r2c _fft_c2r", lambda x: torch.fft.irfft2(torch.fft.rfft2(x) * 2, s=x.shape[-2:])),
+    Case("_fft_c2c", lambda x: torch.fft.fft2(torch.fft.ifft2(x.to(torch.complex128)) * 2).abs()),
+    Case("view_as_complex view_as_real",
+         lambda x: torch.view_as_real(torch.view_as_complex(torch.stack([x, x * 2], -1)) * 2).sum(-1)),
     Case("topk", lambda x: aten.topk.default(x, 2, 2)[0], kind="sequence", batch=False),
     Case("sort", lambda x: aten.sort.default(x, 2)[0] + aten.sort.stable(x, stable=True, dim=2)[0], kind="sequence"),
     Case("kthvalue", lambda x: aten.kthvalue.default(x, 2, 2)[0], kind="sequence"),

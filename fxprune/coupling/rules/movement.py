@@ -344,3 +344,14 @@ def scatter(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     c.unify([(part, range(len(source.shape))), (source, range(len(source.shape)))], ())
     whole, _ = c.unify([(value, range(rank))], range(rank), lambda zeros: False)
     c.put(out, whole)
+
+
+@rule("view_as_complex", "view_as_real")
+def complex_pairs(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
+    """Real and imaginary parts are a last dimension of two, which must stay."""
+    value = c.value(args[0])
+    if c.operator == "view_as_complex":
+        c.freeze_dim(value, len(value.shape) - 1, "pairs of a real and an imaginary part")
+    rank = min(len(value.shape), out.dim())
+    labels, _ = c.unify([(value, range(len(value.shape)))], range(rank), all)
+    c.put(out, [*labels, *[None] * (out.dim() - rank)])

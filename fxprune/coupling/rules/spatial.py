@@ -64,3 +64,15 @@ def roi_align(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
     labels, _ = c.unify([(x, "nchw")], "rcyx")
     for result in [out] if isinstance(out, torch.Tensor) else out:
         c.put(result, labels)
+
+
+@rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
+def fourier(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
+    """Transformed dimensions are summed over; the others pass on, and zeros stay zero."""
+    x = c.value(args[0])
+    names: list[Any] = list(range(len(x.shape)))
+    for dim in args[1]:
+        c.freeze_dim(x, dim % len(names), "transformed to or from frequencies")
+        names[dim % len(names)] = ("transformed", dim)
+    labels, _ = c.unify([(x, range(len(names)))], names, all)
+    c.put(out, labels)
