@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .capture import capture
+from .capture.dynamo import named_inputs
 from .capture.symbolic import function_name
 from .coupling.graph import CouplingGraph
 from .coupling.groups import Group
@@ -315,7 +316,7 @@ def _check_architecture(made: PruningPlan, model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise PlanError(f"a plan is applied to a torch.nn.Module, got {type(model).__name__}.")
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    shapes = {name: list(tensor.shape) for name, tensor in tensors}
+    shapes = {name: list(tensor.shape) for name, tensor in [*tensors, *named_inputs(model).items()]}
     for name in [*made.shapes, *shapes]:
         if made.shapes.get(name) != shapes.get(name):
             had, has = (

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from .capture.dynamo import named_inputs
 from .errors import ExampleInputsError
 from .inputs import normalize, to_meta
 
@@ -76,8 +77,11 @@ def count(model: nn.Module, example_inputs: Any) -> Count:
     saved = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
     args, kwargs = normalize(example_inputs)
     macs, activations = _work(model, args, kwargs)
+    inputs = named_inputs(model, args).values()
+    saved |= {id(t): t for t in inputs}
+    parameters = {id(p): p for p in [*model.parameters(), *inputs] if isinstance(p, nn.Parameter)}
     return Count(
-        params=sum(p.numel() for p in model.parameters()),
+        params=sum(p.numel() for p in parameters.values()),
         macs=macs,
         activations=activations,
         bytes=sum(t.numel() * t.element_size() for t in saved.values()),

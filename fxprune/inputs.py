@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from .errors import ExampleInputsError, PlanError
 
 _SCALARS = (type(None), bool, int, float, str)
+_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def normalize(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -22,9 +24,13 @@ def normalize(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     A tensor is the only positional argument, a tuple holds positional arguments, a dict holds keyword
     arguments. Arguments may nest tensors in lists, tuples and dicts.
 
+    Sizes that ``torch.compile`` leaves free are taken to be those that it saw.
+
     Raises:
         ExampleInputsError: for anything else.
     """
+    if any(isinstance(leaf, (FakeTensor, *_NUMBERS)) for leaf in pytree.tree_leaves(example_inputs)):
+        example_inputs = pytree.tree_map(_concrete, example_inputs)
     if isinstance(example_inputs, torch.Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, tuple) and not hasattr(example_inputs, "_fields"):
@@ -41,6 +47,21 @@ def normalize(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         f"{type(example_inputs).__name__}. To pass a {type(example_inputs).__name__} as one positional "
         f"argument, wrap it in a tuple: (inputs,)."
     )
+
+
+def _concrete(leaf: Any) -> Any:
+    """A fake tensor as a meta tensor, and a symbolic number as the number that was seen."""
+    if isinstance(leaf, FakeTensor):
+        sizes, strides = map(_concrete, leaf.shape), map(_concrete, leaf.stride())
+        return torch.empty_strided(tuple(sizes), tuple(strides), dtype=leaf.dtype, device="meta")
+    if not isinstance(leaf, _NUMBERS):
+        return leaf
+    if not leaf.node.has_hint():
+        raise ExampleInputsError(
+            f"the size {leaf} of the example inputs is only known when the model runs. Next: prune the "
+            f"model itself, before torch.compile."
+        )
+    return leaf.node.hint
 
 
 def to_meta(tree: Any) -> Any:

@@ -19,7 +19,7 @@ from ..errors import CaptureError, ExampleInputsError
 from ..inputs import to_meta
 from ..program import Program
 from ..regions import RegionProgram
-from . import exported, regions, symbolic
+from . import dynamo, exported, regions, symbolic
 
 __all__ = ["Captured", "capture"]
 
@@ -53,7 +53,7 @@ RUNGS: dict[str, Rung] = {
     "symbolic tracing with known shapes": symbolic.trace_with_shapes,
     "torch.export": exported.trace,
 }
-"""The rungs that capture a module as a whole."""
+"""The rungs that capture a module as a whole; a graph of Dynamo's has a rung of its own."""
 
 
 def capture(
@@ -81,6 +81,10 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}.")
+    if dynamo.takes_tensors(model):
+        if dissolve:
+            raise CaptureError("what Dynamo left as one function cannot be traced into")
+        return _climb(model, args, kwargs, {"Dynamo": dynamo.trace}, accept)
     opened: dict[str, Rung] = {
         "symbolic tracing with known shapes": partial(symbolic.trace_with_shapes, dissolve=dissolve)
     }

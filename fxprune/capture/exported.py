@@ -206,7 +206,7 @@ class _Exporter:
                 env[node] = env[node.args[0]][node.args[1]]
             elif not str(getattr(node.target, "__name__", "")).startswith(_ASSERTIONS):
                 new = self.graph.node_copy(node, lambda n: env[n])
-                new.meta = {"source": source} if (source := _source(node)) else {}
+                new.meta = {"source": source} if (source := source_line(node)) else {}
                 self._switch(node, new)
                 env[node] = new
         return None
@@ -220,7 +220,7 @@ class _Exporter:
         elif name == "wrap_with_autocast" and not args[2]:
             enabled, (_, _, _, _, block, *inputs) = True, args
         else:
-            where = _source(node)
+            where = source_line(node)
             at = f" at {where[0]}:{where[1]}" if where else ""
             raise CaptureError(f"the graph holds {name}{at}, which is not rewritten")
         places = [n for n in block.graph.nodes if n.op == "placeholder"]
@@ -295,7 +295,7 @@ def _fixed(exported: torch.export.ExportedProgram) -> list[bool]:
 _FRAME = re.compile(r'File "(.+)", line (\d+), in (\S+)')
 
 
-def _source(node: fx.Node) -> tuple[str, int, str] | None:
+def source_line(node: fx.Node) -> tuple[str, int, str] | None:
     """The innermost line of the user's code behind a node."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     for file, line, function in reversed(frames):
@@ -308,4 +308,4 @@ def _first_lines(error: Exception) -> str:
     return "\n".join(str(error).splitlines()[:6])
 
 
-__all__ = ["trace"]
+__all__ = ["source_line", "trace"]

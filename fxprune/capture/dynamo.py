@@ -1,0 +1,184 @@
+"""Dynamo's graphs: the rung for what ``torch.compile`` hands to a backend.
+
+Dynamo (https://docs.pytorch.org/docs/stable/torch.compiler_custom_backends.html) passes parameters and
+buffers in as inputs of the graph. Here they become tensors of the program again, under the names that
+they have in the model. The inputs stay in the signature, and nothing reads them.
+"""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..errors import CaptureError
+from ..program import Program, Skeleton, named_tensors
+from .exported import source_line
+
+__all__ = ["named_inputs", "takes_tensors", "trace"]
+
+
+def takes_tensors(model: nn.Module) -> bool:
+    """Whether ``model`` is a graph that takes parameters, or buffers of modules, as inputs."""
+    return isinstance(model, fx.GraphModule) and any(map(_is_state, _placeholders(model)))
+
+
+def named_inputs(model: nn.Module, args: tuple[Any, ...] = ()) -> dict[str, torch.Tensor]:
+    """The parameters and buffers that ``model`` takes as inputs, by name; none but for Dynamo's graphs.
+
+    Raises:
+        CaptureError: if only their shapes are at hand, not the tensors.
+    """
+    if not isinstance(model, fx.GraphModule):
+        return {}
+    return {name: tensor for _, name, tensor in _found(model, args)}
+
+
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    """The program of a graph of Dynamo's.
+
+    Dynamo does not tell which buffers belong to the state dict; all of them do in the result.
+
+    Raises:
+        CaptureError: if a parameter's values are not at hand, or the graph calls other graphs.
+    """
+    if not isinstance(model, fx.GraphModule):
+        raise CaptureError(f"{type(model).__name__} is no graph of Dynamo's")
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in _placeholders(model):
+        env[node] = graph.create_node("placeholder", str(node.target), node.args, name=node.name)
+    tensors: dict[str, torch.Tensor] = dict(named_tensors(model))
+    first: dict[int, str] = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    skeleton = Skeleton.of(model)
+    buffers = dict(skeleton.buffers)
+    for node, name, tensor in _found(model, args):
+        tensors[name] = tensor
+        env[node] = graph.get_attr(first.setdefault(id(tensor), name))
+        if not isinstance(tensor, nn.Parameter):
+            buffers[name] = True
+    extras: dict[str, torch.Tensor] = {}
+    for node in model.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "get_attr" and node.target not in tensors:
+            extras[str(node.target)] = _constant(model, node)
+        env[node] = graph.node_copy(node, env.__getitem__)
+        source = source_line(node)
+        env[node].meta = {"source": source} if source else {}
+    graph.lint()
+    return Program(
+        graph=graph,
+        modules={str(n.target): model.get_submodule(n.target) for n in graph.nodes if n.op == "call_module"},
+        tensors=tensors,
+        skeleton=replace(skeleton, buffers=buffers, names=tuple(tensors)),
+        extras=extras,
+        notes=(
+            "the parameters and buffers among the inputs are ignored; the network has its own",
+            "train() and eval() change nothing: torch.compile captures each mode by itself",
+        ),
+    )
+
+
+def _placeholders(model: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in model.graph.nodes if node.op == "placeholder"]
+
+
+def _origin(node: fx.Node) -> str:
+    """The expression by which Dynamo reads an input, as ``L['self']._modules['fc']._parameters['bias']``."""
+    return str(getattr(getattr(node.meta.get("grapharg"), "source", None), "name", ""))
+
+
+_BUFFER = re.compile(r"\._buffers\['[^']+'\]$")
+
+
+def _is_state(node: fx.Node) -> bool:
+    """Whether an input is a parameter, or a buffer of a module.
+
+    Any other tensor that a module holds may be exchanged between calls, and stays an input.
+    """
+    parameter = isinstance(node.type, type) and issubclass(node.type, nn.Parameter)
+    return parameter or _BUFFER.search(_origin(node)) is not None
+
+
+def _found(model: fx.GraphModule, args: tuple[Any, ...]) -> Iterator[tuple[fx.Node, str, torch.Tensor]]:
+    """Inputs that are parameters or buffers: the placeholder, a name for it, and the tensor."""
+    places = _placeholders(model)
+    nodes = [node for node in places if _is_state(node)]
+    names = _names(nodes, {name for name, _ in named_tensors(model)})
+    given = dict(zip(places, args, strict=False))
+    for node, name in zip(nodes, names, strict=True):
+        tensor = _tensor(node, given.get(node))
+        if tensor is None:
+            raise CaptureError(
+                f"the graph takes the parameter or buffer {name} as its input {node.target}, and only its "
+                f"shape is known. Next: call fxprune inside of the backend, while torch.compile runs, where "
+                f"the graph knows its tensors; or give the parameters themselves in the example inputs."
+            )
+        yield node, name, tensor
+
+
+def _tensor(node: fx.Node, given: Any) -> torch.Tensor | None:
+    """The tensor that Dynamo will pass; else the parameter among the example inputs."""
+    try:
+        known = node.meta["grapharg"].example
+    except (KeyError, AssertionError):  # compiled already, or the tensor is gone
+        known = given if isinstance(given, nn.Parameter) and given.device.type != "meta" else None
+    return known if isinstance(known, torch.Tensor) and not isinstance(known, FakeTensor) else None
+
+
+_ROOT = re.compile(r"[LG]\['(\w+)'\]")
+_STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^'.]+)'\]|\.([^\W\d]\w*)|\[(\d+)\]|\['(\w+)'\]")
+
+
+def _names(nodes: list[fx.Node], taken: set[str]) -> list[str]:
+    """Dotted names as in the model, where Dynamo tells; else the names of the inputs.
+
+    Where the tensors belong to several variables (``encoder`` and ``decoder``, say), these come first.
+    """
+    paths = [_path(_origin(node)) for node in nodes]
+    several = len({path[0] for path in paths if path}) > 1
+    dotted = [".".join(path if several else path[1:]) for path in paths]
+    names: list[str] = []
+    for node, name in zip(nodes, dotted, strict=True):
+        others = [*taken, *names, *(other for other in dotted if other != name)]
+        if not name or name in [*taken, *names] or any(other.startswith(f"{name}.") for other in others):
+            name = str(node.target)
+        names.append(name)
+    return names
+
+
+def _path(origin: str) -> tuple[str, ...]:
+    """``("self", "fc", "bias")`` for the example of :func:`_origin`; empty for what is no such path."""
+    root = _ROOT.match(origin)
+    if root is None:
+        return ()
+    path, end = [root[1]], root.end()
+    while end < len(origin):
+        step = _STEP.match(origin, end)
+        if step is None:
+            return ()
+        path.append(next(part for part in step.groups() if part is not None))
+        end = step.end()
+    return () if len(path) < 2 or any(map(keyword.iskeyword, path)) else tuple(path)
+
+
+def _constant(model: fx.GraphModule, node: fx.Node) -> torch.Tensor:
+    value: Any = model
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    if not isinstance(value, torch.Tensor):
+        caller = next(iter(node.users), node)
+        where = source_line(caller)
+        at = f" at {where[0]}:{where[1]}" if where else ""
+        raise CaptureError(
+            f"the graph holds {caller.target}{at}, which calls another graph and is not rewritten. Next: "
+            f"prune the model itself, before torch.compile."
+        )
+    return value.detach()

@@ -1,0 +1,302 @@
+"""Graphs that ``torch.compile`` hands to a backend: parameters and buffers arrive as inputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+import fxprune
+from fxprune.errors import CaptureError
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.blocks = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1, groups=g) for g in (1, 2)])
+        self.register_buffer("scale", torch.rand(8, 1, 1) + 0.5)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = F.relu(self.bn(self.conv(x))) * self.scale
+        for block in self.blocks:
+            x = x + block(x)
+        return {"logits": self.fc(x.mean((2, 3)))}
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, 48)
+        self.position = nn.Parameter(torch.randn(1, 7, 48))
+        self.norm = nn.LayerNorm(48)
+        self.qkv = nn.Linear(48, 144)
+        self.out = nn.Linear(48, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x) + self.position
+        q, k, v = self.qkv(self.norm(x)).view(-1, 7, 3, 4, 12).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, 7, 48)
+        return (x + self.out(y)).mean(1)
+
+
+def compiled(model: Callable[..., Any], **options: Any) -> tuple[Callable[..., Any], list[SimpleNamespace]]:
+    """``model`` under a backend that prunes, and what that backend saw at each call."""
+    seen: list[SimpleNamespace] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        inputs = tuple(example_inputs)
+        plan = fxprune.plan(gm, inputs, **options)
+        pruned = plan.apply(gm)
+        verdict = fxprune.verify(gm, pruned, plan, inputs)
+        seen.append(
+            SimpleNamespace(
+                plan=plan,
+                pruned=pruned,
+                verdict=verdict,
+                masks=plan.masks(gm),
+                counts=(fxprune.count(gm, inputs), fxprune.count(pruned, inputs)),
+                gm=gm,
+                inputs=inputs,
+            )
+        )
+        return pruned.forward
+
+    return torch.compile(model, backend=backend), seen
+
+
+def masked(model: nn.Module, masks: dict[str, torch.Tensor]) -> nn.Module:
+    """A copy of ``model`` without the entries that a plan removes; by the model's own names."""
+    twin = copy.deepcopy(model)
+    for name, mask in masks.items():
+        twin.get_parameter(name).data.mul_(mask)
+    return twin
+
+
+def test_convolutions_and_residuals() -> None:
+    model, x = Residual().eval(), torch.randn(2, 3, 8, 8)
+    model(torch.randn(1, 3, 8, 8))
+    fast, seen = compiled(model, ratio=0.5)
+    got = fast(x)
+    (run,) = seen
+    torch.testing.assert_close(got["logits"], masked(model, run.masks)(x)["logits"])
+    assert run.verdict.exact
+    state = run.pruned.state_dict()
+    assert set(state) == set(model.state_dict()) - {"bn.num_batches_tracked"}  # which nothing reads
+    assert state["blocks.1.weight"].shape == (4, 2, 3, 3)
+    assert state["bn.running_var"].shape == (4,)
+    assert state["scale"].shape == (4, 1, 1)
+    assert "scale" in dict(run.pruned.named_buffers())
+    assert run.counts[0].params == sum(p.numel() for p in model.parameters())
+    assert run.counts[1].params == sum(p.numel() for p in run.pruned.parameters()) < run.counts[0].params
+    assert run.counts[0].macs == fxprune.count(model, x).macs
+
+
+def test_attention_with_numbers_in_its_views() -> None:
+    model, x = Attention().eval(), torch.randn(2, 7, 5)
+    fast, seen = compiled(model, ratio=0.5, where=lambda group: group.exact)
+    got = fast(x)
+    (run,) = seen
+    torch.testing.assert_close(got, masked(model, run.masks)(x))
+    assert run.pruned.get_parameter("qkv.weight").shape == (72, 48)
+    assert run.verdict.exact
+
+
+def test_inexact_groups_are_verified_node_by_node() -> None:
+    fast, seen = compiled(nn.Sequential(Attention(), nn.Linear(48, 3)).eval(), ratio=0.5)
+    fast(torch.randn(2, 7, 5))
+    assert not seen[0].verdict.exact
+    assert seen[0].verdict.compared > 5
+    assert seen[0].pruned.get_parameter("0.position").shape == (1, 7, 24)
+
+
+def test_the_batch_may_be_dynamic() -> None:
+    model = Attention().eval()
+    fast, seen = compiled(model, ratio=0.5, where=lambda group: group.exact)
+    x = torch.randn(3, 7, 5)
+    torch._dynamo.mark_dynamic(x, 0)
+    fast(x)
+    assert any(isinstance(value, torch.SymInt) for value in seen[0].inputs)
+    other = torch.randn(5, 7, 5)
+    torch.testing.assert_close(fast(other), masked(model, seen[0].masks)(other))
+    assert len(seen) == 1
+
+
+def test_functions_of_several_modules() -> None:
+    encoder, decoder = nn.Linear(4, 8), nn.Linear(8, 2)
+    gain = nn.Parameter(torch.rand(8))
+
+    def forward(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        return decoder(F.relu(encoder(x)) * gain)
+
+    fast, seen = compiled(forward, ratio=0.5)
+    x = torch.randn(2, 4)
+    got = fast(x, gain)
+    names = dict(seen[0].pruned.named_parameters())
+    assert names["encoder.weight"].shape == (4, 4)
+    assert names["decoder.weight"].shape == (2, 4)
+    assert sorted(tuple(p.shape) for p in names.values()) == [(2,), (2, 4), (4,), (4,), (4, 4)]
+    keep = seen[0].masks["encoder.bias"]
+    torch.testing.assert_close(got, decoder(F.relu(encoder(x)) * gain * keep))
+
+
+def test_tied_weights_stay_tied() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(11, 8)
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+            self.head = nn.Linear(8, 11, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, i: torch.Tensor) -> torch.Tensor:
+            x = self.embed(i)
+            return self.head(x + self.down(F.gelu(self.up(x))))
+
+    model, i = Tied().eval(), torch.randint(0, 11, (2, 5))
+    fast, seen = compiled(model, ratio=0.5)
+    got = fast(i)
+    torch.testing.assert_close(got, masked(model, seen[0].masks)(i))
+    assert sum(p.shape[0] == 11 for p in seen[0].pruned.parameters()) == 1
+
+
+def test_training_trains_the_narrow_parameters() -> None:
+    model = Residual().train()
+    before = copy.deepcopy(model.state_dict())
+    fast, seen = compiled(model, ratio=0.5)
+    x, y = torch.randn(8, 3, 8, 8), torch.randint(0, 4, (8,))
+    F.cross_entropy(fast(x)["logits"], y).backward()
+    pruned = seen[0].pruned
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in pruned.parameters())
+    assert all(p.grad is None for p in model.parameters())
+    optimizer = torch.optim.SGD(pruned.parameters(), lr=0.1)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(fast(x)["logits"], y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert len(seen) == 1
+    assert pruned.get_buffer("bn.num_batches_tracked") == 6
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_parameters_that_are_passed_in_are_ignored() -> None:
+    model, x = Residual().eval(), torch.randn(2, 3, 8, 8)
+    fast, seen = compiled(model, ratio=0.5)
+    expected = fast(x)["logits"]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7)
+    assert torch.equal(fast(x)["logits"], expected)
+    assert len(seen) == 1
+
+
+def test_a_tensor_that_is_no_buffer_stays_an_input() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 2)
+            self.shift = torch.zeros(2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(F.relu(self.up(x))) + self.shift
+
+    model, x = Shifted().eval(), torch.randn(2, 4)
+    fast, seen = compiled(model, ratio=0.5)
+    before = fast(x)
+    model.shift = torch.ones(2)
+    torch.testing.assert_close(fast(x), before + 1)
+    assert "shift" not in seen[0].pruned.state_dict()
+
+
+def test_the_plan_is_data() -> None:
+    texts: list[str] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        inputs = tuple(example_inputs)
+        plan = fxprune.plan(gm, inputs, ratio=0.5, keep="blocks.0")
+        again = fxprune.PruningPlan.from_json(plan.to_json())
+        assert again == plan
+        texts.append(again.to_json())
+        return again.apply(gm).forward
+
+    x = torch.randn(2, 3, 8, 8)
+    torch.compile(Residual().eval(), backend=backend)(x)
+    torch._dynamo.reset()
+    torch.compile(Residual().eval(), backend=backend)(x)
+    assert len(texts) == 2
+
+
+def test_fake_inputs_do_where_the_graph_knows_its_tensors() -> None:
+    widths: list[int] = []
+
+    def backend(gm: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        fakes = tuple(n.meta["example_value"] for n in gm.graph.nodes if n.op == "placeholder")
+        pruned = fxprune.prune(gm, fakes, ratio=0.5)
+        widths.append(pruned.get_parameter("qkv.weight").shape[0])
+        known = {n: n.meta.pop("grapharg") for n in gm.graph.nodes if "grapharg" in n.meta}
+        with pytest.raises(CaptureError, match=r"embed_parameters_weight.*only its shape is known.*backend"):
+            fxprune.prune(gm, fakes, ratio=0.5)
+        for node, argument in known.items():
+            node.meta["grapharg"] = argument
+        return gm.forward
+
+    x = torch.randn(3, 7, 5)
+    torch._dynamo.mark_dynamic(x, 0)
+    torch.compile(Attention().eval(), backend=backend)(x)
+    assert widths == [72]
+
+
+def test_after_compilation_the_graph_has_lost_its_tensors() -> None:
+    fast, seen = compiled(Residual().eval(), ratio=0.5)
+    fast(torch.randn(2, 3, 8, 8))
+    with pytest.raises(CaptureError, match="inside of the backend"):
+        seen[0].plan.apply(seen[0].gm)
+
+
+def test_graphs_between_breaks_keep_their_boundary() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = F.relu(self.a(x))
+            torch._dynamo.graph_break()
+            return self.c(F.relu(self.b(x)))
+
+    model, x = Broken().eval(), torch.randn(2, 4)
+    fast, seen = compiled(model, ratio=0.5)
+    got = fast(x)
+    torch.testing.assert_close(got, masked(model, seen[0].masks | seen[1].masks)(x))
+    assert not seen[0].plan.removed
+    assert seen[1].pruned.get_parameter("b.weight").shape == (4, 8)
+
+
+def test_modules_of_exported_programs() -> None:
+    model, x = Residual().eval(), torch.randn(2, 3, 8, 8)
+    module = torch.export.export(model, (x,)).module()
+    plan = fxprune.plan(module, x, ratio=0.5)
+    pruned = plan.apply(module)
+    assert fxprune.verify(module, pruned, plan, x).exact
+    torch.testing.assert_close(pruned(x)["logits"], masked(model, plan.masks(module))(x)["logits"])
+    assert pruned.get_parameter("conv.weight").shape == (4, 3, 3, 3)
