@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from .api import graph_for
@@ -173,7 +174,10 @@ def _masked(program: Program, narrowing: Narrowing, dtype: torch.dtype) -> Progr
 
 
 def _recast(graph: fx.Graph, dtype: torch.dtype) -> fx.Graph:
-    """A copy of ``graph`` in which every floating-point type that is written down is ``dtype``."""
+    """A copy of ``graph`` with ``dtype`` for every floating-point type that is written down.
+
+    Dropout that is written down is off: what it draws depends on the width.
+    """
     new, nodes = copy_graph(graph)
 
     def recast(argument: Any) -> Any:
@@ -184,11 +188,16 @@ def _recast(graph: fx.Graph, dtype: torch.dtype) -> fx.Graph:
             node.target, node.args = "to", (node.args[0], dtype)
         elif node.op != "get_attr":
             node.args, node.kwargs = map_aggregate(node.args, recast), map_aggregate(node.kwargs, recast)
+        if node.op == "call_function" and node.target in _DROPOUTS:
+            node.args, node.kwargs = node.args[:2], {**node.kwargs, "training": False}
     return new
 
 
 _UNWRITTEN = ("empty", "new_empty")
 _CASTS = frozenset(["float", "double", "half", "bfloat16"])
+_DROPOUTS = frozenset(
+    [F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout]
+)
 
 
 def _compare_weights(program: Program, pruned: nn.Module, narrowing: Narrowing) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
 
 import fxprune
 from fxprune.errors import CaptureError
@@ -36,7 +37,7 @@ class Residual(nn.Module):
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         x = F.relu(self.bn(self.conv(x))) * self.scale
         for block in self.blocks:
-            x = x + block(x)
+            x = F.dropout(x + block(x), 0.1, self.training)
         return {"logits": self.fc(x.mean((2, 3)))}
 
 
@@ -290,6 +291,44 @@ def test_graphs_between_breaks_keep_their_boundary() -> None:
     torch.testing.assert_close(got, masked(model, seen[0].masks | seen[1].masks)(x))
     assert not seen[0].plan.removed
     assert seen[1].pruned.get_parameter("b.weight").shape == (4, 8)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_checkpointed_blocks_narrow(training: bool) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            def block(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                y = F.relu(self.a(x))
+                return F.relu(self.b(y)), y + torch.tensor(1.5)
+
+            x, y = checkpoint(block, x, use_reentrant=False)
+            return self.c(x) + y.mean()
+
+    model, x = Checkpointed().train(training), torch.randn(2, 4)
+    fast, seen = compiled(model, ratio=0.5, where=lambda group: group.exact)
+    got = fast(x)
+    torch.testing.assert_close(got, masked(model, seen[0].masks)(x))
+    assert seen[0].pruned.get_parameter("c.weight").shape == (2, 3)
+    assert {name for name, _ in seen[0].pruned.named_children()} == {"a", "b", "c"}
+    got.sum().backward()
+    assert seen[0].pruned.get_parameter("a.weight").grad is not None
+
+
+def test_other_blocks_are_refused() -> None:
+    def forward(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        x = F.linear(x, weight)
+        return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        with pytest.raises(CaptureError, match=r"the graph holds cond at .*test_dynamo.py:\d+"):
+            fxprune.prune(gm, tuple(example_inputs), ratio=0.5)
+        return gm.forward
+
+    torch.compile(forward, backend=backend)(torch.randn(2, 4), nn.Parameter(torch.randn(8, 4)))
 
 
 def test_modules_of_exported_programs() -> None:

@@ -8,6 +8,7 @@ they have in the model. The inputs stay in the signature, and nothing reads them
 from __future__ import annotations
 
 import keyword
+import operator
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.node import map_arg
 
 from ..errors import CaptureError
 from ..program import Program, Skeleton, named_tensors
@@ -51,12 +53,17 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pr
     if not isinstance(model, fx.GraphModule):
         raise CaptureError(f"{type(model).__name__} is no graph of Dynamo's")
     graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
+    env: dict[fx.Node, Any] = {}
     for node in _placeholders(model):
         env[node] = graph.create_node("placeholder", str(node.target), node.args, name=node.name)
     tensors: dict[str, torch.Tensor] = dict(named_tensors(model))
     first: dict[int, str] = {id(tensor): name for name, tensor in reversed(tensors.items())}
     skeleton = Skeleton.of(model)
+    training = {
+        path: mode
+        for path, mode in skeleton.training.items()
+        if not path or not isinstance(model.get_submodule(path), fx.GraphModule)
+    }
     buffers = dict(skeleton.buffers)
     for node, name, tensor in _found(model, args):
         tensors[name] = tensor
@@ -64,25 +71,19 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pr
         if not isinstance(tensor, nn.Parameter):
             buffers[name] = True
     extras: dict[str, torch.Tensor] = {}
-    for node in model.graph.nodes:
-        if node.op == "placeholder":
-            continue
-        if node.op == "get_attr" and node.target not in tensors:
-            extras[str(node.target)] = _constant(model, node)
-        env[node] = graph.node_copy(node, env.__getitem__)
-        source = source_line(node)
-        env[node].meta = {"source": source} if source else {}
+    notes = [
+        "the parameters and buffers among the inputs are ignored; the network has its own",
+        "train() and eval() change nothing: torch.compile captures each mode by itself",
+    ]
+    _copy(model, "", graph, env, tensors, extras, notes)
     graph.lint()
     return Program(
         graph=graph,
         modules={str(n.target): model.get_submodule(n.target) for n in graph.nodes if n.op == "call_module"},
         tensors=tensors,
-        skeleton=replace(skeleton, buffers=buffers, names=tuple(tensors)),
+        skeleton=replace(skeleton, training=training, buffers=buffers, names=tuple(tensors)),
         extras=extras,
-        notes=(
-            "the parameters and buffers among the inputs are ignored; the network has its own",
-            "train() and eval() change nothing: torch.compile captures each mode by itself",
-        ),
+        notes=tuple(notes),
     )
 
 
@@ -169,16 +170,67 @@ def _path(origin: str) -> tuple[str, ...]:
     return () if len(path) < 2 or any(map(keyword.iskeyword, path)) else tuple(path)
 
 
-def _constant(model: fx.GraphModule, node: fx.Node) -> torch.Tensor:
+def _copy(
+    model: fx.GraphModule,
+    prefix: str,
+    graph: fx.Graph,
+    env: dict[fx.Node, Any],
+    tensors: dict[str, torch.Tensor],
+    extras: dict[str, torch.Tensor],
+    notes: list[str],
+) -> Any:
+    """Copy the calls of ``model``, whose attributes have names with ``prefix``; gives what it returns.
+
+    Blocks under activation checkpoints become part of the graph.
+    """
+    for node in model.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "output":
+            results = map_arg(node.args[0], env.__getitem__)
+            if not prefix:
+                graph.output(results)
+            return results
+        source = source_line(node)
+        if node.op == "get_attr":
+            value = _attribute(model, str(node.target))
+            if isinstance(value, fx.GraphModule):
+                env[node] = value  # for the operator that calls it
+                continue
+            if not isinstance(value, torch.Tensor):
+                raise CaptureError(f"the graph reads {node.target}, which is no tensor but a {type(value)}")
+            name = f"{prefix}{node.target}"
+            if name not in tensors:
+                extras[name] = value.detach()
+            env[node] = graph.get_attr(name)
+        elif node.target is torch.ops.higher_order.tag_activation_checkpoint:
+            block, *inputs = map_arg(node.args, env.__getitem__)
+            inner = dict(zip(_placeholders(block), inputs, strict=True))
+            path = f"{prefix}{node.args[0].target}."
+            env[node] = _copy(block, path, graph, inner, tensors, extras, notes)
+            if _UNDONE not in notes:
+                notes.append(_UNDONE)
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            at = f" at {source[0]}:{source[1]}" if source else ""
+            raise CaptureError(
+                f"the graph holds {node.target}{at}, which calls another graph and is not rewritten. Next: "
+                f"prune the model itself, before torch.compile."
+            )
+        elif node.target is operator.getitem and isinstance(env[node.args[0]], (list, tuple)):
+            env[node] = env[node.args[0]][node.args[1]]
+        else:
+            env[node] = graph.node_copy(node, env.__getitem__)
+            env[node].meta = {"source": source} if source else {}
+            if node.op == "call_module":
+                env[node].target = f"{prefix}{node.target}"
+    return None
+
+
+_UNDONE = "activation checkpoints are gone: what they would compute again is kept for the backward pass"
+
+
+def _attribute(model: nn.Module, path: str) -> Any:
     value: Any = model
-    for part in str(node.target).split("."):
+    for part in path.split("."):
         value = getattr(value, part)
-    if not isinstance(value, torch.Tensor):
-        caller = next(iter(node.users), node)
-        where = source_line(caller)
-        at = f" at {where[0]}:{where[1]}" if where else ""
-        raise CaptureError(
-            f"the graph holds {caller.target}{at}, which calls another graph and is not rewritten. Next: "
-            f"prune the model itself, before torch.compile."
-        )
-    return value.detach()
+    return value
