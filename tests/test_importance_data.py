@@ -590,7 +590,7 @@ def worker(rank: int, folder: str, failing: bool) -> None:
 
 def test_two_ranks(tmp_path: Path) -> None:
     """Both get the scores of all data; an error of one reaches the other."""
-    multiprocessing.start_processes(worker, (str(tmp_path), False), nprocs=2, start_method="fork")
+    multiprocessing.start_processes(worker, (str(tmp_path), False), nprocs=2, start_method="spawn")
     ranks = [torch.load(tmp_path / str(rank), weights_only=False) for rank in (0, 1)]
     single = []
     for name in ("residual", "heads"):
