@@ -160,6 +160,13 @@ def test_exact_groups_equal_the_masked_original_at_any_size(language: Language, 
             torch.testing.assert_close(pruned(other).logits, masked(other).logits)
 
 
+def test_result_may_be_cast(language: Language) -> None:
+    pruned = fxprune.prune(language, {"tokens": TOKENS})
+    before = pruned(TOKENS).logits
+    wide = copy.deepcopy(pruned).double()
+    torch.testing.assert_close(wide(TOKENS).logits.float(), before)
+
+
 def test_dropout_follows_train_and_eval(language: Language) -> None:
     pruned = fxprune.prune(language, {"tokens": TOKENS})
     torch.testing.assert_close(pruned(TOKENS).logits, pruned(TOKENS).logits, rtol=0, atol=0)

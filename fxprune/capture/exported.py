@@ -204,6 +204,8 @@ class _Exporter:
                 env[node] = self._inlined(node, env)
             elif node.target is operator.getitem and isinstance(env[node.args[0]], (list, tuple)):
                 env[node] = env[node.args[0]][node.args[1]]
+            elif _is_idle_cast(node):
+                env[node] = env[node.args[0]]
             elif not str(getattr(node.target, "__name__", "")).startswith(_ASSERTIONS):
                 new = self.graph.node_copy(node, lambda n: env[n])
                 new.meta = {"source": source} if (source := source_line(node)) else {}
@@ -290,6 +292,20 @@ def _fixed(exported: torch.export.ExportedProgram) -> list[bool]:
     names = set(exported.graph_signature.user_inputs)
     values = [n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder" and n.name in names]
     return [not free_symbols(v.shape[0]) for v in values if isinstance(v, torch.Tensor) and v.dim()]
+
+
+def _is_idle_cast(node: fx.Node) -> bool:
+    """Whether a node asks for the type and device that its argument has. Without it, the result can be cast."""
+    if getattr(node.target, "overloadpacket", None) is not torch.ops.aten.to or True in node.args[2:]:
+        return False
+    before, after = (n.meta.get("val") for n in (node.args[0], node) if isinstance(n, fx.Node))
+    return (
+        isinstance(before, torch.Tensor)
+        and isinstance(after, torch.Tensor)
+        and (before.dtype, before.device, before.layout) == (after.dtype, after.device, after.layout)
+        and not node.kwargs.get("copy")
+        and node.kwargs.get("memory_format") is None
+    )
 
 
 _FRAME = re.compile(r'File "(.+)", line (\d+), in (\S+)')
