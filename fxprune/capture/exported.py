@@ -295,7 +295,7 @@ def _fixed(exported: torch.export.ExportedProgram) -> list[bool]:
 
 
 def _is_idle_cast(node: fx.Node) -> bool:
-    """Whether a node asks for the type and device that its argument has. Without it, the result can be cast."""
+    """Whether a node asks for the type and device that its argument has; without, a result can be cast."""
     if getattr(node.target, "overloadpacket", None) is not torch.ops.aten.to or True in node.args[2:]:
         return False
     before, after = (n.meta.get("val") for n in (node.args[0], node) if isinstance(n, fx.Node))
