@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .capture import capture
-from .capture.dynamo import named_inputs
+from .capture.dynamo import named_inputs, takes_tensors
 from .capture.symbolic import function_name
 from .coupling.graph import CouplingGraph
 from .coupling.groups import Group
@@ -234,10 +234,12 @@ def _plan(
     args, kwargs = normalize(example_inputs)
     dissolved: frozenset[str] = frozenset()
     notes = []
-    meter = _meter(model, args, kwargs, selection.budget)
-    scores = score(graph, importance, seed, model)
+    # With its parameters as its own, a graph can be run for gradients and activations.
+    owner = graph.captured.program.module() if takes_tensors(model) else model
+    meter = _meter(owner, args, kwargs, selection.budget)
+    scores = score(graph, importance, seed, owner)
     for _ in range(_ATTEMPTS):
-        selected = select(graph, selection, scores, model, meter)
+        selected = select(graph, selection, scores, owner, meter)
         rewritten = rewrite(graph, selected.removed)
         if not rewritten.violations:
             if meter is None or meter.accepts(selected.left["latency"], rewritten.materialize()):
@@ -253,7 +255,7 @@ def _plan(
                 opened = None
             if opened is not None:
                 graph, dissolved = opened.hold(set(graph.held)) if graph.held else opened, dissolved | whole
-                scores = score(graph, importance, seed, model, scores)
+                scores = score(graph, importance, seed, owner, scores)
                 continue
         first = rewritten.violations[0]
         notes.append(f"held node {first.node}, which could not be rewritten: {first.reason}")

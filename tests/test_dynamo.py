@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxprune
 from fxprune.errors import CaptureError
+from fxprune.importance import Taylor, Wanda
 
 
 @pytest.fixture(autouse=True)
@@ -245,6 +246,31 @@ def test_the_plan_is_data() -> None:
     torch._dynamo.reset()
     torch.compile(Residual().eval(), backend=backend)(x)
     assert len(texts) == 2
+
+
+def test_criteria_that_run_the_network() -> None:
+    model, x = Residual().eval(), torch.randn(4, 3, 8, 8)
+    plans: list[fxprune.PruningPlan] = []
+
+    def logits(out: Any) -> torch.Tensor:
+        return out["logits"] if isinstance(out, dict) else out[0]
+
+    def criteria(batch: tuple[Any, ...]) -> list[Any]:
+        return [
+            Taylor(lambda net, inputs: logits(net(*inputs)).square().sum(), [batch]),
+            Wanda([batch], lambda net, inputs: net(*inputs)),
+        ]
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        inputs = tuple(example_inputs)
+        plans.extend(fxprune.plan(gm, inputs, ratio=0.5, importance=c) for c in criteria(inputs))
+        return gm.forward
+
+    torch.compile(model, backend=backend)(x)
+    wanted = [fxprune.plan(model, x, ratio=0.5, importance=c) for c in criteria((x,))]
+    assert all(plan.removed for plan in plans)
+    assert [plan.removed for plan in plans] == [plan.removed for plan in wanted]
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_fake_inputs_do_where_the_graph_knows_its_tensors() -> None:
