@@ -432,7 +432,7 @@ def stages(row: Row, model: nn.Module, inputs: Any) -> Iterator[None]:
 
 def judge(oracle: Any, row: Row, model: nn.Module, pruned: nn.Module, inputs: Any) -> str:
     """The column "exact"; where the answer is no, the reason is written down."""
-    dtype = torch.float32 if row.params > LARGE else torch.float64
+    dtype = torch.float32 if row.params > LARGE or not runs_in_double(oracle, model, inputs) else torch.float64
     plan = pruned.meta["fxprune"]
     narrowed = [g for g in fxprune.api.graph_for(plan, model).groups if plan.removed.get(g.name)]
     try:
@@ -459,6 +459,17 @@ def judge(oracle: Any, row: Row, model: nn.Module, pruned: nn.Module, inputs: An
         row.reason = f"differs from the masked original by {error:.1e}"
         return "no"
     return "yes" if oracle.difference(untouched, wanted) > 1e-6 else "unseen"
+
+
+def runs_in_double(oracle: Any, model: nn.Module, inputs: Any) -> bool:
+    """Whether all operators of the original have kernels for float64."""
+    wide = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+    try:
+        with torch.no_grad():
+            oracle.call(copy.deepcopy(model).double(), wide)
+    except RuntimeError:
+        return False
+    return True
 
 
 def takes_batches(oracle: Any, model: nn.Module, pruned: nn.Module, inputs: Any) -> str:
