@@ -432,7 +432,8 @@ def stages(row: Row, model: nn.Module, inputs: Any) -> Iterator[None]:
 
 def judge(oracle: Any, row: Row, model: nn.Module, pruned: nn.Module, inputs: Any) -> str:
     """The column "exact"; where the answer is no, the reason is written down."""
-    dtype = torch.float32 if row.params > LARGE or not runs_in_double(oracle, model, inputs) else torch.float64
+    wide = row.params <= LARGE and runs_in_double(oracle, model, inputs)
+    dtype = torch.float64 if wide else torch.float32
     plan = pruned.meta["fxprune"]
     narrowed = [g for g in fxprune.api.graph_for(plan, model).groups if plan.removed.get(g.name)]
     try:
