@@ -2,8 +2,9 @@
 
 All regions stand side by side in one graph, so that coupling, scoring, planning, rewriting and the check
 know nothing of them: parameters that regions share are one tensor, and each region's outputs are outputs
-of the graph, which keep their widths. Only the last step differs: the graph falls into its pieces, each
-of which becomes the ``forward`` of its submodule in a copy of the model.
+of the graph, which keep their widths, unless nothing but other regions uses them: then they are linked,
+and coupling runs through. Only the last step differs: the graph falls into its pieces, each of which
+becomes the ``forward`` of its submodule in a copy of the model.
 """
 
 from __future__ import annotations
@@ -17,9 +18,30 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
+from .errors import CaptureError, RewriteError
 from .inputs import restore_inputs
 from .program import OwnedModule, Program, Skeleton, clone_module, named_tensors
+
+
+@dataclass(frozen=True)
+class Link:
+    """A tensor that goes from one region to another and is used by nothing else.
+
+    Attributes:
+        source: path of the region that returns it.
+        output: number of the leaf in what that region returns.
+        input: the parameter of the other region's ``forward`` that holds it.
+        leaf: number of the leaf in that argument.
+        read: dimensions whose sizes are read by the code around the regions; they keep them.
+    """
+
+    source: str
+    output: int
+    input: str
+    leaf: int
+    read: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -32,6 +54,7 @@ class Region:
         outside: parameters and buffers in it that code around the regions uses, too, by their full names.
         placeholders: name of a placeholder in the common graph -> its name in the submodule's signature.
         skeleton: the submodule's own.
+        links: what comes from other regions.
     """
 
     path: str
@@ -39,6 +62,40 @@ class Region:
     outside: tuple[str, ...]
     placeholders: Mapping[str, str]
     skeleton: Skeleton
+    links: tuple[Link, ...] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a region is made of.
+
+    Attributes:
+        program: the submodule's.
+        inputs: description of its arguments.
+        outside: names of its tensors that are used outside of the regions, too.
+        links: what comes from other regions.
+    """
+
+    program: Program
+    inputs: Any
+    outside: tuple[str, ...]
+    links: tuple[Link, ...] = ()
+
+
+def handed(outputs: Any) -> Any:
+    """In the common graph: what a region returns, where some of it is linked."""
+    return outputs
+
+
+def joined(value: Any, links: tuple[tuple[Any, int, int], ...]) -> Any:
+    """In the common graph: a region's argument with leaves that other regions return.
+
+    Each link is ``(outputs of the other region, leaf of them, leaf of value)``.
+    """
+    leaves, spec = pytree.tree_flatten(value)
+    for outputs, output, leaf in links:
+        leaves[leaf] = pytree.tree_leaves(outputs)[output]
+    return pytree.tree_unflatten(leaves, spec)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +160,24 @@ class RegionProgram(Program):
         mapping: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
             if owners.get(node) == region.path:
+                if node.target is handed:
+                    continue
+                if node.target is joined:  # the links are cut: its value comes in as the argument
+                    if any(link[0].target is not handed for link in node.args[1]):
+                        raise RewriteError(f"a pass put a node between two regions, before {node.name}.")
+                    mapping[node] = new = mapping[node.args[0]]
+                    new.name = node.name
+                    continue
                 mapping[node] = new = graph.node_copy(node, mapping.__getitem__)
                 if node.op == "placeholder":
                     new.target = region.placeholders[node.name]
                 elif node.op in ("get_attr", "call_module"):
                     new.target = str(node.target).removeprefix(prefix)
             elif node.op == "output":
-                graph.output(map_arg(node.args[0][region.path], mapping.__getitem__))
+                result = node.args[0][region.path]
+                if isinstance(result, fx.Node) and result.target is handed:
+                    result = result.args[0]
+                graph.output(map_arg(result, mapping.__getitem__))
         used = {node.target for node in self.graph.nodes if owners.get(node) == region.path}
         return Program(
             graph=graph,
@@ -123,7 +191,7 @@ class RegionProgram(Program):
 def unite(
     model: nn.Module,
     skeleton: Skeleton,
-    parts: Mapping[str, tuple[Program, Any, tuple[str, ...]]],
+    parts: Mapping[str, Part],
     refused: tuple[str, ...],
 ) -> RegionProgram:
     """One program for several submodules of ``model``.
@@ -131,39 +199,61 @@ def unite(
     Args:
         model: the model that holds them.
         skeleton: the model's.
-        parts: by path a submodule's program, the description of its inputs, and the names of its tensors
-            that are used outside of the regions, too.
+        parts: the submodules by path; one that is linked to others comes after them.
         refused: submodules that could not be captured and why, for people.
+
+    Raises:
+        CaptureError: if a link starts or ends nowhere.
     """
     graph = fx.Graph()
     outputs: dict[str, Any] = {}
     regions = []
     modules: dict[str, nn.Module] = {}
     extras: dict[str, torch.Tensor] = {}
-    for path, (program, inputs, outside) in parts.items():
+    free: dict[str, dict[int, tuple[int, ...]]] = {}
+    for link in (link for part in parts.values() for link in part.links):
+        free.setdefault(link.source, {})[link.output] = link.read
+    for path, part in parts.items():
+        program = part.program
         prefix = path.replace(".", "_")
         mapping: dict[fx.Node, fx.Node] = {}
         placeholders = {}
+        if not {link.input for link in part.links} <= {str(n.target) for n in program.placeholders()}:
+            raise CaptureError(f"{path} has no such inputs as its links name")
         for node in program.graph.nodes:
             args, kwargs = map_arg((node.args, node.kwargs), mapping.__getitem__)
             if node.op == "output":
                 outputs[path] = args[0]
+                if path in free:
+                    outputs[path] = graph.call_function(handed, (args[0],))
+                    outputs[path].meta["region"] = path
                 continue
             target = node.target
             if node.op == "placeholder":
                 target = f"{prefix}__{target}"
             elif node.op in ("get_attr", "call_module"):
                 target = f"{path}.{target}"
-            new = graph.create_node(node.op, target, args, kwargs, f"{prefix}_{node.name}", node.type)
+            links = [k for k in part.links if node.op == "placeholder" and k.input == node.target]
+            name = f"{prefix}_{node.name}"
+            new = graph.create_node(
+                node.op, target, args, kwargs, f"{name}_unlinked" if links else name, node.type
+            )
             new.meta = {**node.meta, "region": path}
             if node.op == "placeholder":
                 placeholders[new.name] = str(node.target)
+            if links:
+                if not {link.source for link in links} <= outputs.keys():
+                    raise CaptureError(f"{path} is linked to a region that does not come before it")
+                sources = tuple((outputs[link.source], link.output, link.leaf) for link in links)
+                new = graph.create_node("call_function", joined, (new, sources), {}, name)
+                new.meta["region"] = path
             mapping[node] = new
         modules.update({f"{path}.{name}": module for name, module in program.modules.items()})
         extras.update({f"{path}.{name}": tensor for name, tensor in program.extras.items()})
-        regions.append(Region(path, inputs, outside, placeholders, program.skeleton))
-    outputs[""] = [graph.get_attr(name) for _, _, outside in parts.values() for name in outside]
+        regions.append(Region(path, part.inputs, part.outside, placeholders, program.skeleton, part.links))
+    outputs[""] = [graph.get_attr(name) for part in parts.values() for name in part.outside]
     output = graph.output(outputs)
+    output.meta["linked"] = free
     output.meta["reason"] = "the boundary of a region: the code around it is no graph"
     return RegionProgram(
         graph=graph,
@@ -171,7 +261,7 @@ def unite(
         tensors=dict(named_tensors(model)),
         skeleton=skeleton,
         extras=extras,
-        notes=tuple(f"in {path}, {note}" for path, part in parts.items() for note in part[0].notes),
+        notes=tuple(f"in {path}, {note}" for path, part in parts.items() for note in part.program.notes),
         refused=refused,
         model=model,
         regions=tuple(regions),
@@ -239,4 +329,4 @@ def _unpickle(original: type[nn.Module], view: OwnedModule, state: dict[str, Any
     return module
 
 
-__all__ = ["Region", "RegionModule", "RegionProgram", "unite"]
+__all__ = ["Link", "Part", "Region", "RegionModule", "RegionProgram", "unite"]

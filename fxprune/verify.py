@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.node import map_aggregate
+from torch.fx.node import map_aggregate, map_arg
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
@@ -120,7 +120,8 @@ def verify(
         part = candidate.get_submodule(path)
         walk = _Walk(original, narrowing, inexact, limit)
         with torch.no_grad():
-            if not inexact:
+            linked = walk.linked()
+            if not inexact and not linked:
                 difference = _whole(original, part, args, kwargs)
                 worst = max(worst, difference)
                 if difference <= limit:
@@ -131,14 +132,16 @@ def verify(
                 raise ExampleInputsError(f"the captured {plan.model} {error}.") from error
             part = part.graph_module() if isinstance(part, RegionModule) else part
             if not isinstance(part, fx.GraphModule):
-                differs = "" if inexact else f"the outputs differ by {difference:.1e} (relative), and "
+                differs = (
+                    "" if inexact or linked else f"the outputs differ by {difference:.1e} (relative), and "
+                )
                 raise VerificationError(
                     f"{differs}{type(part).__name__} is no GraphModule, so it cannot be compared with the "
                     f"masked original node by node. Give verify the module that plan.apply(model) returned."
                 )
             worst = max(worst, walk.run(part, inputs))
             compared += walk.compared
-        if not inexact:
+        if not inexact and not linked:
             raise VerificationError(
                 f"the outputs differ from the masked original's by {difference:.1e} (relative), though no "
                 f"single node of the graph differs: was {type(part).__name__} changed since it was pruned?"
@@ -283,7 +286,9 @@ class _Walk:
         """Largest relative error of a node of ``candidate``; raises VerificationError above the limit."""
         worst = 0.0
         wanted = _Stepper(self.original, _copied(inputs))
-        got = _Stepper(candidate, _copied(inputs))
+        places = [node for node in self.original.graph.nodes if node.op == "placeholder"]
+        narrow = [self._narrowed(node, value) for node, value in zip(places, inputs, strict=True)]
+        got = _Stepper(candidate, _copied(narrow))
         names = {node.name for node in self.original.graph.nodes}
         for node in got:
             if node.name not in names:
@@ -291,7 +296,7 @@ class _Walk:
             reference = wanted.advance(node.name)
             if node.op in ("placeholder", "get_attr"):
                 continue
-            expected = reference if node.op == "output" else self._narrowed(node, reference)
+            expected = self._narrowed(node, reference)
             if node.name in self.inexact:
                 got.values[node] = expected
                 continue
@@ -330,8 +335,21 @@ class _Walk:
         state = value.state if value is not None else None
         return state is not None and state.tensor is None and state.name == node.name
 
+    def linked(self) -> bool:
+        """Whether what comes in or goes out is narrower, as it may be between regions."""
+        trees = [self._tree(n) for n in self.original.graph.nodes if n.op in ("placeholder", "output")]
+        values = [leaf for leaf in pytree.tree_leaves(trees) if isinstance(leaf, Value)]
+        return any(self.narrowing.shape(value) != value.shape for value in values)
+
+    def _tree(self, node: fx.Node) -> Any:
+        """The labelled outputs of a node; those of the graph for its output."""
+        if node.op != "output":
+            return self.narrowing.tree(node.name)
+        (results,) = (n.args[0] for n in self.original.graph.nodes if n.op == "output")
+        return map_arg(results, lambda n: self.narrowing.tree(n.name))
+
     def _narrowed(self, node: fx.Node, reference: Any) -> Any:
-        values = iter(pytree.tree_leaves(self.narrowing.tree(node.name)))
+        values = iter(pytree.tree_leaves(self._tree(node)))
 
         def narrowed(leaf: Any) -> Any:
             value = next(values, None)

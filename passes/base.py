@@ -219,7 +219,7 @@ def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[str, fx.Node]]:
     result = new.graph_copy(graph, mapping)
     for old in graph.nodes:
         if old.op == "output":
-            new.output(result, old.type)
+            new.output(result, old.type).meta = dict(old.meta)
     new._codegen = graph._codegen
     return new, {node.name: node for node in new.nodes}
 

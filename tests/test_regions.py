@@ -271,3 +271,109 @@ def test_many_meet_one(monkeypatch: pytest.MonkeyPatch) -> None:
     units.merge(np.append(one, many), hub)
     assert len(rounds) < 10
     assert (units.find(many) == one).all()
+
+
+class Handing(nn.Module):
+    """Two regions, the second on what the first returns; ``between`` says what else happens to it."""
+
+    def __init__(self, between: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = Maps()
+        self.b = nn.Sequential(nn.Conv2d(8, 12, 1), nn.ReLU(), nn.Conv2d(12, 4, 1))
+        self.lists = Lists()
+        self.between = between
+        stir(self)
+
+    def forward(self, x: Tensor) -> Any:
+        while x.sum() > 100:
+            x = x - 1
+        if self.between == "list":
+            return self.lists(list(self.a(x).values()))
+        if self.between == "twice":
+            return [self.b(self.a(y)["p"]) for y in (x, x + 1)]
+        if self.between == "other":
+            return self.b(self.a(x)["p"]), self.b(x.new_ones(2, 8, 6, 6))
+        y = self.a(x)["p"]
+        if self.between == "operator":
+            return self.b(y), y.mean()
+        if self.between == "returned":
+            return self.b(y), y
+        if self.between == "view":
+            return self.b(y[:])
+        if self.between == "space":
+            height = y.shape[-2:][0]
+            return self.b(y) * height + y.size(3)
+        if self.between == "width":
+            return self.b(y) * y.shape[1]
+        if self.between == "sizes":
+            return self.b(y) * len(list(y.shape)) + torch.zeros(y.shape).sum()
+        return self.b(y)
+
+
+class Maps(nn.Module):
+    """Feature maps by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Conv2d(3, 8, 3)
+        self.q = nn.Conv2d(8, 6, 3)
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        p = self.p(x).relu()
+        return OrderedDict(p=p, q=self.q(p))
+
+
+class Lists(nn.Module):
+    """A head on a list of feature maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Conv2d(8, 4, 1)
+        self.q = nn.Conv2d(6, 4, 1)
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        return [self.p(maps[0]), self.q(maps[1])]
+
+
+@pytest.mark.parametrize("between", ["", "list", "twice", "space"])
+def test_linked(between: str) -> None:
+    """What goes from region to region only becomes narrower, and trains, copies and applies as all else."""
+    model = Handing(between).eval()
+    plan = fxprune.plan(model, X, ratio=0.5)
+    pruned = plan.apply(model)
+    assert pruned.a.p.weight.shape[0] == 4
+    taker = pruned.lists.p if between == "list" else pruned.b[0]
+    assert taker.weight.shape[1] == 4
+    assert pruned.a.q.weight.shape[0] == (3 if between == "list" else 6)
+    assert fxprune.verify(model, pruned, plan, X).exact
+    reference = masked(model, graph_for(plan, model), plan).double().eval()
+    with torch.no_grad():
+        wanted, got = reference(X.double()), copy.deepcopy(pruned).double()(X.double())
+    assert same_structure(wanted, got)
+    assert difference(got, wanted) < 1e-8
+    assert list(pruned.state_dict()) == list(model.state_dict())
+    assert fxprune.PruningPlan.from_json(plan.to_json()) == plan
+    again = fxprune.PruningPlan.from_json(plan.to_json()).apply(model)
+    twin = pickle.loads(pickle.dumps(pruned))
+    results = [torch.utils._pytree.tree_leaves(m(X)) for m in (pruned, again, twin)]
+    assert all(map(torch.equal, results[0], results[1]))
+    assert all(map(torch.equal, results[0], results[2]))
+    sum(leaf.sum() for leaf in torch.utils._pytree.tree_leaves(pruned.train()(X))).backward()
+    assert pruned.a.p.weight.grad is not None
+    with torch.no_grad():
+        pruned.a.p.weight.mul_(1.01)
+    with pytest.raises(VerificationError):
+        fxprune.verify(model, pruned, plan, X)
+
+
+@pytest.mark.parametrize("between", ["operator", "returned", "view", "width", "sizes", "other"])
+def test_used_outside(between: str) -> None:
+    """What the code around the regions looks at, too, keeps its width."""
+    model = Handing(between).eval()
+    plan = fxprune.plan(model, X, ratio=0.5)
+    pruned = plan.apply(model)
+    assert pruned.a.p.weight.shape[0] == 8
+    assert pruned.b[0].weight.shape == (6, 8, 1, 1)
+    assert same_structure(model(X), pruned(X))
+    assert fxprune.verify(model, pruned, plan, X).exact

@@ -2,25 +2,28 @@
 
 The model is run once on the example inputs, on a copy, to see what each of its submodules is called with.
 Then the tree is searched from the top: what another rung can capture becomes a region; of what it cannot,
-the children are tried. The Python code around the regions stays as it is.
+the children are tried. The Python code around the regions stays as it is. A second run shows which tensors
+go from region to region and nowhere else; these are linked.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import CaptureError, FxpruneError
+from ..errors import CaptureError, FxpruneError, PlanError
 from ..inputs import describe_inputs, restore_inputs
 from ..program import Program, Skeleton
-from ..regions import RegionProgram, unite
+from ..regions import Link, Part, RegionProgram, unite
 from .symbolic import is_leaf
 
 Calls = tuple[tuple[Any, ...], dict[str, Any]]
@@ -68,8 +71,8 @@ def find(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], whole:
         reasons = "; ".join(refusals[:4]) or "no submodule with parameters was called"
         raise CaptureError(f"no part of it can be captured, either ({reasons})")
     outside = seen.outside(set(found))
-    parts = {path: (*part, _beneath(path, outside)) for path, part in found.items()}
-    return unite(model, Skeleton.of(model), parts, tuple(refusals))
+    parts = {path: Part(*part, _beneath(path, outside)) for path, part in found.items()}
+    return unite(model, Skeleton.of(model), _linked(model, args, kwargs, parts), tuple(refusals))
 
 
 def again(model: nn.Module, regions: Mapping[str, Any], whole: Whole) -> RegionProgram:
@@ -79,18 +82,26 @@ def again(model: nn.Module, regions: Mapping[str, Any], whole: Whole) -> RegionP
     for path, region in regions.items():
         if path not in modules:
             raise CaptureError(f"{type(model).__name__} has no submodule {path!r}.")
-        found[path] = (
-            _one(modules[path], [region["inputs"]], whole),
-            region["inputs"],
-            tuple(region["outside"]),
-        )
+        try:
+            links = tuple(Link(**{**link, "read": tuple(link["read"])}) for link in region.get("links", ()))
+        except (TypeError, KeyError) as error:
+            raise PlanError(f"the plan's links of the region {path!r} are malformed.") from error
+        program = _one(modules[path], [region["inputs"]], whole)
+        found[path] = Part(program, region["inputs"], tuple(region["outside"]), links)
     return unite(model, Skeleton.of(model), found, ())
 
 
 def describe(program: Program) -> dict[str, Any]:
     """The regions of a program as plain data; empty where it covers its model."""
     regions = program.regions if isinstance(program, RegionProgram) else ()
-    return {r.path: {"inputs": r.inputs, "outside": list(r.outside)} for r in regions}
+    return {
+        r.path: {
+            "inputs": r.inputs,
+            "outside": list(r.outside),
+            "links": [{**asdict(link), "read": list(link.read)} for link in r.links],
+        }
+        for r in regions
+    }
 
 
 def real_inputs(
@@ -165,6 +176,14 @@ def observe(
     Raises:
         CaptureError: if the model cannot be copied, or does not run.
     """
+    watch = _Watch(keep)
+    _run(model, args, kwargs, watch, evaluate=keep is not None)
+    return watch.seen
+
+
+def _run(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watch: _Watch | _Trail, evaluate: bool
+) -> None:
     tensors = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs))]
     if any(isinstance(t, torch.Tensor) and t.device.type == "meta" for t in tensors):
         raise CaptureError(
@@ -174,14 +193,15 @@ def observe(
         twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     except Exception as error:  # whatever a user's attributes raise
         raise CaptureError(f"it cannot be copied: {type(error).__name__}: {error}") from error
-    if keep is not None:
+    if evaluate:
         twin.eval()
-    watch = _Watch(twin, keep)
+    args, kwargs = _copied(args), _copied(kwargs)
     handles = list(watch.hooks(twin))
     devices = {t.device for t in tensors if isinstance(t, torch.Tensor) and t.device.type == "cuda"}
     try:
         with torch.random.fork_rng(list(devices)), torch.no_grad(), watch:
-            twin(*_copied(args), **_copied(kwargs))
+            output = twin(*args, **kwargs)
+        watch.finish(twin, (args, kwargs, output))
     except Exception as error:  # whatever a user's forward raises
         raise CaptureError(
             f"it does not run on the example inputs: {type(error).__name__}: {str(error).strip()}"
@@ -189,15 +209,17 @@ def observe(
     finally:
         for handle in handles:
             handle.remove()
-    return watch.seen
 
 
 class _Watch(TorchFunctionMode):
-    def __init__(self, model: nn.Module, keep: set[str] | None) -> None:
+    def __init__(self, keep: set[str] | None) -> None:
         super().__init__()
         self.seen = Observed()
         self.keep = keep
         self.stack: list[str] = []
+        self.names: dict[int, str] = {}
+
+    def hooks(self, model: nn.Module) -> Iterator[Any]:
         same: dict[int, list[str]] = {}
         for path, module in model.named_modules():
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
@@ -206,7 +228,6 @@ class _Watch(TorchFunctionMode):
         self.names = {key: names[0] for key, names in same.items()}
         self.seen.names = list(same.values())
 
-    def hooks(self, model: nn.Module) -> Iterator[Any]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             path = paths[module]
             self.stack.append(path)
@@ -238,6 +259,233 @@ class _Watch(TorchFunctionMode):
                 if name is not None:
                     self.seen.users.setdefault(name, set()).add(tuple(self.stack))
         return func(*args, **(kwargs or {}))
+
+    def finish(self, model: nn.Module, tree: Any) -> None:
+        """Called after the run with the model's inputs and outputs."""
+
+
+def _linked(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], parts: dict[str, Part]
+) -> dict[str, Part]:
+    """The same parts with links, each after those that it is linked to."""
+    if len(parts) == 1:
+        return parts
+    trail = _Trail({path: part.program for path, part in parts.items()})
+    try:
+        _run(model, args, kwargs, trail, evaluate=False)
+    except CaptureError:  # code that cannot be watched so closely
+        return parts
+    links = trail.links()
+    waiting = {path: replace(part, links=links.get(path, ())) for path, part in parts.items()}
+    ordered: dict[str, Part] = {}
+    while waiting:
+        ready = (p for p, part in waiting.items() if not {k.source for k in part.links} & waiting.keys())
+        path = next(ready, None)
+        if path is None:  # they feed each other in turns
+            return parts
+        ordered[path] = waiting.pop(path)
+    return ordered
+
+
+Output = tuple[str, int]
+"""A region and the number of a leaf in what it returns."""
+
+
+class _Trail(TorchFunctionMode):
+    """Follows what the regions return, by the identity of the tensors.
+
+    Attributes:
+        programs: the regions.
+        sources: by identity of a tensor the region that returned it.
+        used: outputs that something else than the graph of a region uses.
+        read: dimensions of an output whose sizes the code around the regions reads.
+        fed: by region, parameter and leaf where the tensors there came from; None where from no region.
+    """
+
+    def __init__(self, programs: Mapping[str, Program]) -> None:
+        super().__init__()
+        self.programs = programs
+        self.sources: dict[int, Output] = {}
+        self.used: set[Output] = set()
+        self.read: dict[Output, set[int]] = {}
+        self.fed: dict[tuple[str, str, int], set[Output | None]] = {}
+        self.shapes: dict[Any, torch.Size] = {}
+        self.inside: list[set[int]] = []  # identities of the arguments of the region that runs
+        self.kept: list[torch.Tensor] = []  # so that identities stay unique
+        self.dispatched = _Dispatched(self)
+
+    def __enter__(self) -> _Trail:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self.dispatched.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.dispatched.__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def hooks(self, model: nn.Module) -> Iterator[Any]:
+        for path in self.programs:
+            module = model.get_submodule(path)
+            yield module.register_forward_pre_hook(self._enter(path), prepend=False, with_kwargs=True)
+            yield module.register_forward_hook(self._leave(path), prepend=True, always_call=True)
+
+    def _enter(self, path: str) -> Callable[..., None]:
+        program = self.programs[path]
+        names = [str(node.target) for node in program.placeholders()]
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given = _tensors((args, kwargs))
+            if self.inside:  # called by another region, which ought to have it in its graph
+                self.use(given)
+            self.inside.append({id(leaf) for leaf in given})
+            for name, value in zip(names, program.bind(args, kwargs), strict=True):
+                for number, leaf in enumerate(pytree.tree_leaves(value)):
+                    if isinstance(leaf, torch.Tensor):
+                        place = (path, name, number)
+                        self.fed.setdefault(place, set()).add(self.sources.get(id(leaf)))
+                        self._shape(place, leaf)
+
+        return enter
+
+    def _leave(self, path: str) -> Callable[..., None]:
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            given = self.inside.pop()
+            for number, leaf in enumerate(pytree.tree_leaves(output)):
+                if not isinstance(leaf, torch.Tensor):
+                    continue
+                place = (path, number)
+                self._shape(place, leaf)
+                if id(leaf) in self.sources or id(leaf) in given:  # not made by this very call
+                    self.used |= {place, self.sources.get(id(leaf), place)}
+                else:
+                    self.sources[id(leaf)] = place
+                    self.kept.append(leaf)
+
+        return leave
+
+    def _shape(self, place: Any, tensor: torch.Tensor) -> None:
+        with torch._C.DisableTorchFunction():
+            self.shapes.setdefault(place, tensor.shape)
+
+    def use(self, tree: Any) -> None:
+        """Note that something is done with the tensors in ``tree``."""
+        for leaf in pytree.tree_leaves(tree):
+            source = self.sources.get(id(leaf))
+            if source is not None and not (self.inside and id(leaf) in self.inside[-1]):
+                self.used.add(source)
+            elif isinstance(leaf, _Sizes):
+                leaf.note(range(len(leaf)))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        source = self.sources.get(id(args[0])) if args else None
+        if source is None or self.inside or func not in _ABOUT:
+            self.use((args, kwargs))
+            return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.size and (len(args) > 1 or kwargs):
+            dim = args[1] if len(args) > 1 else kwargs["dim"]
+            if isinstance(dim, int):
+                self.read.setdefault(source, set()).add(dim % args[0].dim())
+            else:
+                self.use(args)
+        elif isinstance(result, torch.Size):
+            return _Sizes.of(result, self.read.setdefault(source, set()).update)
+        return result
+
+    def finish(self, model: nn.Module, tree: Any) -> None:
+        """Called after the run with the model's inputs and outputs."""
+        stored = [
+            value
+            for module in model.modules()
+            for name, value in vars(module).items()
+            if name not in ("_modules", "_parameters")
+        ]
+        self.use((tree, stored))
+        if any(not isinstance(leaf, _PLAIN) for leaf in pytree.tree_leaves(tree)):
+            self.used.update(self.sources.values())  # nobody knows what is in there
+
+    def links(self) -> dict[str, tuple[Link, ...]]:
+        """By region what comes to it from others."""
+        for place, sources in self.fed.items():
+            for source in sources - {None}:
+                if source is not None and (
+                    len(sources) > 1 or source[0] == place[0] or self.shapes[source] != self.shapes[place]
+                ):
+                    self.used.add(source)
+        links: dict[str, tuple[Link, ...]] = {}
+        for (path, name, leaf), sources in self.fed.items():
+            for source in sources:
+                if source is not None and source not in self.used:
+                    link = Link(*source, name, leaf, tuple(sorted(self.read.get(source, ()))))
+                    links[path] = (*links.get(path, ()), link)
+        return links
+
+
+class _Dispatched(TorchDispatchMode):
+    """Sees what compiled code does, which torch functions do not show."""
+
+    def __init__(self, trail: _Trail) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.trail = trail
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.trail.use((args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+
+_PLAIN = (torch.Tensor, bool, int, float, str, bytes, type(None))
+
+_ABOUT = frozenset(
+    [
+        torch.Tensor.size,
+        torch.Tensor.dim,
+        torch.Tensor.is_floating_point,
+        *(
+            getattr(torch.Tensor, name).__get__
+            for name in ("shape", "device", "dtype", "layout", "ndim", "is_cuda", "requires_grad")
+        ),
+    ]
+)
+"""What tells something about a tensor other than its values."""
+
+
+class _Sizes(tuple[int, ...]):
+    """The sizes of a tensor; tells which of them are looked at."""
+
+    note: Callable[[Iterable[int]], None]
+
+    @classmethod
+    def of(cls, sizes: torch.Size, note: Callable[[Iterable[int]], None]) -> _Sizes:
+        made = cls(sizes)
+        made.note = note
+        return made
+
+    def __getitem__(self, index: Any) -> Any:
+        dims = range(len(self))[index]
+        self.note(dims if isinstance(dims, range) else [dims])
+        sizes = super().__getitem__(index)
+        return torch.Size(sizes) if isinstance(sizes, tuple) else sizes
+
+    def __radd__(self, other: Any) -> Any:
+        return operator.add(other, self[:])
+
+    def __hash__(self) -> int:
+        return hash(self[:])
+
+
+def _all(name: str) -> Any:
+    return lambda sizes, *args: getattr(sizes[:], name)(*args)
+
+
+for _name in ["iter", "eq", "ne", "lt", "le", "gt", "ge", "contains", "add", "mul", "rmul"]:
+    setattr(_Sizes, f"__{_name}__", _all(f"__{_name}__"))
+for _name in ("count", "index", "numel"):
+    setattr(_Sizes, _name, _all(_name))
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _copied(tree: Any) -> Any:

@@ -26,6 +26,7 @@ from ..inputs import meta_like
 from ..leaves import leaf_for
 from ..nn import Pack
 from ..program import Program, clone_module, describe_source, mutable
+from ..regions import handed
 from .coupler import Coupler
 from .plain import call_plain
 from .registry import rule_for
@@ -207,8 +208,7 @@ class _Interpreter(TorchDispatchMode):
             elif node.op == "get_attr":
                 result = self._tensor(node.target)
             elif node.op == "output":
-                outputs = pytree.tree_leaves(map_arg(node.args[0], env.__getitem__))
-                self._freeze_outputs(outputs, reason=node.meta.get("reason", _OUTPUT))
+                self._finish(node, map_arg(node.args[0], env.__getitem__))
                 continue
             else:
                 args = map_arg(node.args, env.__getitem__)
@@ -280,7 +280,12 @@ class _Interpreter(TorchDispatchMode):
         original = self.program.modules[path]
         leaf = leaf_for(original)
         if isinstance(original, Pack):
-            self._freeze_outputs(args, original.state)
+            node = self.coupler.node
+            if node is not None and any(user.target is handed for user in node.users):
+                found = {id(leaf) for leaf in pytree.tree_leaves(original(*args, **kwargs))}
+                self._freeze_outputs([a for a in args if id(a) not in found])  # the others at the end
+            else:
+                self._freeze_outputs(args, original.state)
         if leaf is None:
 
             def tensor(name: str) -> torch.Tensor:
@@ -307,6 +312,17 @@ class _Interpreter(TorchDispatchMode):
         self.coupler.operator = leaf.module_class.__qualname__
         leaf.couple(self.coupler, module, args, kwargs, result)
         return result
+
+    def _finish(self, node: fx.Node, results: Any) -> None:
+        """Freeze what the graph returns; of values that regions hand to each other only some dimensions."""
+        reason = node.meta.get("reason", _OUTPUT)
+        linked: Mapping[str, Mapping[int, tuple[int, ...]]] = node.meta.get("linked") or {}
+        for path, tree in results.items() if linked else [("", results)]:
+            leaves, free = pytree.tree_leaves(tree), linked.get(path, {})
+            self._freeze_outputs(leaves, tuple(free), reason)
+            for number, dims in free.items():
+                for dim in dims:
+                    self.coupler.freeze_dim(self.coupler.value(leaves[number]), dim, reason)
 
     def _freeze_outputs(
         self, values: Iterable[Any], state: tuple[int, ...] = (), reason: str = _OUTPUT
