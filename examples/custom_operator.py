@@ -2,7 +2,7 @@
 
     python examples/custom_operator.py              # a second or two
 
-A network uses an operator that its library defined with ``torch.library``, and a module that has to stay
+A network uses an operator that its library registered with PyTorch, and a module that has to stay
 whole: it remembers its width, and tracing into it would lose the gradient of an ``autograd.Function``. The
 script asserts what it prints, and runs as one of the tests.
 """

@@ -70,12 +70,12 @@ def rule(*operators: str) -> Callable[[Apply], Apply]:
 def register_rule(operator: Any, how: str | Operator | Apply) -> Registration:
     """Say how an operator that fxprune does not know couples the dimensions of its tensors.
 
-    The operator must have a fake kernel (:func:`torch.library.register_fake`), since the analysis runs on
-    shapes alone. Registering the same again changes nothing. See ``examples/custom_operator.py``.
+    The operator must have a fake kernel (``register_fake`` in PyTorch's library module), since the analysis
+    runs on shapes alone. Registering the same again changes nothing. See ``examples/custom_operator.py``.
 
     Args:
         operator: ``torch.ops.mylib.op`` (all overloads) or ``torch.ops.mylib.op.default``, what
-            ``torch.library.custom_op`` returned, or a name such as ``"mylib::op"``.
+            ``custom_op`` returned, or a name such as ``"mylib::op"``.
         how: one of
 
             - an equation, as in an einsum: ``"n c ..., c -> n c ..."`` (see
