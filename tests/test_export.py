@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -347,6 +349,25 @@ def test_experts_narrow_in_hidden_units_and_stream() -> None:
     reasons = {str(f.axis): f.reason for f in graph.frozen}
     assert "experts are chosen at run time" in reasons["up[0]"]
     assert "router.weight[0]" in reasons
+
+
+def test_capture_leaves_the_compiler_as_it_was() -> None:
+    """Tables of the compiler are made at its first import, which may happen while a model is traced."""
+    script = """
+import torch, fxprune
+class Branch(torch.nn.Module):
+    def forward(self, x): return x if x.sum() > 0 else -x
+class Lines(torch.nn.Module):
+    def forward(self, x): return x + torch.linspace(0, 1, 4)
+try:
+    fxprune.analyze(Branch(), torch.randn(2, 4))
+except fxprune.FxpruneError:
+    pass
+torch.compile(Lines(), backend="eager", fullgraph=True)(torch.randn(4))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not done.stderr
 
 
 def test_what_cannot_be_exported_is_an_error_with_every_reason() -> None:

@@ -8,11 +8,14 @@ nested inputs and outputs, the parameters' names in a module tree, and switches 
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import operator
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -45,6 +48,18 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pr
         ExampleInputsError: if the inputs do not fit the signature of ``forward``.
     """
     return _Exporter(model, Arguments.of(model, args, kwargs)).program()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the graphs that torch.export logs and prints where it refuses: the reason is in the error."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 class _Flat(nn.Module):
@@ -123,7 +138,7 @@ class _Exporter:
                 continue
             shapes = [_free(t) if free else None for t in inputs]
             try:
-                with restored(self.model), warnings.catch_warnings():
+                with restored(self.model), _quiet(), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     exported = torch.export.export(
                         _Flat(self.model, rebuild, self.output),

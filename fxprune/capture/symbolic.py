@@ -402,6 +402,8 @@ def _dynamic_factories(tracer: _Tracer) -> Iterator[None]:
     The arguments of these functions are parsed without regard to proxies. With shapes known, all calls
     become nodes, so that a tensor made by one can be assigned to in slices.
     """
+    import torch._dynamo  # its tables are made at import, and must hold the functions themselves
+
     originals = {name: getattr(torch, name) for name in _FACTORIES}
 
     def dynamic(original: Callable[..., Any]) -> Callable[..., Any]:
