@@ -453,8 +453,10 @@ def judge(oracle: Any, row: Row, model: nn.Module, pruned: nn.Module, inputs: An
         wanted = oracle.call(
             oracle.masked(model, fxprune.api.graph_for(plan, model), plan).to(dtype).eval(), example
         )
-        got = oracle.call(pruned.to(dtype), example)
-        untouched = oracle.call(model.to(dtype), example)
+        # Narrowed again in this type: an exported graph holds the types that the forward asked for.
+        model = model.to(dtype)
+        got = oracle.call(plan.apply(model), example)
+        untouched = oracle.call(model, example)
     error = oracle.difference(got, wanted)
     if not error <= TOLERANCE[dtype]:
         row.reason = f"differs from the masked original by {error:.1e}"
