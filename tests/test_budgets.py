@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_selection import IMAGE, Residual
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,8 +18,6 @@ import fxprune
 from fxprune import Budget
 from fxprune.errors import BudgetError
 from fxprune.planning.costs import CostModel
-from tests import oracle
-from tests.test_selection import IMAGE, Residual
 
 
 class Attention(nn.Module):

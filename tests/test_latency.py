@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_budgets import MODELS, macs
 from torch import nn
 
 import fxprune
@@ -17,7 +18,6 @@ from fxprune.errors import BudgetError
 from fxprune.planning import latency
 from fxprune.planning.costs import CostModel
 from fxprune.planning.latency import Latency, LatencyTable
-from tests.test_budgets import MODELS, macs
 
 MODEL, INPUTS = MODELS["chain"]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import PlanError, RatioError, SelectionError
-from tests import oracle
 
 IMAGE = torch.randn(2, 3, 8, 8)
 
