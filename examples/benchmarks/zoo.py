@@ -427,13 +427,17 @@ def stages(row: Row, model: nn.Module, inputs: Any) -> Iterator[None]:
         )
     row.batch = takes_batches(oracle, model, pruned, inputs)
     yield
-    row.exact = judge(oracle, row, model, pruned, inputs)
+    row.exact = judge(oracle, row, model, inputs)
 
 
-def judge(oracle: Any, row: Row, model: nn.Module, pruned: nn.Module, inputs: Any) -> str:
+def judge(oracle: Any, row: Row, model: nn.Module, inputs: Any) -> str:
     """The column "exact"; where the answer is no, the reason is written down."""
     wide = row.params <= LARGE and runs_in_double(oracle, model, inputs)
     dtype = torch.float64 if wide else torch.float32
+    # Narrowed in the type that it is judged in: an exported graph holds the types that the forward asked for.
+    model = copy.deepcopy(model).to(dtype)
+    inputs = pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
+    pruned = fxprune.prune(model, inputs, ratio=RATIO)
     plan = pruned.meta["fxprune"]
     narrowed = [g for g in fxprune.api.graph_for(plan, model).groups if plan.removed.get(g.name)]
     try:
@@ -448,15 +452,10 @@ def judge(oracle: Any, row: Row, model: nn.Module, pruned: nn.Module, inputs: An
     except fxprune.FxpruneError as error:
         row.reason = one_line(error)
         return "no"
-    example = pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
     with torch.no_grad():
-        wanted = oracle.call(
-            oracle.masked(model, fxprune.api.graph_for(plan, model), plan).to(dtype).eval(), example
-        )
-        # Narrowed again in this type: an exported graph holds the types that the forward asked for.
-        model = model.to(dtype)
-        got = oracle.call(plan.apply(model), example)
-        untouched = oracle.call(model, example)
+        wanted = oracle.call(oracle.masked(model, fxprune.api.graph_for(plan, model), plan).eval(), inputs)
+        got = oracle.call(pruned, inputs)
+        untouched = oracle.call(model, inputs)
     error = oracle.difference(got, wanted)
     if not error <= TOLERANCE[dtype]:
         row.reason = f"differs from the masked original by {error:.1e}"
