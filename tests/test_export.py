@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import subprocess
@@ -264,6 +265,41 @@ def test_fixed_batch_is_reported() -> None:
     assert (
         "the batch size is fixed" not in fxprune.analyze(Mutating(), torch.randn(1, 3, 6, 6)).captured.report
     )
+
+
+class AlwaysOn(nn.Dropout):
+    """Drops in evaluation, too, as for Monte-Carlo estimates."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tensor_only(x)
+        return F.dropout(x, self.p, True)
+
+
+def test_a_layer_with_its_own_forward_keeps_its_mode() -> None:
+    model = nn.Sequential(nn.Linear(4, 64), AlwaysOn(), nn.Linear(64, 3)).eval()
+    pruned = fxprune.prune(model, torch.randn(2, 4)).eval()
+    x = torch.randn(2, 4)
+    assert not torch.equal(pruned(x), pruned(x))
+
+
+class Counting(nn.Module):
+    """Reads a number off a buffer that it has just written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tensor_only(x)
+        return self.b(self.a(x).relu() * self.calls.add_(1).item())
+
+
+def test_analysis_never_writes_to_buffers() -> None:
+    model = Counting()
+    with contextlib.suppress(CaptureError):
+        fxprune.prune(model, torch.randn(2, 4))
+    assert model.calls.item() == 0
 
 
 class Strides(nn.Module):

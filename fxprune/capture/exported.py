@@ -102,7 +102,7 @@ class _Exporter:
                 if spec.kind is InputKind.USER_INPUT:
                     self.env[node] = next(supply)
                 else:
-                    self.env[node] = self._tensor(str(spec.target), exported, node)
+                    self.env[node] = self._tensor(str(spec.target), exported)
         results = self._copy(exported.graph_module, self.env)
         self._note_fixed(exported)
         self.graph.output(self._packed(list(results)))
@@ -187,7 +187,7 @@ class _Exporter:
                 ]
         return leaves
 
-    def _tensor(self, target: str, exported: torch.export.ExportedProgram, node: fx.Node) -> fx.Node:
+    def _tensor(self, target: str, exported: torch.export.ExportedProgram) -> fx.Node:
         """A node that reads a parameter, a buffer or a constant."""
         name = target.removeprefix("model.")
         if name not in self.named:
@@ -252,11 +252,13 @@ class _Exporter:
         place = {torch.ops.aten.dropout.default: 2, torch.ops.aten.batch_norm.default: 5}.get(old.target)  # type: ignore[call-overload]
         if place is None or not stack:
             return
-        path = str(stack[-1][0]).removeprefix("model.")
+        path = f"{stack[-1][0]}.".removeprefix("model.").removesuffix(".")
         try:
             owner = self.model.get_submodule(path)
         except AttributeError:
             return
+        if not type(owner).__module__.startswith("torch.nn."):
+            return  # its own forward may have its own reasons
         averaged = isinstance(owner, _BatchNorm) and owner.track_running_stats and owner.momentum is not None
         if averaged or isinstance(owner, _DropoutNd):
             flag = f"{path}.training_flag"

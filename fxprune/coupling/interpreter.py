@@ -258,10 +258,12 @@ class _Interpreter(TorchDispatchMode):
             tensors = {**self.program.extras, **self.program.tensors}
             tensor = tensors[str(node.target)]
             fixed = not isinstance(tensor, torch.nn.Parameter) and tensor.device.type != "meta"
-            return tensor if fixed and tensor.numel() <= _SMALL else None
+            return tensor.clone() if fixed and tensor.numel() <= _SMALL else None
         value = self.values.get(node)
-        if node.op not in ("call_function", "call_method") or (
-            isinstance(value, Value) and math.prod(value.shape) > _SMALL
+        if (
+            _writes(node)
+            or node.op not in ("call_function", "call_method")
+            or (isinstance(value, Value) and math.prod(value.shape) > _SMALL)
         ):
             return None
         inputs = {source: self._constant(source) for source in node.all_input_nodes}
@@ -531,6 +533,15 @@ def _permutation(probe: torch.Tensor, result: Any) -> tuple[int, Any] | None:
 
 def _lacks_kernel(error: Exception) -> bool:
     return isinstance(error, NotImplementedError) or "no fake impl" in str(error)
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a node may write into what it is given."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return bool(schema.is_mutable)
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name.endswith("_") or name == "setitem"
 
 
 def _needs_values(error: Exception) -> bool:
