@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from ..capture import Captured
 from ..errors import PlanError
 from ..program import describe_source
-from .groups import Group, Grouping, RowSet, form_groups
+from .grouping import form_groups
+from .groups import Group, Grouping, RowSet
 from .interpreter import Run, interpret
 from .units import Axis, Event, Ids, Label, Rectangle, State, Value
 

@@ -207,6 +207,11 @@ class Rectangle:
     cells: Ids
     node: fx.Node | None
 
+    @property
+    def at(self) -> str:
+        """Name of the node, for people."""
+        return self.node.name if self.node is not None else "?"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Event:
@@ -221,6 +226,11 @@ class Event:
     node: fx.Node | None
     reason: str
     remedy: str = ""
+
+    @property
+    def at(self) -> str:
+        """Name of the node, for people."""
+        return self.node.name if self.node is not None else "?"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
