@@ -32,8 +32,8 @@ from fxprune.importance import (
     Wanda,
     supervised,
 )
-from fxprune.importance.calibration import Products, Site
 from fxprune.importance.gradient import _signs
+from fxprune.importance.products import Products, Site
 
 Batch = tuple[Tensor, Tensor]
 

@@ -15,8 +15,6 @@ from ..coupling.graph import CouplingGraph
 from ..coupling.groups import Group, Member
 from .base import Entries, Measure, MemberCriterion, PerUnit, Scores, gathered, one_of
 from .calibration import (
-    Products,
-    Site,
     Sums,
     as_data,
     as_loss,
@@ -27,6 +25,7 @@ from .calibration import (
     trainable,
 )
 from .gradient import LossCriterion
+from .products import Products, Site
 
 
 @dataclass(frozen=True, eq=False)
