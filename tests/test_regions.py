@@ -367,6 +367,17 @@ def test_linked(between: str) -> None:
         fxprune.verify(model, pruned, plan, X)
 
 
+def test_other_sizes() -> None:
+    """What returns a dict is traced, too, so that images of other sizes may come."""
+    model = Handing().eval()
+    assert fxprune.analyze(model.a, X).captured.rung == "symbolic tracing"
+    plan = fxprune.plan(model, X)
+    other = torch.randn(3, 3, 14, 10, dtype=torch.double)
+    reference = masked(model, graph_for(plan, model), plan).double()
+    with torch.no_grad():
+        assert difference(plan.apply(model).double()(other), reference(other)) < 1e-8
+
+
 @pytest.mark.parametrize("between", ["operator", "returned", "view", "width", "sizes", "other"])
 def test_used_outside(between: str) -> None:
     """What the code around the regions looks at, too, keeps its width."""

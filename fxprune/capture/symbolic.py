@@ -192,7 +192,7 @@ class _Tracer(fx.Tracer):
         path = "_pack"
         while hasattr(self.model, path):
             path += "_"
-        self.added[path] = pack.train(self.model.training)
+        self.added[path] = pack.train(int(self.model.training) != 0)
         return self.create_proxy("call_module", path, tuple(tensors), {})
 
     def _input(self, name: str, given: Any) -> Any:
