@@ -275,6 +275,7 @@ def _plan(
         settings={
             **selection.settings(),
             **({"left": dict(selected.left)} if selected.left else {}),
+            **({"measured": meter.measured} if meter is not None else {}),
             "importance": describe(importance),
             "seed": seed,
         },

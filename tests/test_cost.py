@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
+from fxprune import cost
 from fxprune.cost import Count, count, latency_ratio, measure_latency
 from fxprune.errors import ExampleInputsError
 
@@ -155,3 +156,31 @@ def test_latency_is_a_median_by_name() -> None:
     assert list(seconds) == ["slow", "fast"]
     assert 0.02 <= seconds["slow"] < 0.08
     assert latency_ratio(slow, fast, (), {"wait": True}, min_run_time=0.05) < 0.8
+
+
+def test_latency_is_measured_until_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as the confidence interval is too wide, but not for ever."""
+    spreads, seen = iter([float("inf"), 0.3, 0.02]), []
+
+    def spread(times: dict[str, list[float]]) -> float:
+        seen.append(len(times["b"]))
+        return next(spreads)
+
+    models = {"a": Sleep(0.0), "b": Sleep(0.0)}
+    monkeypatch.setattr(cost, "_PATIENCE", 1e9)
+    monkeypatch.setattr(cost, "_spread", spread)
+    measure_latency(models, (), {"wait": True}, 1e-6, precision=0.02)
+    assert seen == [5, 6, 7]
+    monkeypatch.setattr(cost, "_PATIENCE", 1)
+    measure_latency(models, (), {"wait": True}, 1e-6, precision=0.0)
+    assert len(seen) == 3
+
+
+def test_spread_of_shares() -> None:
+    """Between the ranks (n - 1.96 n^0.5) / 2 from both ends; what slows down all models does not count."""
+    slow = [1.0, 5.0, 1.0, 2.0] * 25
+    shares = [0.5 + 0.001 * i for i in range(100)]
+    times = {"a": slow, "b": [a * share for a, share in zip(slow, shares, strict=True)]}
+    assert cost._spread(times) == pytest.approx((shares[60] - shares[39]) / 2 / 0.5495)
+    assert cost._spread({**times, "c": slow}) == cost._spread(times)
+    assert cost._spread({"a": [1.0] * 4, "b": [1.0] * 4}) == float("inf")

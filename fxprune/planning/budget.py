@@ -12,7 +12,7 @@ import numpy as np
 from ..coupling.units import Ids
 from ..errors import BudgetError
 from .costs import CostModel, Mask
-from .latency import Meter
+from .latency import ADVICE, Meter
 
 METRICS = ("params", "macs", "activations", "size_mb", "latency")
 
@@ -130,6 +130,7 @@ class Search:
     def _limits(self, budget: Budget) -> list[_Limit]:
         full = self.costs.sizes(np.ones(self.costs.prunable.size, dtype=bool))
         limits = []
+        cost: Callable[[Ids], float]
         costs: dict[str, Callable[[Ids], float]] = {
             "params": self.costs.params,
             "macs": self.costs.macs,
@@ -139,7 +140,10 @@ class Search:
         for name, value in budget.settings().items():
             if name == "latency":
                 assert self.meter is not None
-                limits.append(_Limit(name, self.meter.estimate(self.costs), self.meter.aim, 1.0))
+                cost = self.meter.estimate(self.costs)
+                # An estimate does not say that a latency is out of reach: that is left to the clock.
+                self.meter.least = cost(self._sizes(self._first(self.owner.size)))
+                limits.append(_Limit(name, cost, max(self.meter.aim, self.meter.least), 1.0))
                 continue
             cost = costs[name]
             now = cost(full)
@@ -192,8 +196,8 @@ class Search:
                 )
         large = ", ".join(f"{name} ({entries:,})" for name, entries in self.costs.largest(sizes))
         return BudgetError(
-            f"{' '.join(lines)} With everything removed that may be, the largest parameters are {large}. Ask "
-            f"for more, or let more go (keep, where, max_ratio, round_to and frozen axes limit what goes)."
+            f"{' '.join(lines)} With everything removed that may be, the largest parameters are {large}. "
+            f"{ADVICE}"
         )
 
 

@@ -14,6 +14,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,9 @@ WIDTHS = (1.0, 0.75, 0.5, 0.25, 0.125)
 """Shares of the original widths at which a call is timed."""
 
 _SECONDS = 0.02
-_TIMED = 4.0
+_TIMED, _PRECISION = 3.0, 0.02
 _AGREED, _ROUNDS = 0.05, 6
+ADVICE = "Ask for more, or let more go (keep, where, max_ratio, round_to and frozen axes limit what goes)."
 aten = torch.ops.aten
 
 
@@ -194,7 +196,10 @@ class Meter:
 
     Attributes:
         aim: share of the estimated latency to keep, so that the measured one comes out as wanted.
+        least: the smallest estimate that can be reached; the search sets it.
         note: what was measured last, for people; empty before.
+        measured: the same as data: ``latency`` (share of the original's), ``milliseconds`` before and after,
+            ``tries``; empty before.
 
     Raises:
         BudgetError: if the model has no weights, or is not on one device.
@@ -219,8 +224,10 @@ class Meter:
         self.table = LatencyTable(next(iter(devices)), table)
         self.original = self._ready(model)
         self.aim = min(target, 1.0) if target <= 1 else 1.0
+        self.least = 0.0
         self.note = ""
-        self._seen: list[tuple[float, float, str]] = []
+        self.measured: dict[str, Any] = {}
+        self._seen: list[_Try] = []
         self._settled = False
         if target > 1:  # milliseconds
             now = measure_latency({"original": self.original}, args, kwargs, _TIMED)["original"]
@@ -243,44 +250,96 @@ class Meter:
         """Time ``narrowed``, whose estimate is the share ``estimated`` of the original's.
 
         False where the latency is not yet as wanted; ``aim`` is another one then. After :data:`_ROUNDS`
-        tries the nearest so far is aimed at once more and then accepted.
+        tries, or when the same network comes again, the nearest so far is aimed at once more and accepted.
+
+        Raises:
+            BudgetError: if it is too slow, and nothing more can go.
         """
         if self._settled:
             return True
+        if any(seen.estimated == estimated for seen in self._seen):
+            return self._settle(estimated)
         pair = {"original": self.original, "narrowed": self._ready(narrowed)}
-        seconds = measure_latency(pair, self.args, self.kwargs, _TIMED)
-        measured = seconds["narrowed"] / seconds["original"]
-        wanted = self.target if self.target <= 1 else self.target / 1e3 / seconds["original"]
-        mode = "compiled" if self.compiled else "eager"
-        self.note = (
-            f"latency: {measured:.2f} of the original, {wanted:.2f} was wanted; "
-            f"{seconds['original'] * 1e3:.3g} -> {seconds['narrowed'] * 1e3:.3g} ms, medians, {mode}, "
-            f"{self.table.about['device']}; the table's estimate was {estimated:.2f}"
-        )
-        self._seen.append((estimated, measured / wanted, self.note))
+        seconds = measure_latency(pair, self.args, self.kwargs, _TIMED, _PRECISION)
+        before, after = seconds["original"], seconds["narrowed"]
+        wanted = self.target if self.target <= 1 else self.target / 1e3 / before
+        self._seen.append(_Try(self.aim, estimated, after / before, wanted, before, after))
+        self._report(self._seen[-1])
         slack = estimated < 0.95 * self.aim or estimated >= 1  # other limits bind, or nothing has to go
-        if abs(measured / wanted - 1) <= _AGREED or (measured <= wanted and slack):
+        off = self._seen[-1].off
+        if abs(off) <= _AGREED or (off <= 0 and slack):
             return True
+        if off > 0 and estimated <= self.least:
+            raise BudgetError(
+                f"latency = {self.target:g} ({wanted:.3g} of the original) cannot be met: the least that can "
+                f"be reached is {after / before:.3g} of the original, {after * 1e3:.3g} of "
+                f"{before * 1e3:.3g} ms, measured with everything removed that may be. {ADVICE}"
+            )
         if len(self._seen) == _ROUNDS:
-            self.aim, _, self.note = min(self._seen, key=lambda seen: abs(seen[1] - 1))
-            self._settled = True
-        else:
-            self.aim = self._corrected()
+            return self._settle(estimated)
+        self.aim = self._corrected()
         return False
+
+    def _settle(self, estimated: float) -> bool:
+        """Whether the network at hand is the nearest of all that were seen; else that one is aimed at."""
+        nearest = min(self._seen, key=lambda seen: abs(seen.off))
+        self._settled, self.aim = True, nearest.aim
+        self._report(nearest)
+        return nearest.estimated == estimated
+
+    def _report(self, seen: _Try) -> None:
+        mode = "compiled" if self.compiled else "eager"
+        self.measured = {
+            "latency": seen.measured,
+            "milliseconds": [seen.before * 1e3, seen.after * 1e3],
+            "tries": len(self._seen),
+        }
+        self.note = (
+            f"latency: {seen.measured:.2f} of the original, {seen.wanted:.2f} was wanted; "
+            f"{seen.before * 1e3:.3g} -> {seen.after * 1e3:.3g} ms, medians, {mode}, "
+            f"{self.table.about['device']}; the table's estimate was {seen.estimated:.2f}"
+        )
 
     def _corrected(self) -> float:
         """The estimate at which the measured latency should be as wanted.
 
-        Between the nearest tries on both sides by a straight line; by the rule of three where there are none.
+        By a straight line between the nearest tries on both sides, the original (1 at 1) being one of them;
+        on from the original through the fastest try where none was fast enough.
         """
-        slow = [seen for seen in self._seen if seen[1] > 1]
-        fast = [seen for seen in self._seen if seen[1] <= 1]
-        if slow and fast:
-            (above, high, _), (below, low, _) = min(slow), max(fast)
-            if above > below:
-                return below + (above - below) * (1 - low) / (high - low)
-        estimated, off, _ = self._seen[-1]
-        return min(estimated / off, 1.0)
+        last = self._seen[-1]
+        tries = [(1.0, 1.0), *((seen.estimated, seen.measured) for seen in self._seen)]
+        slow = [point for point in tries if point[1] > last.wanted]
+        fast = [point for point in tries if point[1] <= last.wanted]
+        (above, high), (below, low) = (min(slow), max(fast)) if fast else (tries[0], min(slow))
+        if above <= below or high <= low:  # the clock says that a narrower network is slower
+            return min(last.estimated * last.wanted / last.measured, 1.0)
+        return min(below + (above - below) * (last.wanted - low) / (high - low), 1.0)
+
+
+@dataclass(frozen=True)
+class _Try:
+    """A network that was timed.
+
+    Attributes:
+        aim: the estimate that was asked for.
+        estimated: share of the original's latency, by the table.
+        measured: the same, by the clock.
+        wanted: what it was to be.
+        before: seconds of the original.
+        after: seconds of the narrowed network.
+    """
+
+    aim: float
+    estimated: float
+    measured: float
+    wanted: float
+    before: float
+    after: float
+
+    @property
+    def off(self) -> float:
+        """How far it is from what was wanted, as a share of that; above 0 if it is too slow."""
+        return self.measured / self.wanted - 1
 
 
 def work(call: Call, costs: CostModel, sizes: Ids) -> float:
