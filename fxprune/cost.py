@@ -191,7 +191,8 @@ def _work(model: nn.Module, args: Any, kwargs: Any) -> tuple[int, int]:
         if not any(isinstance(t, Tensor) and t.is_meta for t in tensors):
             # Control flow may depend on values: run a copy that shares nothing but the parameters.
             with contextlib.suppress(Exception), torch.random.fork_rng():
-                twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+                memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+                twin = copy.deepcopy(model, memo)
                 return _counted(twin, *pytree.tree_map_only(Tensor, torch.clone, (args, kwargs)))
         raise ExampleInputsError(
             f"{type(model).__name__} does not run on the example inputs with shapes only (meta tensors), "
@@ -228,10 +229,9 @@ def _meta_copy(model: nn.Module) -> nn.Module:
 
 
 def _meta_twin(tensor: Tensor) -> Tensor:
+    # No gradient: FlopCounterMode stumbles over a parameter that is an input of a module.
     twin = torch.empty_like(tensor, device="meta", requires_grad=False)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(twin, requires_grad=tensor.requires_grad)
-    return twin
+    return nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin
 
 
 def _tensors(values: Iterable[Any], seen: set[int]) -> Iterator[Tensor]:

@@ -83,6 +83,27 @@ def test_bytes_hold_saved_buffers_once() -> None:
     assert count(model, torch.zeros(1, 5)).bytes == 2 * 4 * 5 + 8
 
 
+class Token(nn.Module):
+    """A parameter is an input of a submodule; on request, control flow depends on values."""
+
+    def __init__(self, by_value: bool) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(1, 4))
+        self.linear = nn.Linear(4, 6, bias=False)
+        self.by_value = by_value
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(self.token)
+        return x + y if not self.by_value or float(x.sum()) == 0 else x - y
+
+
+@pytest.mark.parametrize("by_value", [False, True])
+def test_parameters_as_inputs_of_modules(by_value: bool) -> None:
+    model = Token(by_value)
+    assert count(model, torch.zeros(1, 6)) == Count(28, 24, 6, 112)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_count_leaves_the_model_alone() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)).train()
     model[1].eval()

@@ -1,4 +1,8 @@
-"""All of torchvision's classification models, pruned with the same three arguments, judged by the oracle."""
+"""Whole zoos, pruned with the same three arguments, judged by the oracle.
+
+All of torchvision's classification models, and a sample of its other kinds and of timm. The rest is for
+``examples/benchmarks/zoo.py``.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,12 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import check, difference, masked, same_structure, stir
 from torch import Tensor, fx, nn
 from torchvision import models
 
 import fxprune
+from fxprune.api import graph_for
 
 pytestmark = pytest.mark.slow
 
@@ -111,6 +117,47 @@ def test_prunes_exactly(name: str) -> None:
     if parameters <= MEDIUM:
         assert eager_error(model, pruned, plan, x) < limit
     assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "kept"),
+    [
+        ("lraspp_mobilenet_v3_large", [(1, 3, 64, 64)], 0.27),  # segmentation
+        ("r3d_18", [(1, 3, 4, 32, 32)], 0.26),  # video
+        ("raft_small", [(1, 3, 128, 128), (1, 3, 128, 128), 1], 0.27),  # optical flow, one iteration
+    ],
+)
+def test_other_kinds(name: str, inputs: list[Any], kept: float) -> None:
+    """In float32: RAFT has no operators for more."""
+    options = {"weights_backbone": None} if "lraspp" in name else {}
+    model = stir(models.get_model(name, weights=None, **options)).eval()
+    x = tuple(torch.rand(i) if isinstance(i, tuple) else i for i in inputs)
+    plan = fxprune.plan(model, x, ratio=0.5)
+    pruned = plan.apply(model)
+    assert count(pruned) / count(model) <= kept
+    with torch.no_grad():
+        wanted, got = masked(model, graph_for(plan, model), plan)(*x), pruned(*x)
+        assert same_structure(wanted, got)
+        assert difference(got, wanted) < 1e-4
+        assert difference(model(*x), wanted) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "kept"),
+    [
+        ("test_byobnet", 64, 0.40),
+        ("test_convnext2", 64, 0.35),
+        ("test_efficientnet_gn", 64, 0.45),
+        ("test_mambaout", 64, 0.41),
+        ("test_nfnet", 64, 0.39),
+        ("test_resnet", 64, 0.31),
+        ("test_vit4", 160, 0.36),
+    ],
+)
+def test_sample_of_timm(name: str, size: int, kept: float) -> None:
+    """Those that timm made for its own tests: all of an architecture's layers at small widths."""
+    timm = pytest.importorskip("timm")
+    check(timm.create_model(name).eval(), torch.randn(1, 3, size, size), kept_at_most=kept)
 
 
 def test_resnet18_keeps_a_quarter() -> None:
@@ -211,9 +258,7 @@ def fingerprint(model: nn.Module) -> dict[str, tuple[int, int, bool]]:
 
 def eager_error(model: nn.Module, pruned: fx.GraphModule, plan: fxprune.PruningPlan, x: Tensor) -> float:
     """Relative error against the original class, run eagerly in float64 with removed entries zeroed."""
-    from fxprune.api import graph_for
-
-    masked, narrow, x = copy.deepcopy(model).double(), copy.deepcopy(pruned).double(), x.double()
+    zeroed, narrow, x = copy.deepcopy(model).double(), copy.deepcopy(pruned).double(), x.double()
     with torch.no_grad():
         for group in graph_for(plan, model):
             gone = torch.zeros(group.size + 1, dtype=torch.bool)  # the last one stands for no unit
@@ -222,10 +267,10 @@ def eager_error(model: nn.Module, pruned: fx.GraphModule, plan: fxprune.PruningP
                 if not member.trainable:
                     continue
                 dims = [*member.over, member.axis.dim]
-                parameter = masked.get_parameter(member.axis.name)
+                parameter = zeroed.get_parameter(member.axis.name)
                 mask = gone[torch.from_numpy(member.units)]
                 mask = mask.permute([dims.index(d) for d in sorted(dims)])
                 shape = [parameter.shape[d] if d in dims else 1 for d in range(parameter.dim())]
                 parameter.masked_fill_(mask.reshape(shape), 0)
-        wanted, got = masked(x), narrow(x)
+        wanted, got = zeroed(x), narrow(x)
     return float((got - wanted).abs().max() / wanted.abs().max())
