@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,7 +24,7 @@ class Leaf:
     """A registered module class.
 
     Attributes:
-        module_class: the class.
+        module_class: the class, or ``module.name`` of a class in a library that may not be installed.
         couple: how it couples, ``(coupler, module, args, kwargs, out)``; None to follow its ``forward``.
         outputs: makes meta tensors of the results' shapes from the inputs; None if only ``forward`` can.
         attributes: what it remembers of its widths, or None.
@@ -31,7 +32,7 @@ class Leaf:
         given: what it was registered with, to tell whether a second registration is the same.
     """
 
-    module_class: type[nn.Module]
+    module_class: type[nn.Module] | str
     couple: Callable[..., None] | None
     outputs: Callable[..., Any] | None
     attributes: Attributes | None
@@ -57,30 +58,35 @@ class Registration:
         self.remove()
 
 
-_LEAVES: dict[type, Leaf] = {}
+_LEAVES: dict[type | str, Leaf] = {}
+_FOUND: weakref.WeakKeyDictionary[type, Leaf | None] = weakref.WeakKeyDictionary()
 
 
 def leaf_for(module: nn.Module) -> Leaf | None:
     """The registration of a module's class, or of the nearest class that it inherits from."""
-    if not _LEAVES:
-        return None
-    return next((_LEAVES[kind] for kind in type(module).__mro__ if kind in _LEAVES), None)
+    kind = type(module)
+    if kind not in _FOUND:
+        keys = [key for base in kind.__mro__ for key in (base, f"{base.__module__}.{base.__qualname__}")]
+        _FOUND[kind] = next((_LEAVES[key] for key in keys if key in _LEAVES), None)
+    return _FOUND[kind]
 
 
 def register_leaf(leaf: Leaf, same: Callable[[Any, Any], bool]) -> None:
     """Add a registration; one that says the same may be there already."""
     present = _LEAVES.get(leaf.module_class)
     if present is not None and not same(present.given, leaf.given):
-        name = leaf.module_class.__qualname__
+        name = getattr(leaf.module_class, "__qualname__", leaf.module_class)
         raise RuleError(
             f"{name} is registered twice, differently: {present.site} and {leaf.site}. "
             f"fxprune.unregister({name}) removes the first."
         )
     _LEAVES[leaf.module_class] = leaf
+    _FOUND.clear()
 
 
 def unregister_leaf(module_class: type) -> None:
     _LEAVES.pop(module_class, None)
+    _FOUND.clear()
 
 
 _AXIS = re.compile(r"^([\w.]+)\[(-?\d+)\]$")

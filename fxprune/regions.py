@@ -50,6 +50,8 @@ class Region:
 
     Attributes:
         path: the submodule.
+        root: where the names in its program start: the submodule itself, or, if it is a leaf that stays what
+            it is, the module that holds it.
         inputs: description of its arguments (see :func:`fxprune.inputs.describe_inputs`).
         outside: parameters and buffers in it that code around the regions uses, too, by their full names.
         placeholders: name of a placeholder in the common graph -> its name in the submodule's signature.
@@ -58,6 +60,7 @@ class Region:
     """
 
     path: str
+    root: str
     inputs: Mapping[str, Any]
     outside: tuple[str, ...]
     placeholders: Mapping[str, str]
@@ -70,13 +73,15 @@ class Part:
     """What a region is made of.
 
     Attributes:
-        program: the submodule's.
+        program: the submodule's; of a leaf, that of a module which holds it.
+        root: see :class:`Region`.
         inputs: description of its arguments.
         outside: names of its tensors that are used outside of the regions, too.
         links: what comes from other regions.
     """
 
     program: Program
+    root: str
     inputs: Any
     outside: tuple[str, ...]
     links: tuple[Link, ...] = ()
@@ -143,19 +148,36 @@ class RegionProgram(Program):
         for path, new in added.items():
             parent, _, name = path.rpartition(".")
             model.get_submodule(parent)._modules[name] = new
-        for path, piece in self.pieces().items():
-            region = model.get_submodule(path)
+        pieces = self.pieces()
+        for path, root in ((region.path, region.root) for region in self.regions):
+            piece, region = pieces[path], model.get_submodule(path)
+            if root != path:  # called as it is
+                if sum(node.op not in ("placeholder", "output") for node in piece.graph.nodes) != 1:
+                    raise RewriteError(f"a pass put a node beside {path}, which is called by code.")
+                continue
             for name, tensor in piece.extras.items():
                 parent, _, attribute = name.rpartition(".")
                 region.get_submodule(parent).register_buffer(attribute, tensor, persistent=False)
             RegionModule.take_over(region, piece.graph)
         return model
 
+    def graph_module(self, model: nn.Module, path: str) -> OwnedModule | None:
+        """A ``GraphModule`` that shares everything with a region of a result; None if it is none."""
+        part = model.get_submodule(path)
+        if isinstance(part, RegionModule):
+            return part.graph_module()
+        (region,) = (region for region in self.regions if region.path == path)
+        if region.root == path:
+            return None
+        holder, name = nn.Module(), path.rpartition(".")[2]
+        holder._modules[name] = part
+        return OwnedModule.of(holder, self.pieces()[path].graph, type(part).__name__)
+
     def _owned(self, path: str, name: str, _: torch.Tensor) -> torch.Tensor | None:
         return self.tensors.get(f"{path}.{name}")
 
     def _piece(self, region: Region, owners: Mapping[fx.Node, str]) -> Program:
-        prefix = f"{region.path}."
+        prefix = _prefix(region.root)
         graph = fx.Graph()
         mapping: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
@@ -181,7 +203,7 @@ class RegionProgram(Program):
         used = {node.target for node in self.graph.nodes if owners.get(node) == region.path}
         return Program(
             graph=graph,
-            modules={k.removeprefix(prefix): v for k, v in self.modules.items() if k.startswith(prefix)},
+            modules={k.removeprefix(prefix): v for k, v in self.modules.items() if k in used},
             tensors={name: self.tensors[prefix + name] for name in region.skeleton.names},
             skeleton=region.skeleton,
             extras={k.removeprefix(prefix): v for k, v in self.extras.items() if k in used},
@@ -214,7 +236,7 @@ def unite(
     for link in (link for part in parts.values() for link in part.links):
         free.setdefault(link.source, {})[link.output] = link.read
     for path, part in parts.items():
-        program = part.program
+        program, root = part.program, _prefix(part.root)
         prefix = path.replace(".", "_")
         mapping: dict[fx.Node, fx.Node] = {}
         placeholders = {}
@@ -232,7 +254,7 @@ def unite(
             if node.op == "placeholder":
                 target = f"{prefix}__{target}"
             elif node.op in ("get_attr", "call_module"):
-                target = f"{path}.{target}"
+                target = f"{root}{target}"
             links = [k for k in part.links if node.op == "placeholder" and k.input == node.target]
             name = f"{prefix}_{node.name}"
             new = graph.create_node(
@@ -248,9 +270,11 @@ def unite(
                 new = graph.create_node("call_function", joined, (new, sources), {}, name)
                 new.meta["region"] = path
             mapping[node] = new
-        modules.update({f"{path}.{name}": module for name, module in program.modules.items()})
-        extras.update({f"{path}.{name}": tensor for name, tensor in program.extras.items()})
-        regions.append(Region(path, part.inputs, part.outside, placeholders, program.skeleton, part.links))
+        modules.update({f"{root}{name}": module for name, module in program.modules.items()})
+        extras.update({f"{root}{name}": tensor for name, tensor in program.extras.items()})
+        regions.append(
+            Region(path, part.root, part.inputs, part.outside, placeholders, program.skeleton, part.links)
+        )
     outputs[""] = [graph.get_attr(name) for part in parts.values() for name in part.outside]
     output = graph.output(outputs)
     output.meta["linked"] = free
@@ -266,6 +290,10 @@ def unite(
         model=model,
         regions=tuple(regions),
     )
+
+
+def _prefix(root: str) -> str:
+    return f"{root}." if root else ""
 
 
 def _owners(graph: fx.Graph) -> dict[fx.Node, str]:

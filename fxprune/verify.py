@@ -29,7 +29,7 @@ from .passes.base import copy_graph, operator_name
 from .passes.parameters import narrow, surviving
 from .planning.plan import PruningPlan
 from .program import Program, describe_source, mutable
-from .regions import RegionModule
+from .regions import RegionProgram
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,8 @@ def verify(
                 inputs = piece.bind(args, kwargs)
             except TypeError as error:
                 raise ExampleInputsError(f"the captured {plan.model} {error}.") from error
-            part = part.graph_module() if isinstance(part, RegionModule) else part
+            if isinstance(program, RegionProgram):
+                part = program.graph_module(candidate, path) or part
             if not isinstance(part, fx.GraphModule):
                 differs = (
                     "" if inexact or linked else f"the outputs differ by {difference:.1e} (relative), and "

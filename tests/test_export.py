@@ -413,3 +413,19 @@ def test_what_cannot_be_exported_is_an_error_with_every_reason() -> None:
 
     with pytest.raises(CaptureError, match=r"(?s)symbolic tracing:.*torch\.export:"):
         fxprune.analyze(Branch(), torch.randn(2, 3))
+
+
+def test_sizes_from_values_end_an_export_at_once() -> None:
+    """Detection models go on for long after the first such size, and fail then."""
+
+    class Picking(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            tensor_only(x)
+            x = x[x.sum(1) > 0]
+            reached.append(len(x.shape))
+            return x
+
+    reached: list[int] = []
+    with pytest.raises(CaptureError, match=r"nonzero.* depend on values"):
+        fxprune.analyze(Picking(), torch.randn(2, 3))
+    assert len(reached) < 2  # when it is run to find regions

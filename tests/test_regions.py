@@ -388,3 +388,110 @@ def test_used_outside(between: str) -> None:
     assert pruned.b[0].weight.shape == (6, 8, 1, 1)
     assert same_structure(model(X), pruned(X))
     assert fxprune.verify(model, pruned, plan, X).exact
+
+
+class Calling(nn.Module):
+    """Code on values that calls layers itself, on what a region returns."""
+
+    def __init__(self, through: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3))
+        self.through = through
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(12 * 16, 6), nn.ReLU(), nn.Linear(6, 3))
+        stir(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        while x.sum() > 100:
+            x = x - 1
+        y = self.head(self.through(self.body(x)))
+        return y if y.sum() > 0 else -y
+
+
+class Twice(nn.Module):
+    """Must not be traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x if x.sum() > 0 else 2 * x
+
+
+@pytest.mark.parametrize("through", [nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 12, 1, groups=12), Twice()])
+def test_layers_between(through: nn.Module) -> None:
+    """A layer that code calls by itself is a region, too, if it is linked to one; it stays what it is."""
+    model = Calling(copy.deepcopy(through)).eval()
+    rule = fxprune.register_module(Twice, "n c h w -> n c h w")
+    with rule:
+        plan, pruned = judge(model, narrows="body.2.weight head.1.weight")
+        assert list(plan.regions) == ["body", "through", "head"]
+        assert pruned.head[1].weight.shape == (3, 6 * 16)
+        assert type(pruned.through) is type(model.through)
+        again = fxprune.PruningPlan.from_json(plan.to_json()).apply(model)
+        assert torch.equal(again(X), pruned(X))
+        twin = pickle.loads(pickle.dumps(pruned))
+        assert torch.equal(twin(X), pruned(X))
+        pruned.train()(X).sum().backward()
+        assert all(p.grad is not None for p in pruned.parameters())
+        for parameter in [*pruned.through.parameters()][:1]:
+            with torch.no_grad():
+                parameter.mul_(1.01)
+            with pytest.raises(VerificationError):
+                fxprune.verify(model, pruned, plan, X)
+
+
+def test_layers_alone() -> None:
+    """A layer that is linked to nothing is no region."""
+    model = Calling(Twice()).eval()  # which nobody registered
+    plan, _ = judge(model)
+    assert list(plan.regions) == ["body", "head"]
+
+
+class Boxes(nn.Module):
+    """Two maps, a pool of boxes that are chosen by value, a head: the pattern of a two-stage detector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchvision.ops import MultiScaleRoIAlign
+
+        torch.manual_seed(0)
+        self.body = Pyramid()
+        self.pool = MultiScaleRoIAlign(["p", "q"], 3, 2)
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(72, 10), nn.ReLU(), nn.Linear(10, 4))
+        stir(self)
+
+    def forward(self, x: Tensor, boxes: Tensor) -> Tensor:
+        kept = [boxes[boxes[:, 2] > boxes[:, 0]]]
+        return self.head(self.pool(self.body(x), kept, [(x.shape[2] * 8, x.shape[3] * 8)]))
+
+
+class Pyramid(nn.Module):
+    """Maps of two scales, and a third that the pool leaves alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Conv2d(3, 8, 3, padding=1)
+        self.q = nn.Conv2d(8, 8, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        p = self.p(x)
+        q = self.q(p.relu())
+        return OrderedDict(p=p, q=q, r=F.max_pool2d(q, 2))
+
+
+def test_pooled_boxes() -> None:
+    """torchvision's pool of regions of interest passes channels on, wherever the boxes lie."""
+    model = Boxes().eval()
+    boxes = torch.tensor([[4.0, 4, 40, 50], [0, 0, 400, 380], [9, 9, 3, 3], [10, 20, 60, 60]])
+    plan = fxprune.plan(model, (X, boxes))
+    pruned = plan.apply(model)
+    assert "pool" in plan.regions
+    assert (pruned.body.p.weight.shape[0], pruned.body.q.weight.shape[0]) == (4, 4)
+    assert pruned.head[1].weight.shape == (5, 36)
+    assert fxprune.verify(model, pruned, plan, (X, boxes)).exact
+    reference = masked(model, graph_for(plan, model), plan).double()
+    pruned = pruned.double()
+    for count in (4, 2, 0):
+        for x in (X.double(), torch.randn(1, 3, 12, 16, dtype=torch.double)):
+            with torch.no_grad():
+                got, wanted = pruned(x, boxes[:count].double()), reference(x, boxes[:count].double())
+            assert got.shape == wanted.shape
+            assert difference(got, wanted) < 1e-8

@@ -384,6 +384,13 @@ CASES = [
     Case("im2col", lambda x: F.unfold(x, 2)),
     Case("torchvision.roi_align", lambda x: ops.roi_align(x, ROIS.type_as(x), 2), batch=False),
     Case("torchvision.roi_pool", lambda x: ops.roi_pool(x, ROIS.type_as(x), 2), batch=False),
+    Case("torchvision.ps_roi_align", lambda x: ops.ps_roi_align(x, ROIS.type_as(x), 2), batch=False),
+    Case("torchvision.ps_roi_pool", lambda x: ops.ps_roi_pool(x, ROIS.type_as(x), (1, 3)), batch=False),
+    Case("torchvision.nms", lambda x: x[torch.ops.torchvision.nms(ROIS[:, 1:].type_as(x), x[:, 0, 0, 0], 0.3)], batch=False),
+    Case("torchvision.deform_conv2d", lambda x, w, o: ops.deform_conv2d(x, o, w), extra=((8, 12, 3, 3), (2, 18, 2, 2)), batch=False),
+    Case("torchvision.deform_conv2d", lambda x, w, o, m, b: ops.deform_conv2d(x, o, w, b, mask=m), extra=((8, 12, 3, 3), (2, 18, 2, 2), (2, 9, 2, 2), (8,)), batch=False),
+    Case("torchvision.deform_conv2d", lambda x, w, o: ops.deform_conv2d(x, o, w), extra=((9, 4, 2, 2), (2, 8, 3, 3)), batch=False),
+    Case("torchvision.deform_conv2d", lambda x, w, o: ops.deform_conv2d(x, o, w), extra=((8, 12, 2, 2), (2, 16, 3, 3)), batch=False),
 ]  # fmt: skip
 
 
@@ -508,6 +515,42 @@ def _is_loaded(name: str) -> bool:
     """Whether the library of an operator is there; some rules are for libraries that tests do without."""
     library, operator, *_ = name.split(".")
     return operator.startswith("<") or hasattr(getattr(torch.ops, library), operator)
+
+
+def _mixed(x: Tensor, weight: Tensor) -> Tensor:
+    """Numbers that are computed from all channels, as many as the weight has columns."""
+    return x.mean((2, 3)) @ weight
+
+
+@pytest.mark.parametrize(
+    ("body", "columns", "reason"),
+    [
+        (lambda x, w: ops.roi_align(x, _mixed(x, w), 2), 5, "coordinates of regions"),
+        (lambda x, w: ops.ps_roi_align(x, _mixed(x, w), 2), 5, "coordinates of regions"),
+        (lambda x, w: x[torch.ops.torchvision.nms(_mixed(x, w), x[:, 0, 0, 0], 0.5)], 4, "boxes that are compared"),
+        (lambda x, w: x + torch.ops.torchvision.nms(x[0, 0], _mixed(x, w)[0], 0.5).sum(), 4, "scores of boxes"),
+        (lambda x, w: _deformed(x, _mixed(x, w)), 18, "offsets"),
+        (lambda x, w: _deformed(x, x.new_zeros(2, 18, 4, 4), _mixed(x, w)), 9, "places"),
+    ],
+    ids=["roi_align", "ps_roi_align", "nms", "nms scores", "deform_conv2d", "deform_conv2d mask"],
+)  # fmt: skip
+def test_coordinates_stay(body: Body, columns: int, reason: str) -> None:
+    """What torchvision's operators read as coordinates keeps its width, and says why."""
+    with torch.device("meta"):
+        model = Between.__new__(Between)
+        nn.Module.__init__(model)
+        model.first, model.last = nn.Conv2d(3, 12, 1), nn.Identity()
+        model.body, model.tables = body, 0
+        model.extra = nn.ParameterList([nn.Parameter(torch.empty(12, columns))])
+        frozen = {str(f.axis): f.reason for f in fxprune.analyze(model, torch.empty(INPUTS["image"])).frozen}
+    assert reason in frozen["extra.0[1]"]
+
+
+def _deformed(x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+    """A deformable convolution with a kernel of ones, whose offsets or weights are the same everywhere."""
+    offset = offset if offset.dim() == 4 else offset[:, :, None, None].expand(-1, -1, 4, 4)
+    mask = mask if mask is None else mask[:, :, None, None].expand(-1, -1, 4, 4)
+    return ops.deform_conv2d(x, offset, x.new_ones(8, 12, 3, 3), padding=1, mask=mask)
 
 
 def test_every_rule_has_a_case() -> None:

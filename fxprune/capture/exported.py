@@ -16,10 +16,13 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.node import map_arg
@@ -31,9 +34,11 @@ from ..nn import TrainingFlag, Unpack
 from ..program import Program, Skeleton, named_tensors
 from ..structure import Structure, flatten
 from .arguments import Arguments, packing
-from .symbolic import check_value, restored
+from .symbolic import blame, check_value, restored
 
 _INTERNAL = os.path.dirname(torch.__file__) + os.sep
+_LONGEST = 500
+"""Characters of a reason; torch.export may name every size that it does not know."""
 _ASSERTIONS = ("_assert", "sym_constrain_range")
 
 
@@ -72,10 +77,22 @@ class _Flat(nn.Module):
         self._rebuild, self._seen = rebuild, seen
 
     def forward(self, *tensors: Any) -> list[Any]:
+        _refuse_sizes_from_values(tensors)
         args, kwargs = self._rebuild(tensors)
         outputs, structure = flatten(self.model(*args, **kwargs))
         self._seen[:] = [structure]
         return outputs
+
+
+def _refuse_sizes_from_values(tensors: Any) -> None:
+    """Have the fake tensors raise where a size depends on values, which the analysis could not follow.
+
+    torch.export would go on, and often fail much later, where such a size is asked for.
+    """
+    mode = detect_fake_mode(tensors)
+    if mode is not None and mode.shape_env is not None:
+        env = mode.shape_env
+        env.settings = replace(env.settings, allow_dynamic_output_shape_ops=False)
 
 
 class _Exporter:
@@ -146,6 +163,10 @@ class _Exporter:
                         dynamic_shapes={"tensors": tuple(shapes)} if inputs and free else None,
                         strict=False,
                     )
+            except DynamicOutputShapeException as error:
+                raise CaptureError(
+                    f"{blame(error)}the sizes of what {error.func} returns depend on values"
+                ) from error
             except Exception as error:  # noqa: BLE001  whatever a user's forward raises, or export refuses
                 refusal = refusal or error
                 continue
@@ -338,7 +359,7 @@ def source_line(node: fx.Node) -> tuple[str, int, str] | None:
 
 
 def _first_lines(error: Exception) -> str:
-    return "\n".join(str(error).splitlines()[:6])
+    return "\n".join(str(error).splitlines()[:6])[:_LONGEST]
 
 
 __all__ = ["source_line", "trace"]

@@ -12,18 +12,20 @@ import copy
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import CaptureError, FxpruneError, PlanError
 from ..inputs import describe_inputs, restore_inputs
-from ..program import Program, Skeleton
+from ..program import Program, Skeleton, named_tensors
 from ..regions import Link, Part, RegionProgram, unite
+from .arguments import Arguments
 from .symbolic import is_leaf
 
 Calls = tuple[tuple[Any, ...], dict[str, Any]]
@@ -44,13 +46,13 @@ def find(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], whole:
         CaptureError: if the model does not run, or no submodule with parameters can be captured.
     """
     seen = observe(model, args, kwargs)
-    found: dict[str, tuple[Program, Any]] = {}
+    found: dict[str, tuple[Program, str, Any]] = {}
     refusals: list[str] = []
     visited = {model}
 
     def search(module: nn.Module, path: str) -> None:
         for name, child in module.named_children():
-            if child in visited or next(child.parameters(), None) is None:
+            if child in visited or (next(child.parameters(), None) is None and not is_leaf(child)):
                 continue
             visited.add(child)
             full = f"{path}.{name}" if path else name
@@ -58,21 +60,27 @@ def find(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], whole:
             if calls is None:
                 search(child, full)
                 continue
-            if is_leaf(child):
-                continue  # nothing in it but its boundary
             try:
-                found[full] = (_one(child, calls, whole), calls[0])
+                found[full] = (*_one(child, full, calls, whole), calls[0])
             except FxpruneError as refusal:
                 refusals.append(f"{full}: {str(refusal).strip().splitlines()[0]}")
                 search(child, full)
 
     search(model, "")
-    if not found:
-        reasons = "; ".join(refusals[:4]) or "no submodule with parameters was called"
-        raise CaptureError(f"no part of it can be captured, either ({reasons})")
     outside = seen.outside(set(found))
     parts = {path: Part(*part, _beneath(path, outside)) for path, part in found.items()}
-    return unite(model, Skeleton.of(model), _linked(model, args, kwargs, parts), tuple(refusals))
+    parts = _worthwhile(_linked(model, args, kwargs, parts))
+    if not parts:
+        reasons = "; ".join(refusals[:4]) or "no submodule with parameters was called"
+        raise CaptureError(f"no part of it can be captured, either ({reasons})")
+    return unite(model, Skeleton.of(model), parts, tuple(refusals))
+
+
+def _worthwhile(parts: dict[str, Part]) -> dict[str, Part]:
+    """Without leaves that are linked to nothing: there is nothing in them but their boundary."""
+    linked = {path for path, part in parts.items() if part.links}
+    linked |= {link.source for part in parts.values() for link in part.links}
+    return {path: part for path, part in parts.items() if path in linked or part.root == path}
 
 
 def again(model: nn.Module, regions: Mapping[str, Any], whole: Whole) -> RegionProgram:
@@ -86,8 +94,8 @@ def again(model: nn.Module, regions: Mapping[str, Any], whole: Whole) -> RegionP
             links = tuple(Link(**{**link, "read": tuple(link["read"])}) for link in region.get("links", ()))
         except (TypeError, KeyError) as error:
             raise PlanError(f"the plan's links of the region {path!r} are malformed.") from error
-        program = _one(modules[path], [region["inputs"]], whole)
-        found[path] = Part(program, region["inputs"], tuple(region["outside"]), links)
+        program, root = _one(modules[path], path, [region["inputs"]], whole)
+        found[path] = Part(program, root, region["inputs"], tuple(region["outside"]), links)
     return unite(model, Skeleton.of(model), found, ())
 
 
@@ -117,17 +125,40 @@ def real_inputs(
     return observe(model, args, kwargs, {region.path for region in program.regions}).kept
 
 
-def _one(module: nn.Module, calls: list[Any], whole: Whole) -> Program:
-    """The program of ``module``, which must be the same for all ``calls``."""
+def _one(module: nn.Module, path: str, calls: list[Any], whole: Whole) -> tuple[Program, str]:
+    """The program of ``module``, which must be the same for all ``calls``, and where its names start."""
     odd = next((call for call in calls if isinstance(call, FxpruneError)), None)
     if odd is not None:
         raise odd
+    root = path
+    if is_leaf(module):
+        root, _, name = path.rpartition(".")
+        whole = partial(_leaf, name)
     program = whole(module, *restore_inputs(calls[0]))
     code = str(program.graph)
     for other in calls[1:]:
         if str(whole(module, *restore_inputs(other)).graph) != code:
             raise CaptureError("its graph differs from call to call")
-    return program
+    return program, root
+
+
+def _leaf(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    """The program of a module that does nothing but call its child ``module``, a leaf."""
+    arguments = Arguments.of(module, args, kwargs)
+    graph = fx.Graph()
+    places = {
+        given: graph.create_node("placeholder", given, arguments.default(given)) for given in arguments.all()
+    }
+    placed = tuple(places[given] for given in arguments.by_place())
+    graph.output(graph.call_module(name, placed, {given: places[given] for given in arguments.by_name()}))
+    holder = nn.Module().train(module.training)
+    holder._modules[name] = module
+    return Program(
+        graph=graph,
+        modules={name: module},
+        tensors=dict(named_tensors(holder)),
+        skeleton=Skeleton.of(holder),
+    )
 
 
 def _beneath(path: str, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -268,7 +299,7 @@ def _linked(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], parts: dict[str, Part]
 ) -> dict[str, Part]:
     """The same parts with links, each after those that it is linked to."""
-    if len(parts) == 1:
+    if len(parts) < 2:
         return parts
     trail = _Trail({path: part.program for path, part in parts.items()})
     try:

@@ -142,7 +142,7 @@ class _Tracer(fx.Tracer):
         except (CaptureError, ExampleInputsError):
             raise
         except Exception as error:  # whatever a user's forward raises on symbolic values
-            raise CaptureError(f"{_blame(error)}{type(error).__name__}: {error}") from error
+            raise CaptureError(f"{blame(error)}{type(error).__name__}: {error}") from error
         switches = {m for m in asked if not [*m.children(), *m.parameters(), *m.buffers()]} - {self.model}
         if switches:
             again = type(self)(self.model, self.arguments, *self.options)
@@ -475,7 +475,7 @@ def _dynamic_training(model: nn.Module, asked: set[nn.Module]) -> Iterator[None]
         del nn.Module.training
 
 
-def _blame(error: BaseException) -> str:
+def blame(error: BaseException) -> str:
     """The innermost line of the user's code in a traceback."""
     where = ""
     trace = error.__traceback__
@@ -487,4 +487,4 @@ def _blame(error: BaseException) -> str:
     return where
 
 
-__all__ = ["check_value", "function_name", "is_leaf", "restored", "trace", "trace_with_shapes"]
+__all__ = ["blame", "check_value", "function_name", "is_leaf", "restored", "trace", "trace_with_shapes"]

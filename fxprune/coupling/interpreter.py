@@ -143,13 +143,13 @@ class _Interpreter(TorchDispatchMode):
         """Make one ATen call, and apply its rule."""
         if func is torch.ops.aten.as_strided_.default:
             self.coupler.strides = args[0].stride()
-        shortcut = SHORTCUTS.get(func)
+        rule = rule_for(func)
+        shortcut = rule.shapes if rule is not None and rule.shapes is not None else SHORTCUTS.get(func)
         out = shortcut(args, kwargs) if shortcut is not None else None
         if out is None:
             out = self._shapes_only(func, args, kwargs)
         self._calls += 1
         coupler = self.coupler
-        rule = rule_for(func)
         coupler.operator = func._schema.name.partition("::")[2]
         if rule is None:
             self._unknown(func, args, kwargs)
@@ -311,7 +311,7 @@ class _Interpreter(TorchDispatchMode):
             if leaf.outputs is None or not _needs_values(error):
                 raise
             result = leaf.outputs(module, args, kwargs)
-        self.coupler.operator = leaf.module_class.__qualname__
+        self.coupler.operator = type(original).__qualname__
         leaf.couple(self.coupler, module, args, kwargs, result)
         return result
 

@@ -33,6 +33,8 @@ class Rule:
         apply: the rule itself.
         site: ``file:line`` of the registration.
         given: what :func:`register_rule` was given.
+        shapes: makes meta tensors for the results, ``(args, kwargs) -> out``, where their sizes depend on
+            values; these are as large as they can be.
     """
 
     operator: str
@@ -40,6 +42,7 @@ class Rule:
     apply: Apply
     site: str
     given: Any = None
+    shapes: Callable[..., Any] | None = None
 
 
 CUSTOM = "custom"
@@ -47,10 +50,11 @@ _RULES: dict[str, Rule] = {}
 _FOUND: dict[Any, Rule | None] = {}
 
 
-def rule(*operators: str) -> Callable[[Apply], Apply]:
+def rule(*operators: str, shapes: Callable[..., Any] | None = None) -> Callable[[Apply], Apply]:
     """Register the decorated function by name: ``"mm"`` and ``"max.dim"`` of ATen, ``"torchvision::nms"``.
 
-    A name without an overload stands for all overloads that have no rule of their own.
+    A name without an overload stands for all overloads that have no rule of their own. For ``shapes`` see
+    :class:`Rule`.
 
     Raises:
         RuleError: where a name has a rule already; names both places.
@@ -61,8 +65,24 @@ def rule(*operators: str) -> Callable[[Apply], Apply]:
         site = f"{code.co_filename}:{code.co_firstlineno}"
         for operator in operators:
             name = operator.replace("::", ".") if "::" in operator else f"aten.{operator}"
-            _add(Rule(name, apply.__module__.rpartition(".")[2], apply, site))
+            _add(Rule(name, apply.__module__.rpartition(".")[2], apply, site, shapes=shapes))
         return apply
+
+    return register
+
+
+def module_rule(module_class: str, outputs: Callable[..., Any]) -> Callable[[ModuleApply], ModuleApply]:
+    """Register the decorated function for a module class of a library, by its full name.
+
+    Modules of the class stay whole; ``outputs(module, args, kwargs)`` makes meta tensors of the results'
+    shapes where ``forward`` does not run on shapes alone.
+    """
+
+    def register(couple: ModuleApply) -> ModuleApply:
+        code = inspect.unwrap(couple).__code__
+        site = f"{code.co_filename}:{code.co_firstlineno}"
+        register_leaf(Leaf(module_class, couple, outputs, None, site, couple), _same)
+        return couple
 
     return register
 

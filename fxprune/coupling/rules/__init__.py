@@ -10,7 +10,7 @@ Operators tagged ``torch.Tag.pointwise`` share one rule. An operator with no rul
 from __future__ import annotations
 
 from ..registry import Rule, registered, rule_for
-from . import constants, contraction, movement, normalization, pointwise, spatial
+from . import constants, contraction, movement, normalization, pointwise, spatial, vision
 
 __all__ = [
     "Rule",
@@ -22,4 +22,5 @@ __all__ = [
     "registered",
     "rule_for",
     "spatial",
+    "vision",
 ]

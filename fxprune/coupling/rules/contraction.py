@@ -92,6 +92,20 @@ def convolution(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> No
     if args[0].dtype != args[1].dtype:
         raise RuntimeError(f"input of dtype {args[0].dtype} meets a weight of dtype {args[1].dtype}")
     through = _through(x, args) if groups == 1 else {}
+    convolve(c, x, weight, bias, groups, transposed, out, through)
+
+
+def convolve(
+    c: Coupler,
+    x: Value,
+    weight: Value,
+    bias: Value | None,
+    groups: int,
+    transposed: bool,
+    out: torch.Tensor,
+    through: dict[int, Label],
+) -> None:
+    """The channels of a convolution; along the dimensions in ``through`` nothing is mixed."""
     for dim in range(2, len(x.shape)):
         if dim not in through:
             c.freeze_dim(x, dim, "spatial axis of a convolution")

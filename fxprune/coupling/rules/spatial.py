@@ -54,18 +54,6 @@ def im2col(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     c.put(out, labels)
 
 
-@rule("torchvision::roi_align", "torchvision::roi_pool")
-def roi_align(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
-    """``x: (N, C, H, W)``, ``rois: (R, 5) -> (R, C, h, w)``: each region is resampled by itself."""
-    x = c.value(args[0])
-    for dim in (0, 2, 3):
-        c.freeze_dim(x, dim, "picked by a region of interest")
-    c.freeze_value(c.value(args[1]), "coordinates of regions of interest")
-    labels, _ = c.unify([(x, "nchw")], "rcyx")
-    for result in [out] if isinstance(out, torch.Tensor) else out:
-        c.put(result, labels)
-
-
 @rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
 def fourier(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     """Transformed dimensions are summed over; the others pass on, and zeros stay zero."""
