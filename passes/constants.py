@@ -5,6 +5,7 @@ Burnt in before the literals are rewritten, so that sizes which were computed be
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections.abc import Mapping, Sequence
@@ -110,6 +111,34 @@ def origins(node: fx.Node, narrowing: Narrowing, known: dict[str, tuple[str, ...
                 kinds = tuple(k for found in of_inputs for k in found or ("free",))
         known[node.name] = kinds
     return known[node.name]
+
+
+def computed(number: Any, narrowing: Narrowing, known: dict[str, Any]) -> Any:
+    """What a node computes from narrowed sizes; None where it is no number that can be told.
+
+    ``known`` remembers the answers.
+    """
+    if isinstance(number, fx.Node):
+        if number.name not in known:
+            known[number.name] = _compute(number, narrowing, known)
+        return known[number.name]
+    return number
+
+
+def _compute(node: fx.Node, narrowing: Narrowing, known: dict[str, Any]) -> Any:
+    value = narrowing.value(node.args[0]) if node.args else None
+    if value is not None:
+        shape = narrowing.shape(value)
+        if operator_name(node) in ("size", "sym_size"):
+            dim = node.args[1] if len(node.args) > 1 else None
+            return shape[dim] if isinstance(dim, int) else shape
+        return shape if operator_name(node) == "getattr" and node.args[1] == "shape" else None
+    args = [computed(arg, narrowing, known) for arg in node.args]
+    if node.op == "call_function" and not node.kwargs and all(arg is not None for arg in args):
+        target: Any = node.target
+        with contextlib.suppress(Exception):  # whatever a user's function raises
+            return target(*args)
+    return None
 
 
 def _batch_of_rows(node: fx.Node, narrowing: Narrowing) -> tuple[int, int] | None:

@@ -18,7 +18,7 @@ from torch.fx.node import map_aggregate
 from ..coupling.units import Label, Value
 from ..program import Program
 from .base import Narrowing, Pass, copy_graph, operator_name
-from .constants import origins, scale
+from .constants import computed, origins, scale
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Edit = Callable[[fx.Node, Narrowing], Call | None]
@@ -42,7 +42,7 @@ class RewriteLiterals(Pass):
             if edited is None:
                 continue
             with graph.inserting_before(node):
-                args, kwargs = map_aggregate(edited, lambda item: _computed(item, graph))
+                args, kwargs = map_aggregate(edited, lambda item: _scaled(item, graph))
             node.args, node.kwargs = args, kwargs
             overload = isinstance(node.target, torch._ops.OpOverload) and operator_name(node) == "split"
             if operator_name(node) in _AS_SPLIT or overload:  # parts of unequal width are a split
@@ -59,8 +59,8 @@ class _Scaled:
     old: int
 
 
-def _computed(item: Any, graph: fx.Graph) -> Any:
-    """A node that computes a :class:`_Scaled` number; anything else as it is."""
+def _scaled(item: Any, graph: fx.Graph) -> Any:
+    """A node for a :class:`_Scaled` number; anything else as it is."""
     if not isinstance(item, _Scaled):
         return item
     return scale(graph, item.node, item.new, item.old)
@@ -100,12 +100,11 @@ def _sizes(old: Sequence[Any], value: Value, narrowing: Narrowing, first: int = 
     for place, size in enumerate(old):
         label = value.label(first + place)
         if label is not None and size != -1 and narrowing.narrows(label):
-            new[place] = narrowing.size(value, first + place)
-            if isinstance(size, fx.Node) and label.row:
-                kinds = origins(size, narrowing, {}) or ()
-                if "free" in kinds:  # a batch of rows: its extent may vary between runs
-                    follows = "narrowed" in kinds
-                    new[place] = size if follows else _Scaled(size, new[place], value.shape[first + place])
+            new[place] = wanted = narrowing.size(value, first + place)
+            if isinstance(size, fx.Node) and "free" in (origins(size, narrowing, {}) or ()):
+                given = computed(size, narrowing, {})  # it may vary between runs, so it stays computed
+                if isinstance(given, int) and given > 0:
+                    new[place] = size if given == wanted else _Scaled(size, wanted, given)
     return new
 
 

@@ -145,6 +145,16 @@ def channel_split_and_shuffle(net, x):
     return net.c(x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, -1, h, w))
 
 
+@case(IMAGE, lambda: {"a": conv(3, 8), "inner": nn.Linear(8, 8), "b": conv(8, 4)}, "a inner b")
+def patches_by_way_of_batch_times_channels(net, x):
+    x = net.a(x)
+    n, c, h, w = x.shape
+    x = x.reshape(n * c * (h // 2), 2, w // 2, 2).transpose(1, 2)
+    x = x.reshape(n, c, (h // 2) * (w // 2), 4).transpose(1, 3)
+    x = net.inner(x).transpose(1, 3).reshape(n * c * (h // 2), w // 2, 2, 2)
+    return net.b(x.transpose(1, 2).reshape(n, c, h, w))
+
+
 @case(IMAGE, two_convs(), "a b")
 def roll_along_channels(net, x):
     return net.b(torch.roll(net.a(x), 3, dims=1))

@@ -505,9 +505,13 @@ def shortfall(graph: Any, plan: Any, kept: float) -> str:
         shares: dict[str, int] = {}
         for entry in graph.frozen:
             size = math.prod(graph.states[entry.axis.name].shape)
-            shares[entry.reason] = shares.get(entry.reason, 0) + size
-        if shares:
-            notes.append(f"frozen: {max(shares, key=lambda reason: shares[reason])}")
+            reason = f"frozen: {entry.reason}"
+            shares[reason] = shares.get(reason, 0) + size
+        idle = {id(t): t.numel() for t in graph.captured.program.tensors.values()}
+        for state in graph.states.values():
+            idle.pop(id(state.tensor), None)
+        shares["unused by the forward, or by what was captured of it"] = sum(idle.values())
+        notes.append(max(shares, key=lambda reason: shares[reason]))
     return plain("; ".join(notes))
 
 
