@@ -15,6 +15,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,19 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
     walk("", model)
     return found
+
+
+def computed_tensors(model: nn.Module) -> Iterator[str]:
+    """Names of the tensors that parametrizations, or the older hooks of ``torch.nn.utils``, compute."""
+    for path, module in named_modules(model):
+        names = list(module.parametrizations) if is_parametrized(module) else []  # type: ignore[arg-type]
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod):
+                names.append(hook._tensor_name)
+            elif isinstance(hook, (WeightNorm, SpectralNorm)):
+                names.append(hook.name)
+        for name in names:
+            yield f"{path}.{name}" if path else name
 
 
 @dataclass(frozen=True)

@@ -22,19 +22,19 @@ from .api import graph_for
 from .coupling.units import Label
 from .errors import PlanError, TrainingError
 from .passes import Narrowing
-from .passes.parameters import narrow, narrowed_shape, surviving
+from .passes.parameters import masked, narrow, narrowed_shape
 from .planning.plan import PruningPlan
 
 _Optimizer = TypeVar("_Optimizer", bound=torch.optim.Optimizer)
 
 
 def masks(plan: PruningPlan, model: nn.Module) -> dict[str, Tensor]:
-    """True where an entry of a parameter survives. See :meth:`PruningPlan.masks`."""
+    """True where an entry of a parameter is not masked. See :meth:`PruningPlan.masks`."""
     narrowing = _narrowing(plan, model)
     found = {}
     for name, tensor in narrowing.graph.captured.program.tensors.items():
-        alive = surviving(tensor.shape, narrowing.graph.labels(tensor), narrowing)
-        if isinstance(tensor, nn.Parameter) and alive is not None:
+        alive = masked(tensor, narrowing)
+        if alive is not None:
             found[name] = alive.to(tensor.device, copy=True)
     return found
 

@@ -26,7 +26,7 @@ from .errors import ExampleInputsError, VerificationError
 from .inputs import normalize
 from .passes import Narrowing
 from .passes.base import copy_graph, operator_name
-from .passes.parameters import narrow, surviving
+from .passes.parameters import masked, narrow
 from .planning.plan import PruningPlan
 from .program import Program, describe_source, mutable
 from .regions import RegionProgram
@@ -168,7 +168,7 @@ def _masked(program: Program, narrowing: Narrowing, dtype: torch.dtype) -> Progr
         if id(tensor) not in made:
             new = _cast(tensor, dtype)
             if isinstance(tensor, nn.Parameter):
-                alive = surviving(tensor.shape, narrowing.graph.labels(tensor), narrowing)
+                alive = masked(tensor, narrowing)
                 if alive is not None:
                     new.masked_fill_(~alive.to(new.device), 0)
                 new = nn.Parameter(new, requires_grad=False) if new.is_floating_point() else new

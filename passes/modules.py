@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrize import is_parametrized
 
+from ..inputs import meta_like
 from ..leaves import Attributes, Shape, Shapes, leaf_for
 from ..nn import MultiheadAttention
 from ..program import Program, clone_module
@@ -47,6 +50,8 @@ class UpdateModules(Pass):
                 for key, tensor in [*module._parameters.items(), *module._buffers.items()]
                 if tensor is not None
             }
+            if "weight" not in shapes and isinstance(module, _WEIGHTED):
+                shapes |= _computed(module, full, program)
             inputs, outputs = _ends(narrowing, call) if not name else (None, None)
             new = dict(_attributes(module, shapes, inputs, outputs))
             if isinstance(module, nn.GroupNorm) and not name:
@@ -75,6 +80,19 @@ class UpdateModules(Pass):
             else:
                 submodule.__dict__.update(attributes)
         return copy
+
+
+_WEIGHTED = (_ConvNd, nn.Linear, nn.Embedding)
+
+
+def _computed(module: nn.Module, path: str, program: Program) -> dict[str, Shape]:
+    """The narrowed shape of a weight that a parametrization or a hook computes from others."""
+    copy = clone_module(module, lambda name, _: meta_like(program.tensors[f"{path}.{name}"]))
+    with torch.no_grad():
+        for hook in () if is_parametrized(copy, "weight") else copy._forward_pre_hooks.values():
+            hook(copy, ())
+        weight = getattr(copy, "weight", None)
+    return {"weight": tuple(weight.shape)} if isinstance(weight, torch.Tensor) else {}
 
 
 def _ends(narrowing: Narrowing, call: fx.Node) -> tuple[Shape | None, Shape | None]:
@@ -117,14 +135,6 @@ def free_attention(source: nn.MultiheadAttention, shapes: Shapes) -> MultiheadAt
 
 
 def _conv(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | None) -> dict[str, Any]:
-    if "weight" not in shapes:  # computed by a parametrization or a hook
-        if inputs is None or outputs is None:
-            return {}
-        channel = len(inputs) - len(module.kernel_size) - 1
-        into, out = inputs[channel], outputs[channel]
-        depthwise = 1 in (module.in_channels // module.groups, module.out_channels // module.groups)
-        groups = min(into, out) if module.groups > 1 and depthwise else module.groups
-        return {"in_channels": into, "out_channels": out, "groups": groups}
     first, second = shapes["weight"][:2]
     transposed = isinstance(module, _ConvTransposeNd)
     n_in = module.in_channels // module.groups
@@ -141,9 +151,6 @@ def _conv(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | No
 
 
 def _linear(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | None) -> dict[str, Any]:
-    if "weight" not in shapes:
-        ends = inputs is not None and outputs is not None
-        return {"in_features": inputs[-1], "out_features": outputs[-1]} if ends else {}  # type: ignore[index]
     out, into = shapes["weight"]
     return {"in_features": into, "out_features": out}
 
@@ -175,8 +182,6 @@ def _group_norm(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shap
 
 
 def _embedding(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | None) -> dict[str, Any]:
-    if "weight" not in shapes:
-        return {"embedding_dim": outputs[-1]} if outputs is not None else {}
     entries, features = shapes["weight"]
     return {"num_embeddings": entries, "embedding_dim": features}
 

@@ -101,6 +101,18 @@ def surviving(
     return None if mask is None else mask.expand(*shape)
 
 
+def masked(tensor: torch.Tensor, narrowing: Narrowing) -> torch.Tensor | None:
+    """False where the masked original holds zeros; None where it holds what the original does."""
+    if not isinstance(tensor, nn.Parameter):
+        return None
+    labels = narrowing.graph.labels(tensor)
+    zeroed = [label if label is not None and label.zero else None for label in labels]
+    mask = surviving(tensor.shape, zeroed, narrowing)
+    kept = [None if label is zero else label for label, zero in zip(labels, zeroed, strict=True)]
+    gone = surviving(tensor.shape, kept, narrowing)
+    return mask if mask is None or gone is None else mask | ~gone  # where a row goes, nothing is masked
+
+
 def restride(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     """``new`` in the memory format of ``old``: channels last, or contiguous."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}

@@ -122,7 +122,7 @@ def compare(
 
 def masked(model: nn.Module, graph: fxprune.CouplingGraph, plan: fxprune.PruningPlan) -> nn.Module:
     """A copy of ``model`` whose removed parameter entries are zero."""
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     parameters = dict(twin.named_parameters(remove_duplicate=False))
     gone_from = {group.name: set(plan.removed.get(group.name, ())) for group in graph.groups}
     dying = [(member, list(gone_from[group.name])) for group in graph.groups for member in group.members]
@@ -133,16 +133,32 @@ def masked(model: nn.Module, graph: fxprune.CouplingGraph, plan: fxprune.Pruning
             if all(gone_from[name].issuperset(units.tolist()) for name, units in row.items())
         ]
         dying += [(member, gone_rows) for member in rows.members]
+    zero: dict[str, Tensor] = {}
+    spared: dict[str, Tensor] = {}  # directions of a weight norm whose size goes
     for member, gone in dying:
         if gone and member.trainable:
-            parameter = parameters[member.axis.name]
+            name = member.axis.name
             order = [*member.over, member.axis.dim]
             dead = torch.from_numpy(np.isin(member.units, list(gone)))
-            shape = [size if d in order else 1 for d, size in enumerate(parameter.shape)]
+            shape = [size if d in order else 1 for d, size in enumerate(parameters[name].shape)]
             dead = dead.permute([order.index(d) for d in sorted(order)]).reshape(shape)
-            with torch.no_grad():
-                parameter.masked_fill_(dead, 0)
+            masks = zero if member.masked else spared
+            masks[name] = masks[name] | dead if name in masks else dead
+    for name, dead in zero.items():
+        with torch.no_grad():
+            parameters[name].masked_fill_(dead & ~spared[name] if name in spared else dead, 0)
     return twin
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy; what a hook computed is no leaf, which deepcopy refuses."""
+    computed = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(model, computed)
 
 
 def stir(model: nn.Module) -> nn.Module:
@@ -256,7 +272,7 @@ def _same_gradients(model: nn.Module, pruned: nn.Module, inputs: Any) -> None:
     """In training mode, the parameters that receive a gradient are the same ones."""
     reached = []
     for module in (model, pruned):
-        module = copy.deepcopy(module).double().train()
+        module = copied(module).double().train()
         example = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
         outputs = [
             t for t in pytree.tree_leaves(call(module, example)) if isinstance(t, Tensor) and t.requires_grad

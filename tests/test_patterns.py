@@ -19,7 +19,7 @@ import torch
 from oracle import check
 from torch import Tensor, library, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import prune
 
 import fxprune
 from fxprune.nn import TrainingFlag
@@ -1855,21 +1855,6 @@ def dropout_of_channels(net, x):
 def complex_values_over_space(net, x):
     x = torch.fft.rfft2(net.a(x), norm="ortho")
     return net.c(net.b(torch.fft.irfft2(x * 0.5, s=(8, 8), norm="ortho")))
-
-
-@case(IMAGE, lambda: {"a": parametrizations.weight_norm(conv(3, 8)), "b": conv(8, 6), "c": conv(6, 4)}, "b c")
-def weight_norm(net, x):
-    return net.c(net.b(net.a(x)))
-
-
-@case(
-    IMAGE,
-    lambda: {"a": parametrizations.spectral_norm(conv(3, 8)), "b": conv(8, 6), "c": conv(6, 4)},
-    "c",
-    exact=None,
-)
-def spectral_norm(net, x):
-    return net.c(net.b(net.a(x)))
 
 
 @case(

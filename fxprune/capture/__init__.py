@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import CaptureError, ExampleInputsError
 from ..inputs import to_meta
-from ..program import Program
+from ..program import Program, computed_tensors
 from ..regions import RegionProgram
 from . import dynamo, exported, regions, symbolic
 
@@ -118,7 +118,8 @@ def _climb(
         try:
             program = trace(model, args, kwargs)
             _check_names(program)
-            captured = _captured(name, rung, program, _inputs(name, program, args, kwargs), refusals)
+            inputs = _inputs(name, program, args, kwargs)
+            captured = _captured(name, rung, program, inputs, refusals, tuple(computed_tensors(model)))
             accept(captured)
             return captured
         except CaptureError as refusal:
@@ -148,7 +149,12 @@ def _inputs(name: str, program: Program, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _captured(
-    name: str, rung: str, program: Program, inputs: list[Any], refusals: list[tuple[str, Any]]
+    name: str,
+    rung: str,
+    program: Program,
+    inputs: list[Any],
+    refusals: list[tuple[str, Any]],
+    computed: tuple[str, ...],
 ) -> Captured:
     report = (
         f"captured {name} by {rung}: {len(program.graph.nodes)} nodes, {len(program.modules)} leaf modules."
@@ -159,6 +165,13 @@ def _captured(
         report += f" Regions: {', '.join(region.path for region in program.regions)}."
         report += f" Left as they are: {'; '.join(program.refused)}." if program.refused else ""
     report += "".join(f" Note: {note}." for note in program.notes)
+    if computed:
+        more = f" and {len(computed) - 3} more" if len(computed) > 3 else ""
+        report += (
+            f" Computed from other parameters, which are narrowed in their place: "
+            f"{', '.join(computed[:3])}{more}; norms in there run over what is left. "
+            f"Remove the parametrizations before pruning to keep the weights that they give now."
+        )
     if refusals:
         report += " Control flow follows the shapes of the example inputs."
     return Captured(program, rung, report, name, inputs, regions.describe(program))

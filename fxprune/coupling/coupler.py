@@ -448,9 +448,11 @@ class Coupler:
                 continue
             if len(ins) > 1 or len(outs) > 1:
                 self.delicate()
-            if value.state is not None and not any(label is not None and label.over for label in old):
+            over = {o for d in inside for o in cast(Label, old[d]).over}
+            if value.state is not None and over.isdisjoint(ins):
                 # A weight's channels, rather than its kernel, of which nothing is known yet.
-                inside.sort(key=lambda d: value.shape[d])
+                kernel = len(value.shape) > 2 and ins == list(range(1, len(value.shape)))
+                inside.sort(key=lambda d: (kernel and d == 1, value.shape[d]))
             dim, label = self._innermost(inside, old)
             blocks: list[tuple[list[int], list[int]]] = []
             for o in label.over:

@@ -236,8 +236,9 @@ def _collect(
                 assert state.tensor is not None
                 classes = roots[label.ids]
                 units = np.where(group_of[classes] == number, position[classes], -1)
-                axis = Axis(state.name, dim)
-                found.append(Member(axis, state.tensor, label.over, units, trainable[state.name]))
+                axis, learnt = Axis(state.name, dim), trainable[state.name]
+                masked = learnt and label.zero
+                found.append(Member(axis, state.tensor, label.over, units, learnt, masked))
             return tuple(found)
 
         return members

@@ -30,6 +30,8 @@ class Member:
         units: position within ``group.units`` for each index, -1 where the index belongs to none;
             ``(*sizes of over, size of the axis)``.
         trainable: a parameter, not a buffer.
+        masked: the masked original holds zeros at removed indices; not in buffers, nor where a weight
+            norm divides by the size of what is removed.
     """
 
     axis: Axis
@@ -37,6 +39,7 @@ class Member:
     over: tuple[int, ...]
     units: Ids
     trainable: bool
+    masked: bool
 
     def __repr__(self) -> str:
         shape = tuple(self.tensor.shape)

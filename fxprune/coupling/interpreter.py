@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 from torch.fx.node import map_arg
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -25,7 +28,7 @@ from ..errors import CaptureError, ExampleInputsError, FxpruneError
 from ..inputs import meta_like
 from ..leaves import leaf_for
 from ..nn import Pack
-from ..program import Program, clone_module, describe_source, mutable
+from ..program import Program, clone_module, computed_tensors, describe_source, mutable, named_tensors
 from ..regions import handed
 from .coupler import Coupler
 from .plain import call_plain
@@ -129,6 +132,7 @@ class _Interpreter(TorchDispatchMode):
         self._interior: set[fx.Node] = set()
         self._literal = False
         self._calls = 0
+        self._remedy = ""
         self._modules: dict[str, torch.nn.Module] = {}
 
     # -- ATen calls -----------------------------------------------------------------------------
@@ -185,7 +189,7 @@ class _Interpreter(TorchDispatchMode):
         reason = f"used by {func}, an operator without a rule"
         for tensor in pytree.tree_leaves((args, kwargs)):
             if isinstance(tensor, torch.Tensor):
-                remedy = f"fxprune.register_rule({func}, ...) says how it couples"
+                remedy = self._remedy or f"fxprune.register_rule({func}, ...) says how it couples"
                 self.coupler.freeze_value(self.coupler.value(tensor), reason, remedy)
 
     # -- graph nodes ----------------------------------------------------------------------------
@@ -199,6 +203,7 @@ class _Interpreter(TorchDispatchMode):
                     known[node] = values
         env: dict[fx.Node, Any] = _Known(known)
         supply = iter(inputs)
+        grouped = _grouped_sources(self.program.graph)
         for node in self.program.graph.nodes:
             if node in known:
                 continue
@@ -207,6 +212,7 @@ class _Interpreter(TorchDispatchMode):
                 result = next(supply)
             elif node.op == "get_attr":
                 result = self._tensor(node.target)
+                self._by_group(result, grouped.get(node, 1))
             elif node.op == "output":
                 self._finish(node, map_arg(node.args[0], env.__getitem__))
                 continue
@@ -247,7 +253,8 @@ class _Interpreter(TorchDispatchMode):
             target: Any = node.target
             if isinstance(target, FunctionType):  # which may write into a list that it is given
                 args, kwargs = mutable(args), mutable(kwargs)
-            return target(*args, **kwargs)
+            with _Whole(self._aten) if target is torch._weight_norm else contextlib.nullcontext():
+                return target(*args, **kwargs)
 
     def _constant(self, node: fx.Node) -> Any:
         """What a node computes from constants and buffers alone; None where it needs anything else.
@@ -302,8 +309,19 @@ class _Interpreter(TorchDispatchMode):
             self._modules[path] = self._module(path)
         module = self._modules[path]
         if leaf is None or leaf.couple is None:
-            with self:
-                return module(*args, **kwargs)
+            names = list(computed_tensors(original))
+            if not names:
+                with self:
+                    return module(*args, **kwargs)
+            if isinstance(original, _ConvNd):
+                for name, own in named_tensors(original):
+                    if own.dim() == len(original.kernel_size) + 2:
+                        self._by_group(self._tensor(f"{path}.{name}"), original.groups)
+            self._remedy = f"remove the parametrization of {path}.{names[0]} before pruning"
+            with self, _Whole(self._aten):
+                result = module(*args, **kwargs)
+            self._remedy = ""
+            return result
         try:
             with contextlib.nullcontext() if self.observe is None else _Observed(self.observe):
                 result = module(*args, **kwargs)
@@ -412,11 +430,53 @@ class _Interpreter(TorchDispatchMode):
             )
         return meta
 
+    def _by_group(self, tensor: torch.Tensor, groups: int) -> None:
+        """Let each group choose its own columns of a tensor from which a grouped weight is computed."""
+        rows, columns = tensor.shape[:2] if groups > 1 and tensor.dim() > 2 else (0, 1)
+        value = self.coupler.value(tensor)
+        if columns > 1 and rows % groups == 0 and value.is_open(1):
+            cells = self.coupler.units.fresh(groups, columns)
+            self.coupler.adopt(value, 1, np.repeat(cells, rows // groups, axis=0), (0,))
+
     def _module(self, path: str) -> torch.nn.Module:
         module = self.program.modules[path]
         # What a registered module keeps in dicts and lists must not see meta tensors.
         share = leaf_for(module) is None
         return clone_module(module, lambda name, _: self._tensor(f"{path}.{name}"), share)
+
+
+class _Whole(TorchFunctionMode):
+    """Keeps weight norms whole, which dissolve into a reduction for all but the first and last dimension."""
+
+    def __init__(self, make: Callable[[Any, Any, Any], Any]) -> None:
+        super().__init__()
+        self.make = make
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm and args[2] != -1:  # one norm of all is a reduction indeed
+            with _disable_current_modes():
+                return self.make(torch.ops.aten._weight_norm.default, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+def _grouped_sources(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Parameters from which the weights of grouped convolutions are computed, and the number of groups."""
+    found = {}
+    for node in graph.nodes:
+        name = _operator(node) if node.op == "call_function" else ""
+        if not name.startswith("conv") or len(node.args) < 2 or not isinstance(node.args[1], fx.Node):
+            continue
+        at = 8 if name == "convolution" else 6
+        groups = node.args[at] if len(node.args) > at else node.kwargs.get("groups", 1)
+        sources = [node.args[1]]
+        for _ in range(_DEPTH if isinstance(groups, int) and groups > 1 else 0):
+            sources = [before for source in sources for before in source.all_input_nodes]
+            found.update({source: groups for source in sources if source.op == "get_attr"})
+    return found
+
+
+_DEPTH = 4
+"""How many nodes may lie between a weight and what it is computed from."""
 
 
 class _Observed(TorchDispatchMode):
@@ -485,14 +545,20 @@ class _Known(dict[fx.Node, Any]):
         return tensor
 
 
+def _operator(node: fx.Node) -> str:
+    """The name of a function that a node calls, without its namespace."""
+    schema = getattr(node.target, "_schema", None)
+    return schema.name.partition("::")[2] if schema is not None else getattr(node.target, "__name__", "")
+
+
 def _is_movement(node: fx.Node, names: frozenset[str]) -> bool:
     if node.op == "call_method":
         return node.target in names
     if node.op != "call_function":
         return False
-    schema = getattr(node.target, "_schema", None)
-    name = schema.name.partition("::")[2] if schema is not None else getattr(node.target, "__name__", "")
-    return name in names and getattr(node.target, "__module__", "").startswith(("torch", "_operator"))
+    return _operator(node) in names and getattr(node.target, "__module__", "").startswith(
+        ("torch", "_operator")
+    )
 
 
 def _ahead(node: fx.Node, place: dict[fx.Node, Any], env: Mapping[fx.Node, Any]) -> Any:

@@ -168,8 +168,8 @@ class RowFinder:
                     if structure in structures:
                         own = self.free_rows[classes] & (self.structure[classes] == structure)
                         units = np.where(own, number_of[self.block[classes]], -1)
-                        axis = Axis(state.name, dim)
+                        axis, learnt = Axis(state.name, dim), trainable[state.name]
                         found[structure].append(
-                            Member(axis, state.tensor, label.over, units, trainable[state.name])
+                            Member(axis, state.tensor, label.over, units, learnt, learnt and label.zero)
                         )
         return found

@@ -181,6 +181,9 @@ class PruningPlan:
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
         """Which entries survive: a boolean tensor of the parameter's shape for each parameter that narrows.
 
+        Of a weight under ``weight_norm`` the rows that go are told by their norms alone: in the directions
+        they stay as they are, since a row of zeros has none.
+
         Args:
             model: any copy of the architecture; may live on the meta device.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,29 @@ def group_norm(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
         by_group = Label(cells, (), label.axis)
         c.mark_inexact(by_group, f"normalised in {groups} group{'s' * (groups > 1)} of channels")
     c.put(out[0], labels)
+
+
+@rule("_weight_norm", "_weight_norm_interface")
+def weight_norm(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
+    """``v * g / |v|``, with a norm and a ``g`` for each index along ``dim``, by default the first.
+
+    Along that dimension the masked original has zeros in ``g`` alone: a row of zeros has no direction.
+    The norm of the rest runs over the other dimensions, whose removed indices count no longer.
+    """
+    v, g = c.value(args[0]), c.value(args[1])
+    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % len(v.shape)
+    names = list(range(len(v.shape)))
+    labels, _ = c.unify([(v, names), (g, names[len(names) - len(g.shape) :])], names, any)
+    for own, label in enumerate(labels):
+        if label is not None and own != dim:
+            c.mark_inexact(label, "normalised over this axis by a weight norm")
+    row = v.label(dim)
+    if v.state is not None and row is not None:
+        v.state.axes[v.dims[dim]] = replace(row, zero=False)
+    results = out if isinstance(out, (tuple, list)) else (out,)
+    c.put(results[0], labels)
+    for norms in results[1:]:
+        c.put(norms, [label if own == dim else None for own, label in enumerate(labels)])
 
 
 @rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax")
