@@ -17,7 +17,7 @@ from .coupling.graph import CouplingGraph
 from .coupling.groups import Group
 from .errors import CaptureError, PlanError, RewriteError
 from .importance import Importance, describe, score
-from .inputs import describe_inputs, normalize, restore_inputs
+from .inputs import describe_inputs, in_dtype_of, normalize, restore_inputs
 from .passes import Rewritten, rewrite
 from .planning.budget import Budget
 from .planning.check import check_balance, problems
@@ -208,8 +208,9 @@ def graph_for(made: PruningPlan, model: nn.Module) -> CouplingGraph:
 def graph_of(made: PruningPlan, model: nn.Module) -> CouplingGraph:
     """As :func:`graph_for`, whatever it is that the plan removes."""
     _check_architecture(made, model)
-    args, kwargs = restore_inputs(made.inputs)
-    graph = _analyze(model, args, kwargs, frozenset(made.dissolved), made.regions)
+    args, kwargs = restore_inputs(in_dtype_of(model, made.inputs))
+    regions = {path: in_dtype_of(model, region) for path, region in made.regions.items()}
+    graph = _analyze(model, args, kwargs, frozenset(made.dissolved), regions)
     return graph.hold(set(made.held)) if made.held else graph
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
@@ -110,6 +111,39 @@ def describe(tree: Any) -> Any:
         f"example inputs may hold tensors, numbers, strings, None, lists, tuples and dicts; found "
         f"{type(tree).__name__}."
     )
+
+
+def in_dtype_of(model: nn.Module, description: Any) -> Any:
+    """A description of inputs in the floating-point type of ``model``, another copy of what it was made for.
+
+    It stays as it is where some parameter or buffer has the type of an input.
+    """
+    dtypes = [t.dtype for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()]
+    types = {str(dtype).removeprefix("torch.") for dtype in dtypes}
+    leaves = [leaf for leaf in _described(description) if _is_floating(leaf)]
+    if not types or any(leaf["dtype"] in types for leaf in leaves):
+        return description
+    wanted = str(dtypes[0]).removeprefix("torch.")
+
+    def cast(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return {**tree, "dtype": wanted} if _is_floating(tree) else {k: cast(v) for k, v in tree.items()}
+        return [cast(item) for item in tree] if isinstance(tree, (list, tuple)) else tree
+
+    return cast(description)
+
+
+def _described(tree: Any) -> list[Any]:
+    """All dicts in a description, nested ones too."""
+    items = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+    return [tree, *(found for item in items for found in _described(item))] if items else [tree]
+
+
+def _is_floating(tree: Any) -> bool:
+    if not isinstance(tree, dict) or "tensor" not in tree:
+        return False
+    dtype = getattr(torch, str(tree.get("dtype")), None)
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
 
 def restore(description: Any) -> Any:

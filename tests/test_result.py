@@ -20,6 +20,7 @@ import torch
 from oracle import call, masked, snapshot, stir
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 import fxprune
 from fxprune import PruningPlan
@@ -210,6 +211,28 @@ def test_dtype(dtype: torch.dtype) -> None:
     for key, tensor in model.state_dict().items():
         assert pruned.state_dict()[key].dtype == tensor.dtype
     assert pruned.eval()(inputs.to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["vision", "language"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_plan_fits_copies_of_other_types_and_devices(name: str, dtype: torch.dtype) -> None:
+    """What is decided for one floating-point type, or for shapes alone, holds for all copies."""
+    build, inputs = MODELS[name]
+    model = stir(build()).eval()
+
+    def cast(tree: Any) -> Any:
+        return pytree.tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
+
+    other = copy.deepcopy(model).to(dtype)
+    plan = fxprune.plan(model, inputs, importance="random")
+    again = fxprune.plan(other, cast(inputs), importance="random")
+    assert again.removed == plan.removed
+    pruned = plan.apply(other)
+    assert {p.dtype for p in pruned.parameters()} == {dtype}
+    assert fxprune.verify(other, pruned, plan, cast(inputs)).error < 1e-8
+    shapes = {name: tensor.shape for name, tensor in pruned.state_dict().items()}
+    for twin in (model, copy.deepcopy(model).to("meta")):
+        assert {name: tensor.shape for name, tensor in again.apply(twin).state_dict().items()} == shapes
 
 
 def test_memory_format() -> None:
