@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,6 +57,105 @@ class Pack(nn.Module):
         return self.structure.rebuild(tensors)
 
 
+def multi_head_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    projections: Sequence[Tensor],
+    in_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    *,
+    num_heads: int,
+    qk_width: int,
+    v_width: int,
+    scale: float,
+    bias_k: Tensor | None = None,
+    bias_v: Tensor | None = None,
+    add_zero_attn: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    batch_first: bool = False,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """``torch.nn.functional.multi_head_attention_forward`` with free inner widths and scale.
+
+    Shapes (``E_*``: widths of query, key and value; ``I``: inner width, ``V``: inner width of values):
+        query, key, value: ``(L, N, E_q)``, ``(S, N, E_k)``, ``(S, N, E_v)``; ``N`` first with
+            ``batch_first``, or without ``N``.
+        projections: one ``(I + I + V, E)``, or ``(I, E_q)``, ``(I, E_k)``, ``(V, E_v)``.
+        in_bias: ``(I + I + V)`` or None.
+        out_weight, out_bias: ``(E_out, V)``, ``(E_out)`` or None.
+        bias_k, bias_v: ``(1, 1, I)``, ``(1, 1, V)`` or None.
+        key_padding_mask: ``(N, S)``. attn_mask: ``(L, S)``, or ``(N * num_heads, L, S)``.
+
+    Returns:
+        Output ``(L, N, E_out)``; weights ``(N, L, S)``, or ``(N, num_heads, L, S)`` without average, or None.
+    """
+    batched = query.dim() == 3
+    if not batched:
+        query, key, value = (x.unsqueeze(0 if batch_first else 1) for x in (query, key, value))
+        if key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+    if not batch_first:
+        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+    batch, widths = query.shape[0], [qk_width, qk_width, v_width]
+    parts = projections[0].split(widths) if len(projections) == 1 else projections
+    biases = in_bias.split(widths) if in_bias is not None else (None, None, None)
+    q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), parts, biases, strict=True))
+    if bias_k is not None and bias_v is not None:
+        k = torch.cat([k, bias_k.expand(batch, 1, -1)], dim=1)
+        v = torch.cat([v, bias_v.expand(batch, 1, -1)], dim=1)
+    if add_zero_attn:
+        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+    q, k, v = (x.unflatten(-1, (num_heads, x.shape[-1] // num_heads)).transpose(1, 2) for x in (q, k, v))
+    mask = _one_mask(attn_mask, key_padding_mask, batch, num_heads, k.shape[2], q)
+    dropout = dropout if training else 0.0
+    weights = None
+    if need_weights:
+        scores = (q * scale) @ k.transpose(-2, -1)
+        weights = F.softmax(scores if mask is None else scores + mask, dim=-1)
+        weights = F.dropout(weights, dropout) if dropout else weights
+        out = weights @ v
+        weights = weights.mean(dim=1) if average_attn_weights else weights
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
+    out = F.linear(out.transpose(1, 2).flatten(2), out_weight, out_bias)
+    if not batch_first:
+        out = out.transpose(0, 1)
+    if not batched:
+        out = out.squeeze(0 if batch_first else 1)
+        weights = weights.squeeze(0) if weights is not None else None
+    return out, weights
+
+
+def _one_mask(
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    batch: int,
+    num_heads: int,
+    keys: int,
+    like: Tensor,
+) -> Tensor | None:
+    """One additive mask of shape ``(batch or 1, heads or 1, queries or 1, keys)``, or None."""
+    masks = []
+    if attn_mask is not None:
+        shape = (1, 1) if attn_mask.dim() == 2 else (batch, num_heads)
+        masks.append(attn_mask.reshape(*shape, *attn_mask.shape[-2:]))
+    if key_padding_mask is not None:
+        masks.append(key_padding_mask[:, None, None, :])
+    total: Tensor | None = None
+    for mask in masks:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
+        mask = F.pad(mask, (0, keys - mask.shape[-1]))
+        total = mask if total is None else total + mask
+    return total
+
+
 class MultiheadAttention(nn.Module):
     """Multi-head attention whose inner widths and scale are free.
 
@@ -102,17 +202,6 @@ class MultiheadAttention(nn.Module):
             f"scale={self.scale:g}, dropout={self.dropout}, batch_first={self.batch_first}"
         )
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        widths = [self.qk_width, self.qk_width, self.v_width]
-        weights = (
-            self.in_proj_weight.split(widths)
-            if self.in_proj_weight is not None
-            else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        )
-        biases = self.in_proj_bias.split(widths) if self.in_proj_bias is not None else (None, None, None)
-        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
-        return q, k, v
-
     def forward(
         self,
         query: Tensor,
@@ -124,59 +213,27 @@ class MultiheadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        batched = query.dim() == 3
-        if not batched:
-            query, key, value = (x.unsqueeze(0 if self.batch_first else 1) for x in (query, key, value))
-            if key_padding_mask is not None:
-                key_padding_mask = key_padding_mask.unsqueeze(0)
-        if not self.batch_first:
-            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        batch, heads = query.shape[0], self.num_heads
-        q, k, v = self._project(query, key, value)
-        if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self.bias_k.expand(batch, 1, -1)], dim=1)
-            v = torch.cat([v, self.bias_v.expand(batch, 1, -1)], dim=1)
-        if self.add_zero_attn:
-            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-        q, k, v = (x.unflatten(-1, (heads, x.shape[-1] // heads)).transpose(1, 2) for x in (q, k, v))
-        mask = self._mask(attn_mask, key_padding_mask, batch, k.shape[2], q)
-        dropout = self.dropout if self.training else 0.0
-        weights = None
-        if need_weights:
-            scores = (q * self.scale) @ k.transpose(-2, -1)
-            weights = F.softmax(scores if mask is None else scores + mask, dim=-1)
-            weights = F.dropout(weights, dropout) if dropout else weights
-            out = weights @ v
-            weights = weights.mean(dim=1) if average_attn_weights else weights
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale)
-        out = self.out_proj(out.transpose(1, 2).flatten(2))
-        if not self.batch_first:
-            out = out.transpose(0, 1)
-        if not batched:
-            out = out.squeeze(0 if self.batch_first else 1)
-            weights = weights.squeeze(0) if weights is not None else None
-        return out, weights
-
-    def _mask(
-        self,
-        attn_mask: Tensor | None,
-        key_padding_mask: Tensor | None,
-        batch: int,
-        keys: int,
-        like: Tensor,
-    ) -> Tensor | None:
-        """One additive mask of shape ``(batch or 1, heads or 1, queries or 1, keys)``, or None."""
-        masks = []
-        if attn_mask is not None:
-            shape = (1, 1) if attn_mask.dim() == 2 else (batch, self.num_heads)
-            masks.append(attn_mask.reshape(*shape, *attn_mask.shape[-2:]))
-        if key_padding_mask is not None:
-            masks.append(key_padding_mask[:, None, None, :])
-        total: Tensor | None = None
-        for mask in masks:
-            if mask.dtype == torch.bool:
-                mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
-            mask = F.pad(mask, (0, keys - mask.shape[-1]))
-            total = mask if total is None else total + mask
-        return total
+        packed = self.in_proj_weight
+        return multi_head_attention(
+            query,
+            key,
+            value,
+            (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if packed is None else (packed,),
+            self.in_proj_bias,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            num_heads=self.num_heads,
+            qk_width=self.qk_width,
+            v_width=self.v_width,
+            scale=self.scale,
+            bias_k=self.bias_k,
+            bias_v=self.bias_v,
+            add_zero_attn=self.add_zero_attn,
+            dropout=self.dropout,
+            training=self.training,
+            batch_first=self.batch_first,
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            average_attn_weights=average_attn_weights,
+        )

@@ -24,6 +24,7 @@ from .capture.regions import real_inputs
 from .coupling.units import Value
 from .errors import ExampleInputsError, VerificationError
 from .inputs import normalize
+from .nn import multi_head_attention
 from .passes import Narrowing
 from .passes.base import copy_graph, operator_name
 from .passes.parameters import masked, narrow
@@ -192,8 +193,14 @@ def _recast(graph: fx.Graph, dtype: torch.dtype) -> fx.Graph:
             node.target, node.args = "to", (node.args[0], dtype)
         elif node.op != "get_attr":
             node.args, node.kwargs = map_aggregate(node.args, recast), map_aggregate(node.kwargs, recast)
-        if node.op == "call_function" and node.target in _DROPOUTS:
+        if node.op != "call_function":
+            continue
+        if node.target in _DROPOUTS:
             node.args, node.kwargs = node.args[:2], {**node.kwargs, "training": False}
+        elif node.target is multi_head_attention:
+            node.kwargs = {**node.kwargs, "training": False}
+        elif node.target is F.scaled_dot_product_attention and "dropout_p" in node.kwargs:
+            node.kwargs = {**node.kwargs, "dropout_p": 0.0}
     return new
 
 

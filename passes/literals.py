@@ -16,6 +16,7 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from ..coupling.units import Label, Value
+from ..nn import multi_head_attention
 from ..program import Program
 from .base import Narrowing, Pass, copy_graph, operator_name
 from .constants import computed, origins, scale
@@ -345,6 +346,24 @@ def _attention(node: fx.Node, narrowing: Narrowing) -> Call | None:
     if node.kwargs.get("scale") is not None:
         return None
     return node.args, {**node.kwargs, "scale": query.shape[-1] ** -0.5}
+
+
+@_edits("multi_head_attention")
+def _heads(node: fx.Node, narrowing: Narrowing) -> Call | None:
+    """The widths of :func:`fxprune.nn.multi_head_attention`, and how many of its heads survive."""
+    if node.target is not multi_head_attention:
+        return None
+    projections: Any = node.args[3]
+    first, out_weight = narrowing.value(projections[0]), narrowing.value(node.args[5])
+    label = first.label(0) if first is not None else None
+    if first is None or out_weight is None or label is None or not narrowing.narrows(label):
+        return None
+    heads: Any = node.kwargs["num_heads"]
+    width: Any = node.kwargs["qk_width"]
+    alive = narrowing.row(label)[:width].reshape(heads, -1)
+    v_width = narrowing.size(out_weight, 1)
+    new = {"num_heads": int(alive.any(axis=1).sum()), "qk_width": int(alive.sum()), "v_width": v_width}
+    return node.args, {**node.kwargs, **new}
 
 
 __all__ = ["RewriteLiterals"]

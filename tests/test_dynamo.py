@@ -120,6 +120,67 @@ def test_attention_with_numbers_in_its_views() -> None:
     assert run.verdict.exact
 
 
+class Attend(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(12, 2, dropout=0.1, **options)
+        self.query = nn.Linear(5, 12)
+        self.key, self.value = nn.Linear(5, self.attend.kdim), nn.Linear(5, self.attend.vdim)
+        self.out = nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        x, weights = self.attend(q, k, v, key_padding_mask=padding)
+        return self.out(x) + weights.sum(-1).T[..., None]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": False}, {"kdim": 8, "vdim": 10}, {"add_bias_kv": True, "add_zero_attn": True}]
+)
+def test_attention_layers_are_opened(options: dict[str, Any]) -> None:
+    training = "kdim" in options
+    model, x = Attend(**options).train(training), torch.randn(3, 2, 5)
+    inputs = (x, torch.tensor([[False, False, False], [False, False, True]]))
+    fast, seen = compiled(model, ratio=0.5)
+    got = fast(*inputs)
+    (run,) = seen
+    assert run.verdict.exact
+    if not training:
+        torch.testing.assert_close(got, masked(model, run.masks)(*inputs))
+    direct = fxprune.prune(model, inputs, ratio=0.5)
+    assert run.counts[1].params == sum(p.numel() for p in direct.parameters())
+
+
+@pytest.mark.parametrize(("first", "masking"), [(False, "none"), (True, "padding"), (False, "both")])
+def test_fused_encoder_layers_are_opened(first: bool, masking: str) -> None:
+    layer = nn.TransformerEncoderLayer(12, 2, 16, batch_first=True, norm_first=first, activation="gelu")
+    model = nn.Module().eval()
+    model.layers = nn.ModuleList([nn.Linear(5, 12), layer, nn.Linear(12, 4)]).eval()
+    masks = {
+        "src_mask": torch.ones(3, 3, dtype=torch.bool).triu(1) if masking in ("attention", "both") else None,
+        "src_key_padding_mask": torch.tensor([[False, False, True]] * 2)
+        if masking in ("padding", "both")
+        else None,
+    }
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        embed, layer, head = model.layers
+        return head(layer(embed(x), **masks))
+
+    x = torch.randn(2, 3, 5)
+    with torch.no_grad():
+        fast, seen = compiled(forward, ratio=0.5, where=lambda group: group.exact)
+        got = fast(x)
+        (run,) = seen
+        assert [n for n in run.gm.graph.nodes if "encoder_layer" in str(n.target)]
+        assert run.verdict.exact
+        for name, parameter in layer.named_parameters():
+            (mask,) = [m for n, m in run.masks.items() if n.endswith(name)] or [torch.ones(())]
+            parameter.mul_(mask)
+        torch.testing.assert_close(got, forward(x))
+    assert run.counts[1].params < 0.8 * run.counts[0].params
+
+
 def test_inexact_groups_are_verified_node_by_node() -> None:
     fast, seen = compiled(nn.Sequential(Attention(), nn.Linear(48, 3)).eval(), ratio=0.5)
     fast(torch.randn(2, 7, 5))

@@ -2281,6 +2281,25 @@ def test_ratios(name: str, ratio: float) -> None:
     check(example.build(), example.inputs, ratio=ratio, **example.expected)
 
 
+@case(
+    IMAGE,
+    lambda: {"a": conv(3, 12), "q": nn.Linear(12, 12), "k": nn.Linear(12, 12), "v": nn.Linear(12, 12),
+             "o": nn.Linear(12, 12), "c": nn.Linear(12, 4)},
+    "a q k v o c",
+)  # fmt: skip
+def attention_as_one_function(net, x):
+    """Attention pooling as in CLIP (Radford et al., 2021)."""
+    x = net.a(x).flatten(2).permute(2, 0, 1)
+    x, _ = F.multi_head_attention_forward(
+        query=x.mean(0, keepdim=True), key=x, value=x, embed_dim_to_check=x.shape[-1], num_heads=3,
+        q_proj_weight=net.q.weight, k_proj_weight=net.k.weight, v_proj_weight=net.v.weight,
+        in_proj_weight=None, in_proj_bias=torch.cat([net.q.bias, net.k.bias, net.v.bias]),
+        bias_k=None, bias_v=None, add_zero_attn=False, dropout_p=0, out_proj_weight=net.o.weight,
+        out_proj_bias=net.o.bias, use_separate_proj_weight=True, training=net.training, need_weights=False,
+    )  # fmt: skip
+    return net.c(x.squeeze(0))
+
+
 class Attention(nn.Module):
     """An attention layer between two linear ones that must not disturb it."""
 

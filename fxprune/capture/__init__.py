@@ -20,6 +20,7 @@ from ..inputs import to_meta
 from ..program import Program, computed_tensors
 from ..regions import RegionProgram
 from . import dynamo, exported, regions, symbolic
+from .composites import dissolve as dissolve_composites
 
 __all__ = ["Captured", "capture"]
 
@@ -117,6 +118,7 @@ def _climb(
     for rung, trace in rungs.items():
         try:
             program = trace(model, args, kwargs)
+            dissolve_composites(program.graph, program.tensors)
             _check_names(program)
             inputs = _inputs(name, program, args, kwargs)
             captured = _captured(name, rung, program, inputs, refusals, tuple(computed_tensors(model)))
