@@ -114,7 +114,7 @@ def schedule(
     return _steps(model, example_inputs, goals, importance, seed)
 
 
-def _shares(steps: int, curve: str | Curve) -> list[float]:
+def _shares(steps: Any, curve: Any) -> list[float]:
     if type(steps) is not int or steps < 1:
         raise RatioError(f"steps is the number of steps, at least 1; got {steps!r}.")
     if isinstance(curve, str):
@@ -125,6 +125,9 @@ def _shares(steps: int, curve: str | Curve) -> list[float]:
                 f"{', '.join(map(repr, CURVES))}; or give a function from progress to share."
             )
         curve = CURVES[curve]
+    if not callable(curve):
+        names = ", ".join(map(repr, CURVES))
+        raise RatioError(f"curve is {names} or a function from progress to share; got {curve!r}.")
     shares = [float(curve(number / steps)) for number in range(1, steps + 1)]
     if abs(shares[-1] - 1) > 1e-9 or any(not a <= b for a, b in zip([0, *shares], shares, strict=False)):
         raise RatioError(

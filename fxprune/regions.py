@@ -159,6 +159,10 @@ class RegionProgram(Program):
                 parent, _, attribute = name.rpartition(".")
                 region.get_submodule(parent).register_buffer(attribute, tensor, persistent=False)
             RegionModule.take_over(region, piece.graph)
+        for module in model.modules():
+            for key, hook in [*module._forward_pre_hooks.items()]:
+                if getattr(hook, "until_narrowed", False):
+                    del module._forward_pre_hooks[key]
         return model
 
     def graph_module(self, model: nn.Module, path: str) -> OwnedModule | None:

@@ -18,6 +18,7 @@ outputs of a layer) gets the sum of both.
 from __future__ import annotations
 
 import difflib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -70,7 +71,7 @@ class _Entries:
         return squares.sum(others, keepdim=True) if others else squares
 
 
-class _Regularizer:
+class _Regularizer(ABC):
     """The entries of each group, as parameters of the model that is trained."""
 
     def __init__(self, graph: CouplingGraph, model: nn.Module) -> None:
@@ -100,6 +101,35 @@ class _Regularizer:
 
     def _takes(self, member: Member) -> bool:
         return True
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Add to the gradients; to be called between the backward pass and the step of the optimiser.
+
+        Raises:
+            TrainingError: if there are no gradients to add to.
+        """
+        reached = False
+        for group, entries in self._entries.items():
+            pull = self._pull(group)
+            for one in entries:
+                gradient = one.gradient()
+                if gradient is not None:
+                    gradient.add_(one.spread(pull) * self._direction(one.parameter))
+                    reached = True
+        if any(self._entries.values()) and not reached:
+            raise TrainingError(
+                f"no parameter has a gradient that {type(self).__name__} could add to. Call step() after "
+                f"loss.backward() and before optimizer.step(), for the model that is trained."
+            )
+
+    @abstractmethod
+    def _pull(self, group: str) -> Tensor:
+        """How hard each unit is pulled towards zero, ``(units,)``."""
+
+    def _direction(self, parameter: Tensor) -> Tensor:
+        """What that is multiplied with, entry by entry."""
+        return parameter
 
     def _norms(self, group: str) -> Tensor:
         """The L2 norm of all entries of each unit, ``(units,)``."""
@@ -138,18 +168,11 @@ class GroupNorm(_Regularizer):
         self, graph: CouplingGraph, model: nn.Module, strength: float = 1e-4, alpha: float = 4.0
     ) -> None:
         super().__init__(graph, model)
-        self.strength = strength
+        self.strength = _not_negative("strength", strength)
         self.alpha = alpha
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """Add to the gradients."""
-        for group, entries in self._entries.items():
-            gamma = self.strength * 2 ** (self.alpha * self._weakness(group))
-            for one in entries:
-                gradient = one.gradient()
-                if gradient is not None:
-                    gradient.add_(one.spread(gamma) * one.parameter)
+    def _pull(self, group: str) -> Tensor:
+        return self.strength * 2 ** (self.alpha * self._weakness(group))
 
 
 class BNScale(_Regularizer):
@@ -169,7 +192,7 @@ class BNScale(_Regularizer):
 
     def __init__(self, graph: CouplingGraph, model: nn.Module, strength: float = 1e-4) -> None:
         super().__init__(graph, model)
-        self.strength = strength
+        self.strength = _not_negative("strength", strength)
         if not any(self._entries.values()):
             raise TrainingError(
                 "no channel that can be removed goes through a batch norm with a scale, so there is nothing "
@@ -181,15 +204,11 @@ class BNScale(_Regularizer):
         modules = dict(self._model.named_modules())
         return attribute == "weight" and isinstance(modules.get(owner), _BatchNorm)
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """Add to the gradients."""
-        for group, entries in self._entries.items():
-            for one in entries:
-                gradient = one.gradient()
-                if gradient is not None:
-                    ones = torch.full((self._sizes[group],), self.strength, dtype=torch.float64)
-                    gradient.add_(one.spread(ones) * one.parameter.sign())
+    def _pull(self, group: str) -> Tensor:
+        return torch.full((self._sizes[group],), self.strength, dtype=torch.float64)
+
+    def _direction(self, parameter: Tensor) -> Tensor:
+        return parameter.sign()
 
 
 class GrowingReg(_Regularizer):
@@ -228,7 +247,7 @@ class GrowingReg(_Regularizer):
         ceiling: float = 1.0,
     ) -> None:
         super().__init__(graph, model)
-        self.delta, self.every, self.ceiling = delta, every, ceiling
+        self.delta, self.every, self.ceiling = _not_negative("delta", delta), every, ceiling
         self.penalty = {name: torch.zeros(size, dtype=torch.float64) for name, size in self._sizes.items()}
         self._count = 0
         self._targets: dict[str, Tensor] | None = None
@@ -242,17 +261,20 @@ class GrowingReg(_Regularizer):
                     )
                 self._targets[name][list(gone)] = 1
 
-    @torch.no_grad()
     def step(self) -> None:
         """Add to the gradients; let the penalty grow if it is time."""
-        grows = self._count % self.every == 0
+        super().step()
         self._count += 1
-        for group, entries in self._entries.items():
-            penalty = self.penalty[group]
-            if grows:
-                target = self._targets[group] if self._targets is not None else self._weakness(group)
-                penalty.add_(self.delta * target.to(penalty)).clamp_(max=self.ceiling)
-            for one in entries:
-                gradient = one.gradient()
-                if gradient is not None:
-                    gradient.add_(one.spread(penalty) * one.parameter)
+
+    def _pull(self, group: str) -> Tensor:
+        penalty = self.penalty[group]
+        if self._count % self.every == 0:
+            target = self._targets[group] if self._targets is not None else self._weakness(group)
+            penalty.add_(self.delta * target.to(penalty)).clamp_(max=self.ceiling)
+        return penalty
+
+
+def _not_negative(name: str, value: float) -> float:
+    if not 0 <= value < float("inf"):
+        raise TrainingError(f"{name} is a number from 0 on, larger for a stronger pull; got {value!r}.")
+    return value

@@ -59,8 +59,10 @@ class _Hold:
     """A forward pre-hook that keeps entries of parameters at zero, and their gradients too.
 
     Copies and pickles of a model carry its hooks along, but not those of its parameters: these are
-    renewed at the first forward pass.
+    renewed at the first forward pass. A network that is made from the model by narrowing goes without.
     """
+
+    until_narrowed = True
 
     def __init__(self, dead: dict[str, Tensor]) -> None:
         self.dead = dead

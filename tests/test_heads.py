@@ -470,3 +470,15 @@ def test_edited_plans() -> None:
 def test_bad_share(heads: Any) -> None:
     with pytest.raises(RatioError, match="heads is the share"):
         fxprune.plan(Net(), TOKENS, heads=heads)
+
+
+def test_heads_that_are_not_there() -> None:
+    """Nothing goes, and the plan says why."""
+    plan = fxprune.plan(nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2)), torch.zeros(1, 3), heads=0.25)
+    assert "heads = 0.25 takes nothing: no attention heads" in plan.notes[-1]
+    assert plan.removed
+    plan = fxprune.plan(Net(), TOKENS, ratio=0, heads=0.1)
+    assert plan.removed == {}
+    assert "heads = 0.1 takes nothing: it is less than one" in plan.notes[-1]
+    assert "(the largest has 4)" in plan.notes[-1]
+    assert fxprune.plan(Net(), TOKENS, ratio=0, heads=0.25).notes == ()

@@ -332,6 +332,7 @@ def test_wrong_options(make: Callable[[], Criterion], parts: list[str]) -> None:
     [
         ("bn_scales", ["'bn_scales'", "Did you mean 'bn_scale'?"]),
         ("L2", ["'L2'", "Did you mean 'l2'?"]),
+        ("magnitud", ["'magnitud'", "Did you mean 'l2'?"]),
         (Magnitude, ["class Magnitude", "instance"]),
         (Magnitude(members=lambda member: False), ["Magnitude(members=<lambda>)", "0.weight[0]", "where="]),
         (Magnitude(normalize=lambda scores: scores[:1]), ["shape (1,)", "(8,)"]),

@@ -53,6 +53,26 @@ class Attention(nn.Module):
         return self.head(F.gelu(self.recurrent(x)[0]))
 
 
+class Mixed(nn.Module):
+    """Residual convolutions with batch norm, then attention with four heads; wide enough for many steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 40, 3, padding=1, bias=False), nn.BatchNorm2d(40)
+        self.inner, self.inner_norm = nn.Conv2d(40, 24, 3, padding=1), nn.BatchNorm2d(24)
+        self.outer, self.outer_norm = nn.Conv2d(24, 40, 1), nn.BatchNorm2d(40)
+        self.qkv, self.project = nn.Linear(40, 3 * 48), nn.Linear(48, 40)
+        self.head = nn.Linear(40, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = torch.relu(x + self.outer_norm(self.outer(torch.relu(self.inner_norm(self.inner(x))))))
+        x = x.flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(x).view(-1, 16, 3, 4, 12).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, scale=0.3)
+        return self.head((x + self.project(mixed.transpose(1, 2).reshape(-1, 16, 48))).mean(1))
+
+
 def vision_transformer() -> nn.Module:
     return torchvision.models.VisionTransformer(
         image_size=16, patch_size=8, num_layers=1, num_heads=2, hidden_dim=24, mlp_dim=32, num_classes=5
@@ -70,6 +90,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "attending": (Attending, torch.randint(0, 11, (4, 5))),
     "shuffled": (Shuffled, torch.randn(2, 3, 4, 4)),
     "attention": (Attention, torch.randn(2, 4, 5)),
+    "mixed": (Mixed, torch.randn(2, 3, 4, 4)),
     "vit": (vision_transformer, torch.randn(2, 3, 16, 16)),
     "swin": (swin, torch.randn(2, 3, 16, 16)),
     "densenet": (
@@ -99,22 +120,27 @@ def test_steps_equal_the_composed_plan(name: str) -> None:
     model = stir(build()).eval()
     current: nn.Module = model
     total: fxprune.PruningPlan | None = None
-    for number in range(3):
+    narrowed = []
+    for number in range(5):
         step = fxprune.plan(current, x, ratio=0.34, importance="random", seed=number)
+        narrowed.append(len(step.removed))
         current = step.apply(current)
         total = step if total is None else total.then(step, model)
     assert total is not None
+    assert narrowed[0] > 0 < narrowed[1]
+    if name == "mixed":
+        assert narrowed == [3] * 5, "every step narrows every group"
     composed = total.apply(model)
     assert equal(composed, current)
     assert torch.equal(composed(x), current(x))
-    assert len(total.settings["steps"]) == 3
+    assert len(total.settings["steps"]) == 5
     fxprune.verify(model, composed, total, x)
     left = sum(p.numel() for p in current.parameters()) / sum(p.numel() for p in model.parameters())
     assert left < 0.6
     assert total == fxprune.PruningPlan.from_json(total.to_json())
 
 
-@pytest.mark.parametrize("name", ["convolutional", "attending", "shuffled", "attention"])
+@pytest.mark.parametrize("name", ["convolutional", "attending", "shuffled", "attention", "mixed"])
 def test_schedule(name: str) -> None:
     """Widths are those of one step with the same ratio; totals are plans for the original."""
     build, x = NETS[name]
@@ -122,7 +148,7 @@ def test_schedule(name: str) -> None:
     before = copy.deepcopy(model.state_dict())
     replay: nn.Module = model
     shares, totals = [], []
-    for step in fxprune.schedule(model, x, ratio=0.6, steps=3, curve="cubic"):
+    for step in fxprune.schedule(model, x, ratio=0.6, steps=5, curve="cubic"):
         assert equal(step.model, step.plan.apply(step.previous))
         assert step.total.shapes == {
             key: list(t.shape)
@@ -137,7 +163,7 @@ def test_schedule(name: str) -> None:
         shares.append(step.share)
         totals.append({(g, unit) for g, units in step.total.removed.items() for unit in units})
         shake(step.model)
-    assert shares == pytest.approx([1 - (1 - t) ** 3 for t in (1 / 3, 2 / 3, 1)])
+    assert shares == pytest.approx([1 - (1 - t / 5) ** 3 for t in (1, 2, 3, 4, 5)])
     assert all(a <= b for a, b in itertools.pairwise(totals))
     assert totals[0] < totals[-1]
     assert difference(model.state_dict(), before) == 0
@@ -255,6 +281,8 @@ def test_curves() -> None:
         fxprune.schedule(model, x, curve="cubik")
     with pytest.raises(RatioError, match=r"must rise from 0 to 1.*\[1.0, 0.0\]"):
         fxprune.schedule(model, x, steps=2, curve=lambda t: 2 - 2 * t)
+    with pytest.raises(RatioError, match=r"curve is 'linear', 'cubic', 'agp' or a function .* got 0.5"):
+        fxprune.schedule(model, x, curve=0.5)
     with pytest.raises(RatioError, match="at least 1; got 0"):
         fxprune.schedule(model, x, steps=0)
     with pytest.raises(RatioError, match="0 <= ratio < 1"):

@@ -178,3 +178,18 @@ def test_only_parameters_with_gradients_and_only_this_model() -> None:
     sparse(words).sum().backward()
     with pytest.raises(TrainingError, match=r"'0.weight' is sparse"):
         reg.step()
+
+
+def test_wrong_use() -> None:
+    """Before the backward pass there is nothing to add to; a negative strength would feed the units."""
+    model, graph, _ = made("convolutional")
+    for reg in (GroupNorm(graph, model), BNScale(graph, model), GrowingReg(graph, model)):
+        with pytest.raises(TrainingError, match=r"no parameter has a gradient .* after loss.backward\(\)"):
+            reg.step()
+    for make in (
+        lambda: GroupNorm(graph, model, strength=-1),
+        lambda: BNScale(graph, model, strength=float("nan")),
+        lambda: GrowingReg(graph, model, delta=-1e-4),
+    ):
+        with pytest.raises(TrainingError, match="is a number from 0 on"):
+            make()

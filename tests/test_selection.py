@@ -307,11 +307,31 @@ def test_check_of_another_model(model: nn.Module) -> None:
     assert strange == set(plan.removed)
 
 
+def test_modules_are_told_their_names(model: nn.Module) -> None:
+    """As ``ignored_layers`` elsewhere takes them."""
+    with pytest.raises(SelectionError, match="got a Conv2d, whose name in the model is 'stem': give that"):
+        fxprune.plan(model, IMAGE, keep=[model.get_submodule("stem")])
+
+
+def test_numbers_of_numpy() -> None:
+    """A ratio or a budget that was computed is as good as one that was typed, and is stored as plain data."""
+    arguments: list[dict[str, Any]] = [
+        {"ratio": np.float32(0.5), "max_ratio": np.float64(0.9)},
+        {"budget": fxprune.Budget(params=np.float32(0.5))},
+    ]
+    for options in arguments:
+        plan = fxprune.plan(Two(), FLAT, **options)
+        assert plan.removed
+        assert fxprune.PruningPlan.from_json(plan.to_json()) == plan
+
+
 def test_edits_of_unknown_groups_name_the_nearest(model: nn.Module) -> None:
     plan = fxprune.plan(model, IMAGE, 0.5)
     for edit in (lambda: plan.with_removed({"stem.weight": [0]}), lambda: plan.without("stem.weight")):
         with pytest.raises(PlanError, match=r"'stem.weight'.*'stem.weight\[0\]'"):
             edit()
+    with pytest.raises(PlanError, match=r"are a list, \[3\] say; got 3"):
+        plan.with_removed({STREAM: 3})  # type: ignore[dict-item]
 
 
 # -- wrong arguments ----------------------------------------------------------------------------------
@@ -327,6 +347,10 @@ def test_edits_of_unknown_groups_name_the_nearest(model: nn.Module) -> None:
         ({"keep": 3}, SelectionError, "names"),
         ({"keep": [3]}, SelectionError, "module types"),
         ({"keep": nn.Conv3d}, SelectionError, "'Conv2d'"),
+        ({"keep": nn.Linear(2, 2)}, SelectionError, "got a Linear.$"),
+        ({"where": "stem"}, SelectionError, "where is a function .* got 'stem'. By name, use keep"),
+        ({"ratio": 30}, RatioError, "got 30. For 30 % give 0.3"),
+        ({"ratio": torch.tensor(0.5)}, RatioError, "got tensor"),
         ({"ratios": {"stm": 0.5}}, SelectionError, "'stem'"),
         ({"ratios": {"stem": 1.0}}, RatioError, r"ratios\['stem'\]"),
         ({"ratios": [("stem", 0.5)]}, SelectionError, "maps names"),

@@ -311,3 +311,51 @@ def test_state_dict_narrows_as_the_model_does() -> None:
         plan.narrow_state_dict({"heads.weight": torch.zeros(1)}, model)
     with pytest.raises(PlanError, match=r"'out.bias' has shape \(3,\) in the state dict and \(8,\)"):
         plan.narrow_state_dict({"out.bias": torch.zeros(3)}, model)
+
+
+def test_masked_models_narrow_however_they_are_captured() -> None:
+    """By regions, where the result is of the model's own type, and by export; no mask is left in it."""
+
+    class Looping(nn.Module):
+        """Control flow on values around two layers."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.body(x)
+            while y.sum() > 0:
+                y = y - 1
+            return y
+
+    class Strict(nn.Module):
+        """A check that no symbolic value passes."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert torch.is_tensor(x)
+            return self.body(x)
+
+    x = torch.randn(2, 4, dtype=torch.float64)
+    rungs = set()
+    for model in (Looping(), Strict()):
+        stir(model).double()
+        plan = fxprune.plan(model, x, ratio=0.5)
+        twin = plan.mask(model)
+        optimizer = torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.9)
+        train(twin, optimizer, [x], 3)
+        pruned = plan.apply(twin)
+        assert pruned.get_parameter("body.0.weight").shape == (6, 4)
+        with torch.no_grad():
+            assert difference(pruned(x), twin(x)) < 1e-12
+        assert not pruned._forward_pre_hooks
+        narrowed = plan.apply_to_optimizer(optimizer, twin, pruned)
+        train(twin, optimizer, [x], 10)
+        train(pruned, narrowed, [x], 10)
+        assert same(plan.apply(twin), pruned) < 1e-12
+        rungs.add(fxprune.analyze(model, x).captured.rung)
+    assert rungs == {"regions", "torch.export"}

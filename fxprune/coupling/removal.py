@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -132,9 +133,14 @@ def ranges(indices: Iterable[int]) -> str:
     return ", ".join(str(p[0]) if p.size == 1 else f"{p[0]}-{p[-1]}" for p in parts)
 
 
-def _parameter(graph: CouplingGraph, name: str) -> tuple[str, str]:
+def _parameter(graph: CouplingGraph, name: Any) -> tuple[str, str]:
     """The parameter that ``name`` means, and the path of its module."""
     tensors = graph.captured.program.tensors
+    if not isinstance(name, str):
+        raise AxisError(
+            f"an axis is found by the name of its layer, as in model.named_modules(), or of its parameter; "
+            f"got a {type(name).__name__}."
+        )
     if name in tensors:
         return name, name.rpartition(".")[0]
     own = [key for key in tensors if key.rpartition(".")[0] == name]
@@ -148,7 +154,7 @@ def _parameter(graph: CouplingGraph, name: str) -> tuple[str, str]:
 
 def _output(module: nn.Module | None) -> int:
     """The axis of a weight that makes the module's outputs."""
-    if isinstance(module, (_ConvTransposeNd, nn.Embedding)):
+    if isinstance(module, (_ConvTransposeNd, nn.Embedding, nn.EmbeddingBag)):
         return 1
     return -1 if isinstance(module, nn.LayerNorm) else 0
 

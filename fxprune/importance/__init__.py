@@ -81,6 +81,9 @@ WITH_DATA = {
 }
 """Criteria that need data: what has to be given in place of the name."""
 
+OTHER_NAMES = {"magnitude": "l2", "norm": "l2", "bnscale": "bn_scale", "obd": "hessian", "obdc": "kfac"}
+"""What people call criteria, and the name that one has here."""
+
 
 def score(
     graph: CouplingGraph,
@@ -139,8 +142,8 @@ def _unknown(name: str) -> ImportanceError:
         )
     if name.lower() in WITH_DATA:
         return _unknown(name.lower())
-    close = difflib.get_close_matches(name.lower(), [*BUILT_IN, *WITH_DATA], n=1, cutoff=0.4)
-    nearest = f" Did you mean {close[0]!r}?" if close else ""
+    close = difflib.get_close_matches(name.lower(), [*BUILT_IN, *WITH_DATA, *OTHER_NAMES], n=1, cutoff=0.4)
+    nearest = f" Did you mean {OTHER_NAMES.get(close[0], close[0])!r}?" if close else ""
     names = ", ".join(map(repr, BUILT_IN))
     return ImportanceError(
         f"unknown importance {name!r}; use {names}, a criterion from fxprune.importance, or a function of a "

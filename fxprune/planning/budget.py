@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -59,14 +60,15 @@ class Budget:
             names = ", ".join(METRICS)
             raise BudgetError(f"a budget needs at least one of {names}, such as Budget(macs=0.5).")
         for name, value in given.items():
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            number = isinstance(value, Real) and not isinstance(value, bool)
             if not number or not 0 < value < float("inf"):
                 what = "an amount" if name == "size_mb" else "a share up to 1, or an amount"
                 raise BudgetError(f"{name} is {what} to keep, larger than 0; got {value!r}.")
 
     def settings(self) -> dict[str, Any]:
         """What is given, by name."""
-        return {name: value for name in METRICS if (value := getattr(self, name)) is not None}
+        given = {name: value for name in METRICS if (value := getattr(self, name)) is not None}
+        return {n: v.item() if isinstance(v, np.generic) else v for n, v in given.items()}
 
 
 @dataclass(frozen=True)

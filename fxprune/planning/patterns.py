@@ -104,9 +104,11 @@ class Names:
                 )
             return found.union(*(self._by_name.get(path, ()) for path in paths))
         if not isinstance(pattern, str):
+            path = next((path for path, module in self._modules.items() if module is pattern), "")
+            given = f"a {type(pattern).__name__}" if isinstance(pattern, nn.Module) else repr(pattern)
             raise SelectionError(
-                f"{what} takes names (layer1.0.conv1, layer1.*) and module types (nn.Linear); "
-                f"got {pattern!r}."
+                f"{what} takes names (layer1.0.conv1, layer1.*) and module types (nn.Linear); got {given}"
+                + (f", whose name in the model is {path!r}: give that." if path else ".")
             )
         names = [name for name in self._names if name == pattern or fnmatchcase(name, pattern)]
         if not names:

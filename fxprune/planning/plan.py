@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -116,10 +116,12 @@ class PruningPlan:
         """The plan with other positions removed from the groups named; an empty list leaves one whole.
 
         Raises:
-            PlanError: if there is no such group; names the nearest.
+            PlanError: if there is no such group, naming the nearest, or for what are no positions.
         """
-        for name in removed:
+        for name, units in removed.items():
             self._known(name)
+            if not isinstance(units, Iterable):
+                raise PlanError(f"the positions to remove from {name!r} are a list, [3] say; got {units!r}.")
         merged = {name: list(self.removed.get(name, ())) for name in self.sizes}
         merged |= {name: sorted(units) for name, units in removed.items()}
         return replace(self, removed={name: units for name, units in merged.items() if units})

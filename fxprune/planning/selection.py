@@ -16,6 +16,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -39,9 +40,12 @@ _EPS = 1e-9
 
 def check_ratio(ratio: Any, name: str = "ratio", what: str = "units to remove from every group") -> float:
     """Refuse a ratio outside ``0 <= ratio < 1``."""
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+    number = isinstance(ratio, Real) and not isinstance(ratio, bool)
+    if not number or not 0 <= ratio < 1:
         bound = "heads" if name == "heads" else "ratio"
-        raise RatioError(f"{name} is the share of {what}, with 0 <= {bound} < 1; got {ratio!r}.")
+        share = number and bound == "ratio" and 1 < ratio < 100
+        percent = f" For {ratio:g} % give {ratio / 100:g}." if share else ""
+        raise RatioError(f"{name} is the share of {what}, with 0 <= {bound} < 1; got {ratio!r}.{percent}")
     return float(ratio)
 
 
@@ -89,6 +93,11 @@ class Selection:
         if budget is None:
             ratio = check_ratio(0.5 if ratio is None else ratio)
         heads = check_ratio(heads, "heads", "rows (attention heads, convolution groups) to remove")
+        if where is not None and not callable(where):
+            raise SelectionError(
+                f"where is a function of a group that says whether it may be narrowed, such as "
+                f"lambda group: group.exact; got {where!r}. By name, use keep, ratios or scopes."
+            )
         if scope not in SCOPES:
             raise SelectionError(
                 f"unknown scope {scope!r}; did you mean {nearest(str(scope), SCOPES)[0]!r}? "
@@ -100,7 +109,8 @@ class Selection:
                 raise SelectionError(f"{name} maps names or module types to ratios; got {table!r}.")
             for key, value in table.items():
                 check_ratio(value, f"{name}[{key!r}]")
-        if isinstance(max_ratio, bool) or not isinstance(max_ratio, (int, float)) or not 0 < max_ratio <= 1:
+        number = isinstance(max_ratio, Real) and not isinstance(max_ratio, bool)
+        if not number or not 0 < max_ratio <= 1:
             raise RatioError(
                 f"max_ratio is the largest share that a group may lose, 0 < max_ratio <= 1; "
                 f"got {max_ratio!r}."
@@ -250,8 +260,19 @@ def select(
         return known[group.name]
 
     rows: dict[str, list[int]] = {}
+    few: list[str] = []
     if selection.heads:
         rows = select_rows(graph, selection.heads, _allowed(graph, selection, model), values)
+        if not rows:
+            most = max((found.total for found in graph.rows), default=0)
+            few.append(
+                f"heads = {selection.heads:g} takes nothing: "
+                + (
+                    f"it is less than one of the rows of each set (the largest has {most}), or they are kept"
+                    if most
+                    else "no attention heads or groups of channels can go as a whole (graph.rows is empty)"
+                )
+            )
     sets, notes = _sets(graph, selection, model, rows)
     order = _order(sets, values)
     steps = _by_ratio(sets, order)
@@ -268,7 +289,7 @@ def select(
             ranked = own.ranked(values(own.group))
             removed[own.group.name] += own.taken(ranked, 0, int(own.levels[steps[number] - 1])).tolist()
     in_order = {g.name: sorted(removed[g.name]) for g in graph.groups if g.name in removed}
-    return Selected(in_order, notes, left)
+    return Selected(in_order, (*notes, *few), left)
 
 
 def _allowed(graph: CouplingGraph, selection: Selection, model: nn.Module) -> Callable[[Group], bool]:
