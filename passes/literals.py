@@ -37,17 +37,19 @@ class RewriteLiterals(Pass):
 
     def run(self, program: Program, narrowing: Narrowing, sites: Sequence[Any]) -> Program:
         graph, nodes = copy_graph(program.graph)
-        for name in sites:
-            node = nodes[name]
+        for site in sites:
+            node = nodes[site]
             edited = _edited(node, narrowing)
             if edited is None:
                 continue
             with graph.inserting_before(node):
                 args, kwargs = map_aggregate(edited, lambda item: _scaled(item, graph))
             node.args, node.kwargs = args, kwargs
-            overload = isinstance(node.target, torch._ops.OpOverload) and operator_name(node) == "split"
-            if operator_name(node) in _AS_SPLIT or overload:  # parts of unequal width are a split
+            name, overload = operator_name(node), isinstance(node.target, torch._ops.OpOverload)
+            if name in _AS_SPLIT or (overload and name == "split"):  # parts of unequal width are a split
                 node.target = "split" if node.op == "call_method" else torch.split
+            elif overload and name == "squeeze":  # one or all dimensions become several
+                node.target = torch.squeeze
         return replace(program, graph=graph)
 
 
@@ -225,6 +227,19 @@ def _consumes(item: Any, narrowing: Narrowing) -> int:
         value = narrowing.value(item)
         return len(value.shape) if value is not None and item.meta.get("mask") else 1
     return 1
+
+
+@_edits("squeeze")
+def _squeeze(node: fx.Node, narrowing: Narrowing) -> Call | None:
+    """Dimensions that become 1 wide are no longer meant."""
+    value = narrowing.value(node.args[0])
+    given = _argument(node, 1, "dim")
+    if value is None:
+        return None
+    rank = len(value.shape)
+    dims = range(rank) if given is None else [given] if isinstance(given, int) else given
+    meant = [d for d in dims if value.shape[d] == 1 or narrowing.size(value, d % rank) > 1]
+    return None if len(meant) == len(dims) else ((node.args[0], tuple(meant)), {})
 
 
 @_edits("narrow")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from .units import FIXED, OPEN, Axis, Event, Ids, Label, Rectangle, State, Take, Units, Value, aligned
+from .units import FIXED, Axis, Event, Ids, Label, Open, Rectangle, State, Take, Units, Value, aligned
 
 ZeroRule = Callable[[list[bool]], bool]
 """From "operand i is zero at removed indices" to "the result is"."""
@@ -72,16 +72,21 @@ class Coupler:
 
     def put(self, tensor: torch.Tensor, labels: Iterable[Label | None]) -> None:
         """Record the labels of an operator's result."""
-        labels = [
-            label if label is None or label is OPEN or label.ids.shape[-1] > 1 else None for label in labels
-        ]
+        labels = [label if label is not None and self._counts(label) else None for label in labels]
         value = getattr(tensor, "_fxprune_value", None)
         if value is not None and value.state is None:  # an in-place operator returned its input
             value.labels = labels
         elif value is None:
-            tensor._fxprune_value = Value(  # type: ignore[attr-defined]
-                tuple(tensor.shape), labels, dtype=tensor.dtype
-            )
+            value = Value(tuple(tensor.shape), labels, dtype=tensor.dtype)
+            tensor._fxprune_value = value  # type: ignore[attr-defined]
+        for dim, label in enumerate(labels):
+            if isinstance(label, Open):
+                label.holders.append((value, dim))
+
+    @staticmethod
+    def _counts(label: Label) -> bool:
+        """Whether it says anything: of one index there is nothing to remove."""
+        return bool(label.holders) if isinstance(label, Open) else label.ids.shape[-1] > 1
 
     def put_view(self, tensor: torch.Tensor, source: Value, labels: Iterable[Label | None]) -> None:
         """As :meth:`put`, for a result that shares memory with ``source``."""
@@ -101,11 +106,10 @@ class Coupler:
         tensor._fxprune_value = value  # type: ignore[attr-defined]
 
     def materialize(self, value: Value) -> None:
-        """Give every open axis of a state units of its own."""
-        if value.state is not None:
-            for dim in range(len(value.shape)):
-                if value.is_open(dim):
-                    self.adopt(value, dim, self.units.fresh(value.shape[dim]), ())
+        """Give every open dimension units of its own."""
+        for dim in range(len(value.shape)):
+            if value.is_open(dim):
+                self.adopt(value, dim, self.units.fresh(value.shape[dim]), ())
 
     def adopt(
         self, value: Value, dim: int, ids: Ids, over: tuple[int, ...], axis: Axis | None = None
@@ -113,8 +117,13 @@ class Coupler:
         """Label an open axis with ``ids``; ``over`` are dimensions of ``value``."""
         state = value.state
         if state is None:
-            own = axis or self._here(dim)
-            value.labels[dim] = label = Label(ids, over, own)
+            label = Label(ids, over, axis or self._here(dim))
+            met = value.labels[dim]
+            holders = met.close() if isinstance(met, Open) else []
+            if len(holders) > 1 and over:  # dimensions of this value, which others may not have
+                label = self.tie(label, over)
+            for other, place in (*holders, (value, dim)):
+                other.labels[place] = label
             return label
         if state.tensor is None and state.node is not None:
             self.by_size.add(state.node)
@@ -166,8 +175,9 @@ class Coupler:
         if value.shape[dim] == 1:
             return
         if value.is_open(dim):
-            if value.state is None:
-                value.labels[dim] = None
+            met = value.labels[dim] if value.state is None else None
+            if isinstance(met, Open):
+                met.close()
                 return
             self.adopt(value, dim, self.units.fresh(value.shape[dim]), ())
         label = value.label(dim)
@@ -179,6 +189,9 @@ class Coupler:
             self.freeze_dim(value, dim, reason, remedy)
 
     def mark_inexact(self, label: Label, reason: str) -> None:
+        if isinstance(label, Open):
+            label.close()
+            return
         self.inexact.append(Event(label.ids, label.axis, self.node, reason))
 
     def rectangle(self, rows: Ids, cells: Ids) -> None:
@@ -219,21 +232,28 @@ class Coupler:
                     else:
                         plain.add(name)
         result: dict[Any, tuple[Ids, tuple[Any, ...], Axis, bool, list[bool]]] = {}
-        still_open = set()
+        position = {name: dim for dim, name in enumerate(out)}
+        still_open: dict[Any, Open] = {}
         for name, used in uses.items():
+            if any(label is None for *_, label in used):  # what is open may have met another name's label
+                used = [(*use[:4], use[1].label(use[2])) for use in used]
+                if any(use[4] is None and not use[1].is_open(use[2]) for use in used):
+                    plain.add(name)
             met = self._meet(used, name in plain)
-            if met is OPEN:
-                still_open.add(name)
+            if isinstance(met, Open):
+                if name in position:
+                    still_open[name] = met
+                else:
+                    met.close()
             elif met is not None:
                 zeros = [False] * len(operands)
                 for place, value, dim, _, _ in used:
                     zeros[place] = zeros[place] or value.is_zero(dim)
                 result[name] = (*met, zeros)
         labels: list[Label | None] = []
-        position = {name: dim for dim, name in enumerate(out)}
         for name in out:
             if name not in result:
-                labels.append(OPEN if name in still_open else None)
+                labels.append(still_open.get(name))
                 continue
             ids, over, axis, row, zeros = result[name]
             lost = [o for o in over if o not in position]
@@ -249,8 +269,8 @@ class Coupler:
     def _meet(self, used: list[_Use], plain: bool) -> Any:
         """Couple the uses of one index name: ``(units, index names they are over, axis, row)``.
 
-        :data:`OPEN` where all uses are still open, None where the units stay because the name is also
-        that of a ``plain`` dimension, one without labels.
+        The :class:`Open` that they share where all uses are still open, None where the units stay because
+        the name is also that of a ``plain`` dimension, one without labels.
         """
         if plain:
             reason = "meets an axis of the inputs, or one that an operator made unprunable"
@@ -261,7 +281,12 @@ class Coupler:
         if not labelled:
             first_state = next((use for use in used if use[1].state is not None), None)
             if first_state is None:
-                return OPEN
+                first_open, *more = (value.labels[dim] for _, value, dim, _, _ in used)
+                assert isinstance(first_open, Open)
+                for another in more:
+                    assert isinstance(another, Open)
+                    first_open.join(another)
+                return first_open
             place, value, dim, names, _ = first_state
             adopted = self.adopt(value, dim, self.units.fresh(value.shape[dim]), ())
             labelled = [(place, value, dim, names, adopted)]
@@ -315,7 +340,8 @@ class Coupler:
                 tuple(out.shape), [], value.state, dims, value.dtype, value.storage
             )
             return
-        self.materialize(value)
+        if value.state is not None:
+            self.materialize(value)
         place = {old: new for new, old in enumerate(order)}
         labels: list[Label | None] = []
         for old in order:
@@ -323,17 +349,29 @@ class Coupler:
             if label is not None:
                 over = tuple(place[o] for o in label.over)
                 label = Label(label.ids, over, label.axis, label.zero, label.row)
-            elif old >= 0 and value.is_open(old):
-                label = OPEN
+            elif old >= 0 and value.state is None:
+                label = value.labels[old]
             labels.append(label)
         self.put_view(out, value, labels)
 
+    def open(self, tensor: torch.Tensor, dim: int) -> None:
+        """Say that along ``dim`` all entries of a result are alike: it may follow what it meets."""
+        value = self.value(tensor)
+        value.labels[dim] = Open(holders=[(value, dim)])
+
     def take(self, value: Value, dim: int, index: Ids) -> list[Label | None]:
         """Labels after picking indices ``index`` along ``dim`` (slice, flip, roll, tile, index_select)."""
-        self.materialize(value)
+        if value.state is not None:
+            self.materialize(value)
+        elif value.is_open(dim):
+            self.adopt(value, dim, self.units.fresh(value.shape[dim]), ())
         labels: list[Label | None] = []
         for own in range(len(value.shape)):
             label = value.label(own)
+            if label is None and value.is_open(own):
+                label = value.labels[own]
+                labels.append(label)
+                continue
             if label is not None and (own == dim or dim in label.over):
                 self.delicate()
             if label is not None and own == dim and index.size == 1 and label.ids.shape[-1] > 1:
@@ -359,7 +397,10 @@ class Coupler:
 
     def select(self, value: Value, dim: int, index: int) -> list[Label | None]:
         """Labels after picking one index along ``dim`` and dropping the dimension."""
-        self.materialize(value)
+        if value.state is not None:
+            self.materialize(value)
+        elif value.is_open(dim):
+            self.freeze_dim(value, dim, "selected by its number")
         own = value.label(dim)
         if own is not None or any(
             o is not None and dim in o.over for o in map(value.label, range(len(value.shape)))
@@ -379,6 +420,8 @@ class Coupler:
                     over.remove(dim)
                 shifted = tuple(o - (o > dim) for o in over)
                 label = Label(ids, shifted, label.axis, label.zero, label.row)
+            elif value.is_open(d):
+                label = value.labels[d]
             labels.append(label)
         return labels
 
@@ -393,7 +436,7 @@ class Coupler:
     def cat(self, values: Sequence[Value], dim: int) -> list[Label | None]:
         """Labels after concatenating along ``dim``; other dimensions are coupled."""
         for value in values:
-            if value.state is not None and value.is_open(dim):
+            if value.is_open(dim):
                 self.adopt(value, dim, self.units.fresh(value.shape[dim]), ())
         rank = len(values[0].shape)
         names = [[i if i != dim else ("part", k) for i in range(rank)] for k in range(len(values))]
@@ -416,7 +459,7 @@ class Coupler:
         labels: list[Label | None] = []
         for i in range(rank):
             label = own if i == dim else shared[others.index(i)]
-            if label is not None and label is not own and label is not OPEN:
+            if label is not None and label is not own and not isinstance(label, Open):
                 over = tuple(others[o] for o in label.over)
                 if dim in over:
                     label = self.tie(Label(label.ids, over, label.axis, label.zero, label.row), [dim])
@@ -432,7 +475,8 @@ class Coupler:
         reshape is run on the units. Where units then differ along several dimensions, the inner ones
         become columns over the outer ones (see :class:`~fxprune.coupling.units.Rectangle`).
         """
-        self.materialize(value)
+        if value.state is not None:
+            self.materialize(value)
         labels: list[Label | None] = [None] * len(shape)
         old = [value.label(d) for d in range(len(value.shape))]
         if not any(label is not None or value.is_open(d) for d, label in enumerate(old)):
@@ -444,6 +488,11 @@ class Coupler:
             if len(spread) == 1 and len(ins) + len(outs) > 2 and not any(old[d] is not None for d in ins):
                 old[spread[0]] = self.adopt(value, spread[0], self.units.fresh(value.shape[spread[0]]), ())
             inside = [d for d in ins if old[d] is not None]
+            for d in ins:
+                if value.is_open(d) and len(ins) == len(outs) == 1:
+                    labels[outs[0]] = value.labels[d]
+                elif value.is_open(d):  # only its extent counts from here on
+                    self.freeze_dim(value, d, "flattened with others")
             if not inside:
                 continue
             if len(ins) > 1 or len(outs) > 1:

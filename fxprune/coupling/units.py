@@ -36,6 +36,9 @@ class Axis(NamedTuple):
         return f"{self.name}[{self.dim}]"
 
 
+NOWHERE = Axis("", 0)
+
+
 class Units:
     """Union-find over unit numbers ``0 .. count-1``; unit 0 is :data:`FIXED`.
 
@@ -127,9 +130,36 @@ class Label:
     row: bool = False
 
 
-OPEN = Label(np.empty(0, dtype=np.int64), (), Axis("", 0))
-"""Stands for the label of a dimension along which all entries are alike (an expanded one): it follows
-whatever it meets first."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Open(Label):
+    """Stands for the label of a dimension along which all entries are alike (an expanded one).
+
+    It follows whatever it meets first, and with it do all dimensions that were computed from it, or it from
+    them: they share one object.
+
+    Attributes:
+        holders: the values and dimensions that carry it; empty once they have a label, or none.
+    """
+
+    ids: Ids = field(init=False, default_factory=lambda: np.empty(0, dtype=np.int64))
+    over: tuple[int, ...] = field(init=False, default=())
+    axis: Axis = field(init=False, default=NOWHERE)
+    holders: list[tuple[Value, int]] = field(default_factory=list)
+
+    def close(self) -> list[tuple[Value, int]]:
+        """Leave the dimensions without a label; gives them, so that they can be given one."""
+        holders = list(self.holders)
+        self.holders.clear()
+        for value, dim in holders:
+            value.labels[dim] = None
+        return holders
+
+    def join(self, other: Open) -> None:
+        """Take over the dimensions of ``other``."""
+        if other is not self:
+            for value, dim in other.close():
+                value.labels[dim] = self
+                self.holders.append((value, dim))
 
 
 @dataclass(slots=True, eq=False)
@@ -173,7 +203,7 @@ class Value:
     def label(self, dim: int) -> Label | None:
         if self.state is None:
             label = self.labels[dim]
-            return None if label is OPEN else label
+            return None if isinstance(label, Open) else label
         label = self.state.axes[self.dims[dim]]
         if label is None or not label.over:
             return label
@@ -183,7 +213,8 @@ class Value:
     def is_open(self, dim: int) -> bool:
         """Whether the dimension has met nothing yet, and may take any label."""
         if self.state is None:
-            return self.labels[dim] is OPEN
+            label = self.labels[dim]
+            return isinstance(label, Open) and bool(label.holders)
         return self.state.axes[self.dims[dim]] is None and self.shape[dim] > 1
 
     def is_zero(self, dim: int) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from ..coupler import Coupler
 from ..registry import rule
-from ..units import OPEN, Label, Value
+from ..units import Label, Value
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -80,6 +80,8 @@ def squeeze(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     value = c.value(args[0])
     dims = args[1] if len(args) > 1 else range(len(value.shape))
     gone = {_dim(value, d) for d in (dims if not isinstance(dims, int) else [dims])}
+    if any(value.label(d) is not None or value.is_open(d) for d in gone):
+        c.delicate()  # it may be 1 wide afterwards
     c.permute(out, value, [d for d, size in enumerate(value.shape) if d not in gone or size != 1])
 
 
@@ -91,11 +93,11 @@ def expand(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
         c.permute(out, value, range(out.dim()))
         return
     labels, _ = c.unify([(value, range(new, out.dim()))], range(out.dim()))
+    c.put_view(out, value, labels)
     for dim in range(out.dim()):
         if out.shape[dim] > 1 and (dim < new or value.shape[dim - new] == 1):
-            labels[dim] = OPEN
+            c.open(out, dim)
             c.delicate()
-    c.put_view(out, value, labels)
 
 
 @rule("slice", "slice_copy")
@@ -108,6 +110,7 @@ def slice_(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     if index.size == value.shape[dim]:
         c.alias(out, value)
     elif not index.size:
+        c.materialize(value)
         labels = [value.label(d) if d != dim else None for d in range(out.dim())]
         c.put(out, [label if label is not None and dim not in label.over else None for label in labels])
     else:

@@ -56,6 +56,7 @@ def layer_norm(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
 def group_norm(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
     """``x: (N, C, *)`` in ``groups`` rows: each row keeps equally many channels."""
     x, groups = c.value(args[0]), args[6]
+    c.materialize(x)
     names: list[Any] = list(range(len(x.shape)))
     vectors = [c.value(a) for a in args[1:3] if isinstance(a, torch.Tensor)]
     for dim in range(2, len(x.shape)):
@@ -132,7 +133,9 @@ def reduction(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
     zero = c.operator in ("sum", "mean", "amax", "amin", "max", "min")
     labels, gone = c.unify([(x, names)], kept, all if zero else (lambda zeros: False))
     on_use: list[tuple[list[Event], Event]] = []
+    numbered: list[tuple[list[Event], Event]] = []
     for label, zeroed in gone.values():
+        numbered.append((c.frozen, Event(label.ids, label.axis, c.node, "its indices are the result")))
         if label.row:
             on_use.append((c.frozen, Event(label.ids, label.axis, c.node, "whole rows are reduced over")))
         elif c.operator in ("argmax", "argmin"):
@@ -142,10 +145,11 @@ def reduction(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
             on_use.append((c.inexact, event))
     if keepdim:
         labels = _spread(labels, kept, rank)
-    for result in results:
+    for place, result in enumerate(results):
         c.put(result, labels)
-        if on_use:
-            c.peek(result).on_use = on_use
+        events = numbered if place == 1 and c.operator in ("max", "min") else on_use
+        if events:
+            c.peek(result).on_use = events
 
 
 def _spread(labels: list[Label | None], kept: list[int], rank: int) -> list[Label | None]:

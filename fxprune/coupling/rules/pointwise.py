@@ -8,7 +8,7 @@ import torch
 
 from ..coupler import Coupler, ZeroRule
 from ..registry import rule
-from ..units import OPEN, Label, Value
+from ..units import Label, Open, Value
 
 # f(0) = 0, so a channel that is zero stays zero.
 _KEEPS_ZERO = frozenset([
@@ -38,9 +38,9 @@ def _zero_rule(name: str, args: tuple[Any, ...]) -> ZeroRule:
     if name in _ALL:
         others = [s for s in scalars if s != 0]
         return (lambda zeros: False) if others else all
-    if name == "pow" and len(scalars) == 1:
-        return all if scalars[0] > 0 else (lambda zeros: False)
-    if name == "hardtanh" and scalars and not (scalars[0] <= 0 <= scalars[-1] or len(scalars) == 1):
+    if name == "pow" and len(scalars) == 1:  # a number to the power of 0 is 1
+        return all if scalars[0] > 0 and scalars[0] is args[1] else (lambda zeros: False)
+    if name == "hardtanh" and scalars and not scalars[0] <= 0 <= [*scalars, 1.0][1]:
         return lambda zeros: False
     if name in _KEEPS_ZERO:
         return all
@@ -74,10 +74,14 @@ def _alone(c: Coupler, value: Value, zero: ZeroRule, results: list[Any]) -> None
     """A function of one tensor: labels pass on, zeros perhaps."""
     labels: list[Label | None] = []
     for dim, label in enumerate(value.labels):
-        if label is not None and label is not OPEN and label.zero != (zeroed := zero([value.is_zero(dim)])):
+        if (
+            label is not None
+            and not isinstance(label, Open)
+            and label.zero != (zeroed := zero([value.is_zero(dim)]))
+        ):
             label = Label(label.ids, label.over, label.axis, zeroed, label.row)
         labels.append(label)
-    kept = all(label is None or label.zero for label in labels)
+    kept = all(label is None or label.zero or isinstance(label, Open) for label in labels)
     for result in results:
         known = c.value(result)
         if known is value and not kept:
