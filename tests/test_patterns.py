@@ -155,6 +155,14 @@ def patches_by_way_of_batch_times_channels(net, x):
     return net.b(x.transpose(1, 2).reshape(n, c, h, w))
 
 
+@case(TOKENS[:, :4, :6], two_linears(), "a b")
+def tokens_permuted(net, x):
+    x = net.a(x)
+    n, t, c = x.shape
+    x = x.view(n, 2, 2, c).permute(0, 2, 1, 3).reshape(n, t, c)
+    return net.b(x)
+
+
 @case(IMAGE, two_convs(), "a b")
 def roll_along_channels(net, x):
     return net.b(torch.roll(net.a(x), 3, dims=1))

@@ -357,7 +357,8 @@ class _Interpreter(TorchDispatchMode):
         """Look ahead from a view for a chain of movements that only permutes one dimension.
 
         A channel shuffle written as view, transpose, view would tie channels across rows although all it
-        does is to permute them. Such a chain is labelled as one movement from its source to its end.
+        does is to permute them. Such a chain is labelled as one movement from its source to its end. Where
+        nothing can go from the dimension (tokens), the steps do no harm, and each is labelled by itself.
         """
         if node in self._interior or node in self._detours:
             return
@@ -393,7 +394,8 @@ class _Interpreter(TorchDispatchMode):
                     break
         except (RuntimeError, TypeError, IndexError, KeyError):
             pass  # no chain that could be followed
-        if found is not None:
+        value = self.coupler.peek(source)
+        if found is not None and (value.label(found[0]) is not None or value.is_open(found[0])):
             self._interior.update(chain[:-1])
             self._detours[chain[-1]] = (node.args[0], *found)
 
