@@ -457,6 +457,7 @@ def judge(oracle: Any, row: Row, model: nn.Module, inputs: Any) -> str:
             plan = pruned.meta["fxprune"]
         row.kept_exact = round(sum(p.numel() for p in pruned.parameters()) / max(row.params, 1), 3)
         if not any(plan.removed.values()):
+            row.reason = plain(f"no exact group: {narrowed[0].inexact_because}, and the like")
             return "none"
         fxprune.verify(model, pruned, plan, inputs, dtype=dtype)
     except fxprune.FxpruneError as error:
