@@ -73,7 +73,7 @@ class Narrowing:
     def __init__(self, graph: CouplingGraph, removed: Mapping[str, Sequence[int]]) -> None:
         self.graph = graph
         self._alive: Mask = graph.alive(removed)
-        self._kept: dict[tuple[int, tuple[int, ...]], Kept] = {}
+        self._kept: dict[tuple[int, tuple[int, ...]], Kept | None] = {}
         self._masks: dict[int, tuple[Ids, Mask, bool]] = {}
         self._sizes: dict[int, int] = {}
         self._repeats: dict[int, bool] = {}
@@ -94,11 +94,11 @@ class Narrowing:
 
     def kept(self, label: Label | None) -> Kept | None:
         """Surviving indices along a label's dimension; None where all survive."""
-        if label is None or not self.narrows(label):
+        if label is None:
             return None
         key = (id(label.ids), label.over)
         if key not in self._kept:
-            self._kept[key] = Kept(self.alive(label), label.over)
+            self._kept[key] = Kept(self.alive(label), label.over) if self.narrows(label) else None
         return self._kept[key]
 
     def survive(self, ids: Ids) -> Mask:

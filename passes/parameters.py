@@ -73,14 +73,16 @@ def narrow(tensor: torch.Tensor, labels: Sequence[Label | None], narrowing: Narr
 def pick(tensor: torch.Tensor, kept: Mapping[int, Kept]) -> torch.Tensor:
     """A copy of ``tensor`` with the ``kept`` indices along each of these axes; else as :func:`narrow`."""
     data = tensor.detach()
-    flat = {axis: k for axis, k in kept.items() if not k.over}
     new = data if kept else data.clone()
-    for axis, k in sorted(kept.items(), key=lambda item: -len(item[1].over)):  # columns before their rows
-        if k.over:
-            new = _gather(new, axis, k)
+    flat = {axis: k for axis, k in kept.items() if not k.over}
+    if len(flat) < len(kept):
+        for axis, k in sorted(kept.items(), key=lambda item: -len(item[1].over)):  # columns before their rows
+            if k.over:
+                new = _gather(new, axis, k)
     if flat:
         new = _pick(new, flat)
-    new = restride(new, data)
+    if data.dim() > 1:
+        new = restride(new, data)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(new, requires_grad=tensor.requires_grad)
     return new
@@ -154,11 +156,13 @@ def _pick(data: torch.Tensor, flat: dict[int, Kept]) -> torch.Tensor:
         axes[len(shape)] = kept.tensor(data.device, kept.run)
         shape += [size // kept.run, kept.run] if kept.run > 1 else [size]
         final[axis] = kept.index.size
-    view = data.reshape(shape)
+    view = data.reshape(shape) if len(shape) > len(final) else data
     (first, chosen), *others = axes.items()
-    rows = len(chosen)
-    if others and first == 0:
-        rows = max(1, _CHUNK * shape[0] // max(data.numel(), 1))
+    if data.numel() <= _CHUNK:
+        for axis, index in axes.items():
+            view = view.index_select(axis, index)
+        return view.view(final) if len(shape) > len(final) else view
+    rows = max(1, _CHUNK * shape[0] // data.numel()) if others and first == 0 else len(chosen)
     for axis, index in axes.items():
         shape[axis] = len(index)
     new = torch.empty(shape, dtype=data.dtype, device=data.device)

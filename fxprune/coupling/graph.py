@@ -311,7 +311,8 @@ class CouplingGraph:
         """The labels of a tensor's axes; None where the graph does not use it."""
         if self._axes is None:
             self._axes = {id(state.tensor): state.axes for state in self._states.values()}
-        return self._axes.get(id(tensor), [None] * tensor.dim())
+        known = self._axes.get(id(tensor))
+        return [None] * tensor.dim() if known is None else known
 
     def classes(self, ids: Ids) -> Ids:
         """The class of each unit."""

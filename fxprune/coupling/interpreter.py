@@ -125,9 +125,7 @@ class _Interpreter(TorchDispatchMode):
         self.values: dict[fx.Node, Any] = {}
         self.scalars: dict[fx.Node, tuple[Any, ...]] = {}
         self._numbers: list[Any] = []
-        # Made here, where they are no ATen calls of the program.
-        tensors = [*program.tensors.values(), *program.extras.values()]
-        self._metas = {id(tensor): meta_like(tensor) for tensor in tensors}
+        self._metas: dict[int, torch.Tensor] = {}
         self._detours: dict[fx.Node, tuple[fx.Node, int, Any]] = {}
         self._interior: set[fx.Node] = set()
         self._literal = False
@@ -422,8 +420,9 @@ class _Interpreter(TorchDispatchMode):
         original = self.program.tensors.get(name)
         if original is None:
             original = self.program.extras[name]
-        meta = self._metas[id(original)]
-        if not hasattr(meta, "_fxprune_value"):
+        meta = self._metas.get(id(original))
+        if meta is None:
+            meta = self._metas[id(original)] = meta_like(original)
             axes: list[Label | None] = list(self.seeds.get(name, [None] * original.dim()))
             state = State(name, tuple(meta.shape), original, axes)
             self.states[name] = state

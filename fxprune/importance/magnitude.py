@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from ..coupling.graph import CouplingGraph
 from ..coupling.groups import Group
-from ..coupling.units import Axis, Label, State
+from ..coupling.units import Axis, Label
 from ..errors import ImportanceError
 from ..program import Program
 from .base import Entries, Measure, MemberCriterion, Scores
@@ -32,9 +32,12 @@ def magnitude(graph: CouplingGraph, p: float) -> NDArray[np.float64]:
     filter it is the criterion of Li et al. (ICLR 2017, https://arxiv.org/abs/1608.08710). Buffers do
     not count.
     """
-    total = np.zeros(graph.run.coupler.units.count)
-    for _, label, powers in _axes(graph, p):
-        np.add.at(total, graph.classes(label.ids).reshape(-1), powers.reshape(-1))
+    axes = [(label.ids.ravel(), powers.ravel()) for _, label, powers in _axes(graph, p)]
+    count = graph.run.coupler.units.count
+    if not axes:
+        return np.zeros(count)
+    ids, powers = (np.concatenate(parts) for parts in zip(*axes, strict=True))
+    total = np.bincount(graph.classes(ids), powers, count)
     scores: NDArray[np.float64] = total ** (1 / p)
     return scores
 
@@ -43,11 +46,13 @@ def _axes(graph: CouplingGraph, p: float) -> Iterator[tuple[Axis, Label, NDArray
     """All labelled axes of parameters; the sums of ``|w|^p`` at their indices have the shape of the ids."""
     scratch = torch.empty(_CHUNK)
     for state in graph.states.values():
-        labels = [(dim, label) for dim, label in enumerate(state.axes) if label is not None]
-        if not isinstance(state.tensor, torch.nn.Parameter) or not labels:
+        if not isinstance(state.tensor, torch.nn.Parameter):
             continue
-        for (dim, label), powers in zip(labels, _powers(state, labels, p, scratch), strict=True):
-            yield Axis(state.name, dim), label, powers
+        labels = [(dim, label) for dim, label in enumerate(state.axes) if label is not None]
+        if labels:
+            found = _powers(state.tensor, labels, p, scratch)
+            for (dim, label), powers in zip(labels, found, strict=True):
+                yield Axis(state.name, dim), label, powers
 
 
 def random(graph: CouplingGraph, seed: int) -> NDArray[np.float64]:
@@ -56,35 +61,37 @@ def random(graph: CouplingGraph, seed: int) -> NDArray[np.float64]:
 
 
 def _powers(
-    state: State, labels: list[tuple[int, Label]], p: float, scratch: torch.Tensor
+    parameter: torch.Tensor, labels: list[tuple[int, Label]], p: float, scratch: torch.Tensor
 ) -> Iterator[NDArray[np.float64]]:
     """For each label the sum of ``|w|^p`` over the dimensions that it does not have, in the order of its ids.
 
-    The weight is read once, in chunks of rows through ``scratch``.
+    The weight is read once, in chunks of rows; ``scratch`` is memory for one.
     """
-    assert state.tensor is not None
-    tensor = state.tensor.detach()
+    tensor = parameter.detach()
     if tensor.dim() == 1:
-        vector = tensor.to("cpu", torch.float64).numpy()
-        yield np.abs(vector) ** p
+        yield np.abs(tensor.to("cpu", torch.float64).numpy()) ** p
         return
+    if tensor.is_complex():
+        tensor = tensor.abs()
     kept = [sorted((*label.over, dim)) for dim, label in labels]
     inner = max(max(dims) for dims in kept) + 1  # dimensions from here on belong to no label
     shape = (*tensor.shape[:inner], math.prod(tensor.shape[inner:]))
+    row = math.prod(shape[1:])
+    rows = max(1, _CHUNK // max(row, 1))
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    if (scratch.dtype, scratch.device) != (dtype, tensor.device) or rows * row > scratch.numel():
+        scratch = torch.empty(rows * row, dtype=dtype, device=tensor.device)
     results = [np.zeros([shape[d] for d in dims]) for dims in kept]
-    row = max(tensor.numel() // max(shape[0], 1), 1)
     start = 0
-    for chunk in tensor.reshape(shape).split(max(1, _CHUNK // row)):
-        powers = scratch[: chunk.numel()].view(chunk.shape) if chunk.numel() <= scratch.numel() else None
-        if chunk.dtype != scratch.dtype or chunk.device != scratch.device:
-            chunk, powers = chunk.to(scratch.device, torch.promote_types(chunk.dtype, scratch.dtype)), None
-        powers = torch.mul(chunk, chunk, out=powers) if p == 2 else torch.abs(chunk, out=powers)
-        if p not in (1, 2):
-            powers = powers.pow_(p)
-        powers = powers.sum(-1) if shape[-1] > 1 else powers.squeeze(-1)
+    for chunk in tensor.reshape(shape).split(rows):
+        chunk = chunk.to(dtype)
+        if shape[-1] > 1:
+            powers = torch.linalg.vector_norm(chunk, p, -1) ** p
+        else:
+            powers = torch.abs(chunk, out=scratch[: chunk.numel()].view(chunk.shape)).pow_(p).squeeze(-1)
         for dims, result in zip(kept, results, strict=True):
             gone = [d for d in range(inner) if d not in dims]
-            part = (powers.sum(gone) if gone else powers).numpy()
+            part = (powers.sum(gone) if gone else powers).cpu().numpy()
             if dims[0] == 0:
                 result[start : start + chunk.shape[0]] = part
             else:
