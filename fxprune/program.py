@@ -250,7 +250,7 @@ def _unpickle(
     return module
 
 
-_SIMPLE = (int, float, str, tuple, type(None))
+_SIMPLE = frozenset([bool, int, float, str, tuple, type(None)])
 Supply = Callable[[str, torch.Tensor], torch.Tensor | None]
 
 
@@ -271,13 +271,14 @@ def _clone(
     new = module.__class__.__new__(module.__class__)
     memo[id(module)] = new
     state = new.__dict__
+    state.update(module.__dict__)
     for key, value in module.__dict__.items():
-        if isinstance(value, _SIMPLE):  # most are
-            state[key] = value
-        elif isinstance(value, torch.Tensor):  # recomputed by a hook; what is no leaf could not be copied
+        if type(value) in _SIMPLE:  # most are
+            continue
+        if isinstance(value, torch.Tensor):  # recomputed by a hook; what is no leaf could not be copied
             state[key] = value.detach()
-        else:
-            state[key] = value if share or not isinstance(value, (dict, list, set)) else value.copy()
+        elif not share and isinstance(value, (dict, list, set)):
+            state[key] = value.copy()
     for registry in ("_parameters", "_buffers"):
         table = module.__dict__[registry]
         state[registry] = {k: v if v is None else supply(prefix + k, v) for k, v in table.items()}

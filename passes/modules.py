@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..inputs import meta_like
 from ..leaves import Attributes, Shape, Shapes, leaf_for
 from ..nn import MultiheadAttention
-from ..program import Program, clone_module
+from ..program import Program, clone_module, named_modules
 from .base import Narrowing, Pass
 
 
@@ -43,7 +43,7 @@ class UpdateModules(Pass):
         """A changed copy of the leaf module at ``path``, or None if nothing in it changes."""
         leaf = program.modules[path]
         changes = {}
-        for name, module in leaf.named_modules():
+        for name, module in named_modules(leaf):
             full = f"{path}.{name}" if name else path
             shapes = {
                 key: tuple(program.tensors[f"{full}.{key}"].shape)

@@ -16,13 +16,13 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import networkx as nx
 import numpy as np
+from numpy.typing import NDArray
 
 from .coupler import Coupler
 from .groups import Band, Group, Grouping, Mask, Member, RowSet
 from .rows import RowFinder
-from .units import FIXED, Axis, Event, Ids, Rectangle, State
+from .units import FIXED, Axis, Event, Ids, Rectangle, State, Units
 
 
 def form_groups(
@@ -39,22 +39,10 @@ def form_groups(
     events = [*coupler.frozen, *extra]
     open_rectangles = _resolve(coupler)
     roots = coupler.units.roots()
-    frozen = np.zeros(coupler.units.count, dtype=bool)
+    frozen = _mask(roots, [event.ids for event in events])
     frozen[FIXED] = True
-    for event in events:
-        frozen[roots[event.ids]] = True
-    is_row = np.zeros(coupler.units.count, dtype=bool)
-    for rectangle in open_rectangles:
-        is_row[roots[rectangle.rows]] = True
-    keyed = _axis_keys(states, roots)
-    signature = np.zeros(coupler.units.count, dtype=np.uint64)
-    for key, ids, _ in keyed:
-        np.add.at(signature, ids, key)
-    present = np.zeros(coupler.units.count, dtype=bool)
-    for _, ids, is_member in keyed:
-        if is_member(trainable):
-            present[ids] = True
-    order = _order_of_appearance(keyed, roots.size)
+    is_row = _mask(roots, [rectangle.rows for rectangle in open_rectangles])
+    signature, present, order = _appearance(states, trainable, roots)
     while True:
         prunable = present & ~frozen & ~is_row
         bands, broken = _balance(open_rectangles, roots, prunable, signature)
@@ -65,9 +53,7 @@ def form_groups(
             frozen[cells] = True
             reason = "rows of unequal make-up cannot be kept equally long"
             events.append(Event(cells, Axis(rectangle.at, 1), rectangle.node, reason))
-    inexact = np.full(roots.size, len(coupler.inexact))
-    for number in range(len(coupler.inexact) - 1, -1, -1):
-        inexact[roots[coupler.inexact[number].ids]] = number
+    inexact = _first(roots, [event.ids for event in coupler.inexact])
 
     @functools.cache
     def find_rows() -> tuple[tuple[RowSet, ...], tuple[Event, ...]]:
@@ -98,37 +84,53 @@ def _resolve(coupler: Coupler) -> list[Rectangle]:
         rest = left
 
 
-def _axis_keys(states: Sequence[State], roots: Ids) -> list[tuple[np.uint64, Ids, Any]]:
-    """Per distinct array of units on state axes: a random key, the classes, and who is labelled by it."""
+def _mask(roots: Ids, arrays: Sequence[Ids]) -> Mask:
+    """For each class whether some array holds a unit of it."""
+    mask = np.zeros(roots.size, dtype=bool)
+    if arrays:
+        mask[roots[np.concatenate([array.ravel() for array in arrays])]] = True
+    return mask
+
+
+def _first(roots: Ids, arrays: Sequence[Ids]) -> Ids:
+    """For each class the number of the first array that holds a unit of it; of arrays where none does."""
+    first = np.full(roots.size, len(arrays))
+    if arrays:
+        numbers = np.repeat(np.arange(len(arrays)), [array.size for array in arrays])
+        ids = np.concatenate([array.ravel() for array in arrays])
+        first[roots[ids[::-1]]] = numbers[::-1]  # of several, the last to be written counts
+    return first
+
+
+def _appearance(
+    states: Sequence[State], trainable: Mapping[str, bool], roots: Ids
+) -> tuple[NDArray[np.uint64], Mask, Ids]:
+    """By class: a number for the axes that it lies on, whether one is a parameter's, and where it is first.
+
+    Classes that lie equally often on the same axes have the same number, the sum of random numbers of axes.
+    """
     rng = np.random.default_rng(0)
-    by_array: dict[int, tuple[list[np.uint64], Ids, list[str]]] = {}
+    arrays: dict[int, Ids] = {}
+    keys: dict[int, int] = defaultdict(int)
+    members: dict[int, bool] = defaultdict(bool)
     for state in states:
-        for label in state.axes:
-            key = rng.integers(1, 2**63, dtype=np.uint64)
-            if label is not None:
-                keys, _, names = by_array.setdefault(id(label.ids), ([], label.ids, []))
-                keys.append(key)
-                names.append(state.name)
-    keyed = []
-    for keys, ids, names in by_array.values():
-        total = np.add.reduce(np.array(keys, dtype=np.uint64))
-
-        def is_member(trainable: Mapping[str, bool], names: list[str] = names) -> bool:
-            return any(trainable[name] for name in names)
-
-        keyed.append((total, roots[ids].reshape(-1), is_member))
-    return keyed
-
-
-def _order_of_appearance(keyed: Sequence[tuple[np.uint64, Ids, Any]], count: int) -> Ids:
-    """A rank for each class: classes seen earlier on earlier axes come first."""
-    rank = np.full(count, np.iinfo(np.int64).max, dtype=np.int64)
-    offset = 0
-    for _, ids, _ in keyed:
-        positions = np.arange(offset, offset + ids.size)
-        np.minimum.at(rank, ids, positions)
-        offset += ids.size
-    return rank
+        labels = [label for label in state.axes if label is not None]
+        for label, key in zip(labels, rng.integers(1, 2**63, len(labels)).tolist(), strict=True):
+            number = id(label.ids)
+            arrays[number] = label.ids
+            keys[number] += key
+            members[number] |= trainable[state.name]
+    signature = np.zeros(roots.size, dtype=np.uint64)
+    present = np.zeros(roots.size, dtype=bool)
+    order = np.full(roots.size, np.iinfo(np.int64).max)
+    if arrays:
+        classes = roots[np.concatenate([ids.ravel() for ids in arrays.values()])]
+        sizes = [ids.size for ids in arrays.values()]
+        each = np.array([keys[number] % 2**64 for number in arrays], dtype=np.uint64)
+        np.add.at(signature, classes, np.repeat(each, sizes))
+        present[classes[np.repeat([members[number] for number in arrays], sizes)]] = True
+        order[classes[::-1]] = np.arange(classes.size)[::-1]  # of several, the last to be written counts
+    return signature, present, order
 
 
 def _balance(
@@ -160,8 +162,8 @@ def _balance(
     _, inverse = np.unique(place[classes], return_inverse=True)
     by_atom = np.argsort(inverse, kind="stable")
     atoms = np.split(classes[by_atom], np.flatnonzero(np.diff(inverse[by_atom])) + 1) if classes.size else []
-    links = nx.Graph()
-    links.add_nodes_from(range(len(atoms)))
+    links = Units()
+    links.fresh(len(atoms))
     atom_of = np.full(roots.size, -1)
     atom_of[classes] = inverse
     first = np.array([atom[0] for atom in atoms], dtype=np.int64)
@@ -181,10 +183,12 @@ def _balance(
         if any(shape != shapes[0] for shape in shapes):
             broken.append(rectangle)
             continue
-        for other in by_row[1:]:
-            links.add_edges_from((a[2], b[2]) for a, b in zip(by_row[0], other, strict=True) if a[2] != b[2])
-    bands = [tuple(atoms[i] for i in sorted(part)) for part in nx.connected_components(links)]
-    return bands, broken
+        linked = np.array([[atom[2] for atom in row] for row in by_row]) + 1  # unit 0 is not merged
+        links.merge(linked[:1], linked)
+    together: dict[int, list[Ids]] = defaultdict(list)
+    for part, number in zip(atoms, links.roots()[1:].tolist(), strict=True):
+        together[number].append(part)
+    return [tuple(band) for band in together.values()], broken
 
 
 def _collect(
@@ -199,13 +203,11 @@ def _collect(
     find_rows: Callable[[], tuple[RowSet, ...]],
 ) -> tuple[Group, ...]:
     """Join balanced sets that share member axes into groups."""
-    graph = nx.Graph()
-    for number, band in enumerate(bands):
-        for atom in band:
-            graph.add_edge(("band", number), ("axes", int(signature[atom[0]])))
+    together: dict[int, list[Band]] = defaultdict(list)
+    for band, number in zip(bands, _share_axes(bands, signature), strict=True):
+        together[number].append(band)
     components = []
-    for part in nx.connected_components(graph):
-        own = [bands[number] for kind, number in part if kind == "band"]
+    for own in together.values():
         units = np.concatenate([atom for band in own for atom in band])
         units = units[np.argsort(order[units], kind="stable")]
         own.sort(key=lambda band: min(int(order[atom].min()) for atom in band))
@@ -217,15 +219,15 @@ def _collect(
         group_of[units] = number
         position[units] = np.arange(units.size)
     axes: dict[int, list[tuple[State, int]]] = defaultdict(list)
-    touched: dict[int, Ids] = {}
+    touched: dict[int, list[int]] = {}
     for state in states:
         for dim, label in enumerate(state.axes):
             if label is not None:
                 if id(label.ids) not in touched:
-                    touched[id(label.ids)] = np.unique(group_of[roots[label.ids]])
-                for number in touched[id(label.ids)].tolist():
-                    if number >= 0:
-                        axes[number].append((state, dim))
+                    found = group_of[roots[label.ids.ravel()]]
+                    touched[id(label.ids)] = list(dict.fromkeys(found[found >= 0].tolist()))
+                for number in touched[id(label.ids)]:
+                    axes[number].append((state, dim))
 
     def build(number: int) -> Any:
         def members(group: Group) -> tuple[Member, ...]:
@@ -260,3 +262,15 @@ def _collect(
         because = f"{event.reason} at {event.at}" if event is not None else ""
         groups.append(Group(name, units, balance, event is None, because, build(number), find_rows))
     return tuple(groups)
+
+
+def _share_axes(bands: Sequence[Band], signature: Any) -> list[int]:
+    """For each balanced set the number of its group: sets with units on the same axes share one."""
+    owner = np.array([number for number, band in enumerate(bands) for _ in band], dtype=np.int64)
+    first = np.array([atom[0] for band in bands for atom in band], dtype=np.int64)
+    _, axes = np.unique(signature[first], return_inverse=True)
+    joined = Units()
+    joined.fresh(len(bands) + owner.size)
+    joined.merge(owner + 1, len(bands) + axes + 1)  # unit 0 is not merged
+    numbers: list[int] = joined.roots()[1 : len(bands) + 1].tolist()
+    return numbers

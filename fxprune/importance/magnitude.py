@@ -38,8 +38,7 @@ def magnitude(graph: CouplingGraph, p: float) -> NDArray[np.float64]:
         return np.zeros(count)
     ids, powers = (np.concatenate(parts) for parts in zip(*axes, strict=True))
     total = np.bincount(graph.classes(ids), powers, count)
-    scores: NDArray[np.float64] = total ** (1 / p)
-    return scores
+    return total.astype(np.float64) ** (1 / p)
 
 
 def _axes(graph: CouplingGraph, p: float) -> Iterator[tuple[Axis, Label, NDArray[np.float64]]]:
