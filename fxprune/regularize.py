@@ -21,6 +21,7 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,12 @@ class _Entries:
 class _Regularizer(ABC):
     """The entries of each group, as parameters of the model that is trained."""
 
-    def __init__(self, graph: CouplingGraph, model: nn.Module) -> None:
+    def __init__(self, graph: Any, model: Any) -> None:
+        if not isinstance(graph, CouplingGraph) or not isinstance(model, nn.Module):
+            raise TrainingError(
+                f"{type(self).__name__} takes what fxprune.analyze(model, x) gave and the model, got "
+                f"{type(graph).__name__} and {type(model).__name__}."
+            )
         self._model = model
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._entries = {group.name: list(self._of(group)) for group in graph.groups}

@@ -118,6 +118,11 @@ def narrow_optimizer(
     plan: PruningPlan, optimizer: _Optimizer, model: nn.Module, pruned: nn.Module
 ) -> _Optimizer:
     """An optimiser of the narrowed parameters. See :meth:`PruningPlan.apply_to_optimizer`."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TrainingError(
+            f"expected a torch.optim.Optimizer first, got {type(optimizer).__name__}: "
+            f"plan.apply_to_optimizer(optimizer, model, pruned)."
+        )
     narrowing = _narrowing(plan, model)
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

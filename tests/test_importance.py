@@ -347,6 +347,16 @@ def test_wrong_importance(choice: Any, parts: list[str]) -> None:
     assert all(part in str(error.value) for part in parts), error.value
 
 
+@pytest.mark.parametrize("name", sorted(set(importance.BUILT_IN) - {"random", "synflow"}))
+def test_weights_that_are_no_numbers(name: str) -> None:
+    """A unit with such a weight is neither the most nor the least important one."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    with torch.no_grad():
+        model[0].weight[3, 2] = math.nan
+    with pytest.raises(ImportanceError, match=r"NaN or infinity .*'0.weight' holds such values"):
+        fxprune.plan(model, torch.zeros(2, 6), importance=name)
+
+
 def test_criterion_of_ones_own() -> None:
     """A class of the user's own is a criterion like any other, and is prepared once."""
     calls = []

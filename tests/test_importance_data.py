@@ -647,6 +647,7 @@ def foreign(model: nn.Module, batch: Any) -> Tensor:
             lambda: Taylor(lambda model, batch: model(X).sum() * math.nan, [0]),
             ["NaN or infinity", "'0.weight'"],
         ),
+        (lambda: Wanda([(X, Y)]), ["tuple of 2", "forward=lambda model, batch: model(batch[0])"]),
         (lambda: Wanda([X / 0]), ["Wanda met NaN or infinity", "'0.weight'"]),
     ],
 )

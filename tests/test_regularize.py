@@ -186,6 +186,8 @@ def test_wrong_use() -> None:
     for reg in (GroupNorm(graph, model), BNScale(graph, model), GrowingReg(graph, model)):
         with pytest.raises(TrainingError, match=r"no parameter has a gradient .* after loss.backward\(\)"):
             reg.step()
+    with pytest.raises(TrainingError, match=r"GroupNorm takes what fxprune.analyze\(.* got Conv.* and Coup"):
+        GroupNorm(model, graph)
     for make in (
         lambda: GroupNorm(graph, model, strength=-1),
         lambda: BNScale(graph, model, strength=float("nan")),

@@ -95,6 +95,8 @@ def test_what_stays_and_what_is_not_there(graph: fxprune.CouplingGraph) -> None:
     assert "stays: 0, 2: output of the model" in str(removal)
     with pytest.raises(AxisError, match=r"'steam'; the nearest names are stem"):
         fxprune.removable(graph, "steam")
+    with pytest.raises(AxisError, match=r"takes what fxprune.analyze\(model, x\) gave, got Linear"):
+        fxprune.removable(nn.Linear(1, 1), "stem")
     with pytest.raises(AxisError, match=r"by the name of its layer.*got a Conv2d"):
         fxprune.removable(graph, nn.Conv2d(1, 1, 1))
     with pytest.raises(AxisError, match=r"indices 0 to 7; there are no \[8, -1\] among them"):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.errors import PlanError, RatioError, SelectionError
+from fxprune.errors import BudgetError, PlanError, RatioError, SelectionError
 
 IMAGE = torch.randn(2, 3, 8, 8)
 
@@ -307,6 +307,12 @@ def test_check_of_another_model(model: nn.Module) -> None:
     assert strange == set(plan.removed)
 
 
+def test_overlapping_scopes_are_noted(model: nn.Module) -> None:
+    plan = fxprune.plan(model, IMAGE, 0.5, scopes={"stem": 0.5, ("wide", "stem"): 0.25})
+    assert plan.notes == (f"{STREAM} is in two scopes; the latter counts, wide, stem",)
+    assert not fxprune.plan(model, IMAGE, 0.5, scopes={("stem", "stem"): 0.5}).notes
+
+
 def test_modules_are_told_their_names(model: nn.Module) -> None:
     """As ``ignored_layers`` elsewhere takes them."""
     with pytest.raises(SelectionError, match="got a Conv2d, whose name in the model is 'stem': give that"):
@@ -349,6 +355,7 @@ def test_edits_of_unknown_groups_name_the_nearest(model: nn.Module) -> None:
         ({"keep": nn.Conv3d}, SelectionError, "'Conv2d'"),
         ({"keep": nn.Linear(2, 2)}, SelectionError, "got a Linear.$"),
         ({"where": "stem"}, SelectionError, "where is a function .* got 'stem'. By name, use keep"),
+        ({"ratio": fxprune.Budget(macs=0.5)}, BudgetError, "by name, in place of the ratio"),
         ({"ratio": 30}, RatioError, "got 30. For 30 % give 0.3"),
         ({"ratio": torch.tensor(0.5)}, RatioError, "got tensor"),
         ({"ratios": {"stm": 0.5}}, SelectionError, "'stem'"),

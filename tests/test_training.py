@@ -251,6 +251,8 @@ def test_learning_rate_schedule_goes_on(schedule: Any) -> None:
 def test_optimizers_that_cannot_be_narrowed() -> None:
     model, batches, plan = made("convolutional")
     pruned = plan.apply(model)
+    with pytest.raises(TrainingError, match=r"expected a torch.optim.Optimizer first, got Convolutional"):
+        plan.apply_to_optimizer(model, model, pruned)  # type: ignore[type-var]
     factored = torch.optim.Adafactor(model.parameters())
     train(model, factored, batches, 1)
     with pytest.raises(TrainingError, match=r"'row_var' that Adafactor keeps for 'stem.weight' has shape"):

@@ -87,6 +87,8 @@ def removable(
     Raises:
         AxisError: for a name, a dimension or an index that is not there; suggests the nearest names.
     """
+    if not isinstance(graph, CouplingGraph):
+        raise AxisError(f"removable takes what fxprune.analyze(model, x) gave, got {type(graph).__name__}.")
     parameter, module = _parameter(graph, name)
     if dim is None:
         dim = _output(graph.captured.program.modules.get(module))

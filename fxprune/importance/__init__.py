@@ -112,7 +112,7 @@ def score(
             raise _unknown(importance)
         if importance in BY_CLASS:
             by_class = BY_CLASS[importance](graph, seed)
-            return lambda group: by_class[group.units]
+            return lambda group: _checked(by_class[group.units], group)
     if isinstance(found, type) and issubclass(found, Criterion):
         raise ImportanceError(
             f"importance is the class {found.__name__}; give an instance, {_example(found)}."
@@ -173,5 +173,8 @@ def _checked(scores: Any, group: Group) -> Scores:
             f"the importance returned shape {array.shape} for {group!r}; expected ({group.size},)."
         )
     if not np.isfinite(array).all():
-        raise ImportanceError(f"the importance returned NaN or infinity for {group!r}.")
+        held = [m for m in group.members if not m.tensor.is_meta]
+        broken = [m.axis.name for m in held if not bool(torch.isfinite(m.tensor).all())]
+        because = f": the parameter {broken[0]!r} holds such values. Load other weights" if broken else ""
+        raise ImportanceError(f"the importance returned NaN or infinity for {group!r}{because}.")
     return array

@@ -80,7 +80,16 @@ def as_data(data: Any, owner: str) -> Iterable[Any]:
 
 def run(model: nn.Module, batch: Any) -> Any:
     """Call ``model`` on ``batch``: a tensor, a tuple of positional inputs, or a dict of keyword inputs."""
-    return _called(model, tuple(batch) if type(batch) is list else batch)
+    inputs = tuple(batch) if type(batch) is list else batch
+    try:
+        return _called(model, inputs)
+    except TypeError as error:
+        if not isinstance(inputs, tuple) or len(inputs) < 2:
+            raise
+        raise ImportanceError(
+            f"the model does not take a batch as its inputs, which is a {_kind(batch)}: {error}. If it holds "
+            f"targets, too, say how it is run: forward=lambda model, batch: model(batch[0])."
+        ) from error
 
 
 def _called(model: nn.Module, inputs: Any) -> Any:

@@ -154,7 +154,7 @@ class LAMP(Magnitude):
         ranked = values[order]
         above = np.cumsum(ranked[::-1])[::-1]
         shares = np.zeros_like(values)
-        shares[order] = np.divide(ranked, above, out=np.zeros_like(ranked), where=above > 0)
+        shares[order] = np.divide(ranked, above, out=np.zeros_like(ranked), where=above != 0)
         return shares
 
 

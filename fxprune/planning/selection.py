@@ -83,6 +83,8 @@ class Selection:
         round_to: Any, budget: Any, heads: Any,
     ) -> Selection:  # fmt: skip
         """Raises :class:`RatioError`, :class:`SelectionError` or :class:`BudgetError` for bad arguments."""
+        if isinstance(ratio, Budget):
+            raise BudgetError("a budget is given by name, in place of the ratio: budget=Budget(macs=0.5).")
         if budget is not None and not isinstance(budget, Budget):
             raise BudgetError(f"budget must be an fxprune.Budget, such as Budget(macs=0.5); got {budget!r}.")
         if budget is not None and ratio is not None:
@@ -316,7 +318,9 @@ def _sets(
     if names is not None:
         for place, (patterns, share) in enumerate(selection.scopes.items()):
             for pattern in patterns if isinstance(patterns, tuple) else (patterns,):
-                for meant in names.narrowed(pattern, "scopes", share):
+                for meant in sorted(names.narrowed(pattern, "scopes", share)):
+                    if assigned.get(meant, (("scope", place), share))[0] != ("scope", place):
+                        notes.append(f"{meant} is in two scopes; the latter counts, {_text(patterns)}")
                     assigned[meant] = ("scope", place), share
         by: dict[str, Pattern] = {}
         for pattern, share in selection.ratios.items():
