@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file, save_model
+from safetensors import safe_open
+from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
 
 import fxprune
@@ -61,6 +62,15 @@ NETS = """
 
     def weightless():
         return nn.Linear(3, 3, device="meta")
+
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Sequential(*list(Net())[:-1]), nn.Linear(8, 5)
+
+        def forward(self, images):
+            y = self.head(torch.cat([self.body(image[None]) for image in images]))
+            return [row[row > row.mean()] for row in y]
 """
 
 
@@ -194,10 +204,16 @@ def test_shapes(text: str) -> None:
     assert parse_shape(text) == (1, 3, 224, 224)
 
 
-@pytest.mark.parametrize("text", ["", "1,,3", "a,b", "1,0,3", "-1,3", "1.5,2"])
+@pytest.mark.parametrize("text", ["", "1,,3", "a,b", "1,0,3", "-1,3", "1.5,2", "[]", "[3,4", "[3;0]"])
 def test_bad_shapes(text: str) -> None:
     with pytest.raises(ExampleInputsError, match="for example --input-shape 1,3,224,224"):
         parse_shape(text)
+
+
+def test_shapes_of_lists() -> None:
+    """In brackets stand the tensors of an input that is a list."""
+    assert parse_shape("[3,48,64; 3x32x32]") == [(3, 48, 64), (3, 32, 32)]
+    assert parse_shape(" [3,48,64]") == [(3, 48, 64)]
 
 
 class Tied(nn.Module):
@@ -426,7 +442,7 @@ class TestErrors:
             raise VerificationError("node conv differs")
 
         monkeypatch.setattr(
-            fxprune, "analyze", lambda *_: SimpleNamespace(captured=SimpleNamespace(report=""))
+            fxprune, "analyze", lambda *_: SimpleNamespace(captured=SimpleNamespace(report="", regions={}))
         )
         plan = SimpleNamespace(apply=lambda model: model, settings={"ratio": 0.5}, notes=())
         monkeypatch.setattr(fxprune, "plan", lambda *_, **__: plan)
@@ -474,6 +490,22 @@ class TestEndToEnd:
         assert "latency" not in captured.out
         x = torch.randn(2, 3, 8, 8)
         torch.testing.assert_close(torch.export.load("same.pt2").module()(x), source(x))
+
+    def test_parts_are_written_as_weights(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """What is pruned by regions is no exported program; the file narrows the original."""
+        argv = ["prune", "nets:Detector", "--input-shape", "[3,8,8; 3,6,9]", "--no-latency"]
+        line = refused(capsys, *argv, "--out", "half.pt2")
+        assert "try --out half.safetensors" in line
+        assert [p.name for p in folder.iterdir()] == ["nets.py"]
+        assert main([*argv, "--out", "half.safetensors"]) == 0
+        assert "[3x8x8, 3x6x9]: random" in capsys.readouterr().err
+        with safe_open("half.safetensors", "pt") as file:
+            plan = fxprune.PruningPlan.from_json(file.metadata()["fxprune"])
+        loaded = load("nets:Detector", shapes=[[(3, 8, 8), (3, 6, 9)]])
+        pruned = plan.apply(load("nets:Detector", shapes=[(1,)], seed=7).model)
+        load_model(pruned, "half.safetensors")
+        for got, wanted in zip(pruned(*loaded.inputs), plan.apply(loaded.model)(*loaded.inputs), strict=True):
+            assert torch.equal(got, wanted)
 
     def test_budgets_and_selection(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         argv = [

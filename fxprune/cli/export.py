@@ -1,22 +1,31 @@
-"""Writing a network as ``.pt2``: checked before the work starts, and never half written."""
+"""Writing a network as ``.pt2``, or its weights and the plan as ``.safetensors``.
+
+Checked before the work starts, and never half written.
+"""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import OutputError
+from ..planning.plan import PruningPlan
 
-__all__ = ["Exported", "check_output", "export", "write"]
+__all__ = ["METADATA", "Exported", "check_output", "check_whole", "export", "write", "write_weights"]
+
+METADATA = "fxprune"
+"""Key under which a ``.safetensors`` file holds the plan."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +42,16 @@ class Exported:
 
 
 def check_output(path: Path) -> None:
-    """Make sure, before any work is done, that a ``.pt2`` file can be written at ``path``.
+    """Make sure, before any work is done, that a file can be written at ``path``.
 
     Raises:
-        OutputError: the suffix is another, ``path`` is a folder, or its folder is missing or not writable.
+        OutputError: the suffix is another than ``.pt2`` and ``.safetensors``, ``path`` is a folder, or its
+            folder is missing or not writable.
     """
-    if path.suffix != ".pt2":
+    if path.suffix not in (".pt2", ".safetensors"):
         raise OutputError(
-            f"cannot write {path}: an exported program is a .pt2 file; try --out {path.with_suffix('.pt2')}"
+            f"cannot write {path}: an exported program is a .pt2 file, weights with their plan are a "
+            f".safetensors file; try --out {path.with_suffix('.pt2')}"
         )
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder; name a file in it")
@@ -55,6 +66,20 @@ def check_output(path: Path) -> None:
             f"cannot write {path}: the folder {folder.absolute()} takes no files ({error.strerror}); name "
             "another one"
         ) from error
+
+
+def check_whole(path: Path, regions: Mapping[str, Any]) -> None:
+    """Make sure that what was captured can be written at ``path``.
+
+    Raises:
+        OutputError: a ``.pt2`` file was asked for, but only regions of the model are graphs.
+    """
+    if regions and path.suffix == ".pt2":
+        raise OutputError(
+            f"cannot write {path}: the model could be captured in parts only ({', '.join(regions)}), and the "
+            f"code around them cannot be exported; try --out {path.with_suffix('.safetensors')}, which holds "
+            f"the narrow weights and the plan"
+        )
 
 
 def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Exported:
@@ -82,7 +107,7 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 
 def write(exported: Exported, path: Path) -> int:
-    """Save to a temporary file beside ``path``, read it back, and only then move it there.
+    """Save an exported program as a ``.pt2`` file.
 
     Returns:
         The size of the file in bytes.
@@ -90,11 +115,46 @@ def write(exported: Exported, path: Path) -> int:
     Raises:
         OutputError: writing or reading back fails; ``path`` is as it was before.
     """
+
+    def save(draft: Path) -> None:
+        torch.export.save(exported.program, draft)
+        torch.export.load(draft)
+
+    return _write(path, save)
+
+
+def write_weights(model: nn.Module, plan: PruningPlan, path: Path) -> int:
+    """Save the state dict of a pruned model and its plan as a ``.safetensors`` file.
+
+    A tied tensor is written once, under its first name. The plan is JSON, in the file's metadata under
+    :data:`METADATA`; applied to the original model, it makes one that the weights fit.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        OutputError: writing or reading back fails; ``path`` is as it was before.
+    """
+    first: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        first.setdefault(id(tensor), name)
+    tensors = {name: state[name].detach().contiguous() for name in first.values()}
+
+    def save(draft: Path) -> None:
+        save_file(tensors, draft, metadata={METADATA: plan.to_json()})
+        with safe_open(draft, "pt") as file:
+            PruningPlan.from_json(file.metadata()[METADATA])
+
+    return _write(path, save)
+
+
+def _write(path: Path, save: Callable[[Path], None]) -> int:
+    """Save to a temporary file beside ``path``, and move it there only when ``save`` is done."""
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fxprune-") as folder:
             draft = Path(folder) / path.name
-            torch.export.save(exported.program, draft)
-            torch.export.load(draft)
+            save(draft)
             size = draft.stat().st_size
             os.replace(draft, path)
     except Exception as error:

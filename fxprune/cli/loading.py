@@ -25,7 +25,12 @@ from ..errors import CheckpointError, ExampleInputsError, ModelSpecError
 
 __all__ = ["Loaded", "add_source", "load", "load_checkpoint", "load_source", "parse_shape"]
 
-_SHAPE_HINT = "write the sizes with commas, for example --input-shape 1,3,224,224"
+_SHAPE_HINT = (
+    "write the sizes with commas, for example --input-shape 1,3,224,224; for an input that is a list of "
+    "tensors --input-shape '[3,480,640; 3,320,320]'"
+)
+Shape = tuple[int, ...] | list[tuple[int, ...]]
+"""Sizes of a tensor, or of each tensor in a list."""
 # How other programs wrap a state dict in a checkpoint.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
@@ -71,8 +76,9 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         metavar="SIZES",
         action="append",
         default=[],
-        help="shape of an input, such as 1,3,224,224; once for each input, in order (default: a torchvision "
-        "classifier's own image size, or what the factory's module defines as example_inputs)",
+        help="shape of an input, such as 1,3,224,224, or '[3,480,640; 3,320,320]' for a list of two tensors; "
+        "once for each input, in order (default: a torchvision classifier's own image size, an image for a "
+        "detector, or what the factory's module defines as example_inputs)",
     )
     source.add_argument(
         "--seed", type=int, default=0, help="of random weights, inputs and scores (default: 0)"
@@ -95,7 +101,7 @@ def load(
     *,
     weights: str | None = None,
     checkpoint: Path | None = None,
-    shapes: Sequence[tuple[int, ...]] = (),
+    shapes: Sequence[Shape] = (),
     seed: int = 0,
 ) -> Loaded:
     """Make the model that ``spec`` names, with its weights and example inputs.
@@ -104,7 +110,8 @@ def load(
         spec: ``torchvision:NAME`` or ``package.module:factory``.
         weights: name of one of torchvision's pretrained weights, for example ``DEFAULT``.
         checkpoint: file with a state dict, which must fit the model exactly.
-        shapes: shape of each positional input, which then is random; none asks the model's maker.
+        shapes: shape of each positional input (a list of them for a list of tensors), which then is random;
+            none asks the model's maker.
         seed: of random weights and inputs.
 
     Raises:
@@ -119,7 +126,7 @@ def load(
             "or package.module:factory, for example mynets.resnet:build"
         )
     own_inputs: Any = None
-    shape: tuple[int, ...] | None = None
+    shape: Shape | None = None
     torch.manual_seed(seed)
     if kind == "torchvision":
         model, shape = _torchvision_model(name, weights)
@@ -165,13 +172,20 @@ def load(
     )
 
 
-def parse_shape(text: str) -> tuple[int, ...]:
-    """Read sizes such as ``1,3,224,224`` or ``1x3x224x224``.
+def parse_shape(text: str) -> Shape:
+    """Read sizes such as ``1,3,224,224`` or ``1x3x224x224``, in brackets those of a list of tensors.
 
     Raises:
         ExampleInputsError: the text is something else, or a size is not positive.
     """
-    words = text.lower().replace("x", ",").split(",")
+    inner = text.strip()
+    if inner.startswith("[") and inner.endswith("]"):
+        return [_parse_sizes(part, text) for part in inner[1:-1].split(";")]
+    return _parse_sizes(text, text)
+
+
+def _parse_sizes(part: str, text: str) -> tuple[int, ...]:
+    words = part.lower().replace("x", ",").split(",")
     try:
         shape = tuple(int(word) for word in words)
     except ValueError:
@@ -181,17 +195,23 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return shape
 
 
-def _random_inputs(model: nn.Module, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
+def _random_inputs(model: nn.Module, shapes: Sequence[Shape]) -> tuple[Any, ...]:
     """Normally distributed inputs, with the type and device of the model's first floating parameter."""
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return tuple(torch.randn(shape, dtype=like.dtype, device=like.device) for shape in shapes)
+
+    def random(shape: Shape) -> Any:
+        if isinstance(shape, list):
+            return [random(one) for one in shape]
+        return torch.randn(shape, dtype=like.dtype, device=like.device)
+
+    return tuple(map(random, shapes))
 
 
 # torchvision
 
 
-def _torchvision_model(name: str, weights: str | None) -> tuple[nn.Module, tuple[int, ...] | None]:
-    """Build one of torchvision's models; also gives the input shape of an image classifier, else None."""
+def _torchvision_model(name: str, weights: str | None) -> tuple[nn.Module, Shape | None]:
+    """Build one of torchvision's models; also gives the inputs of a classifier or detector, else None."""
     from torchvision import models
 
     known = models.list_models()
@@ -223,6 +243,8 @@ def _torchvision_model(name: str, weights: str | None) -> tuple[nn.Module, tuple
     transforms = choices["DEFAULT"].transforms() if "DEFAULT" in choices.__members__ else None
     if weights is not None:
         transforms = choices[weights].transforms()
+    if type(transforms).__name__ == "ObjectDetection":  # a list of images of any size
+        return model, [(3, 480, 640)]
     crop = getattr(transforms, "crop_size", None)
     if type(transforms).__name__ != "ImageClassification" or not crop:
         return model, None

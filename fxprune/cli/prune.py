@@ -21,7 +21,7 @@ from ..cost import Count, count, measure_latency
 from ..errors import RatioError
 from ..importance import BUILT_IN
 from ..inputs import normalize
-from .export import check_output, export, write
+from .export import check_output, check_whole, export, write, write_weights
 from .loading import add_source, load_source
 
 if TYPE_CHECKING:
@@ -49,8 +49,17 @@ examples:
   fxprune prune mynets.resnet:build --checkpoint mine.pt --input-shape 1,3,32,32 --out small.pt2
       your own model: build() in mynets/resnet.py, found from the current folder
 
-In Python, the file is used with:
+  fxprune prune torchvision:ssdlite320_mobilenet_v3_large --out narrow.safetensors
+      weights and plan: for what cannot be exported as a whole, such as detection models
+
+In Python, the files are used with:
   model = torch.export.load("resnet18-half.pt2").module()
+
+  from safetensors import safe_open; from safetensors.torch import load_model
+  with safe_open("narrow.safetensors", "pt") as file:
+      plan = fxprune.PruningPlan.from_json(file.metadata()["fxprune"])
+  model = plan.apply(original)  # any copy of the model that was pruned
+  load_model(model, "narrow.safetensors")
 
 exit codes: 0 done, 2 an error (one line says which), 130 interrupted"""
 
@@ -70,7 +79,7 @@ def add_prune_parser(commands: _SubParsers) -> None:
     """Add the ``prune`` command and its options to the command line's parser."""
     parser = commands.add_parser(
         "prune",
-        help="make a network narrower and write it as .pt2",
+        help="make a network narrower and write it",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -145,7 +154,13 @@ def add_prune_parser(commands: _SubParsers) -> None:
         help="prune only where the result is exact: no normalisation or mean runs over the narrowed axis",
     )
     result = parser.add_argument_group("result")
-    result.add_argument("--out", metavar="FILE.pt2", type=Path, help="write the pruned network here")
+    result.add_argument(
+        "--out",
+        metavar="FILE",
+        type=Path,
+        help="write the pruned network here: FILE.pt2 as an exported program, "
+        "FILE.safetensors as weights with the plan that narrows the original",
+    )
     result.add_argument("--no-latency", action="store_true", help="do not measure the latency")
     result.add_argument("--debug", action="store_true", help="show the full traceback of an error")
 
@@ -182,6 +197,8 @@ def run(options: argparse.Namespace) -> int:
     with progress.step("capture") as say:
         graph = fxprune.analyze(model, inputs)
         say(str(graph.captured.report))
+    if options.out is not None:
+        check_whole(options.out, graph.captured.regions)
     with progress.step("plan") as say:
         plan = fxprune.plan(
             model,
@@ -223,13 +240,16 @@ def run(options: argparse.Namespace) -> int:
         with progress.step("latency") as say, _quiet(not options.debug):
             seconds = measure_latency({"before": model, "after": pruned}, args, kwargs)
             say("measured, in turns")
-    if options.out is not None:
+    if options.out is not None and options.out.suffix == ".safetensors":
+        with progress.step("write") as say:
+            say(f"{options.out}, {_bytes(write_weights(pruned, plan, options.out))}, weights and plan")
+    elif options.out is not None:
         with progress.step("export") as say, _quiet(not options.debug):
             exported = export(pruned, args, kwargs)
             size = write(exported, options.out)
             say(f"{options.out}, {_bytes(size)}, {exported.batch}")
     else:
-        progress.note("export", "not written (--out FILE.pt2 writes it)")
+        progress.note("export", "not written (--out FILE.pt2 or FILE.safetensors writes it)")
 
     stdout = Console(highlight=False)
     stdout.print(_table(before, after, seconds))
@@ -325,6 +345,8 @@ def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """The shapes of the top-level inputs, for people."""
 
     def shape(value: Any) -> str:
+        if isinstance(value, list):
+            return f"[{', '.join(map(shape, value))}]"
         return (
             "x".join(map(str, value.shape)) or "scalar" if hasattr(value, "shape") else type(value).__name__
         )
