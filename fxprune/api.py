@@ -5,24 +5,25 @@ from __future__ import annotations
 import functools
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
-from .capture import capture
+from .capture import Captured, capture
 from .capture.dynamo import named_inputs, takes_tensors
 from .capture.symbolic import function_name
 from .coupling.graph import CouplingGraph
 from .coupling.groups import Group
-from .errors import CaptureError, PlanError, RewriteError
+from .errors import CaptureError, PlanError, RewriteError, SelectionError
 from .importance import Importance, describe, score
 from .inputs import describe_inputs, in_dtype_of, normalize, restore_inputs
 from .passes import Rewritten, rewrite
 from .planning.budget import Budget
 from .planning.check import check_balance, problems
 from .planning.latency import Meter
-from .planning.patterns import Pattern
+from .planning.patterns import Pattern, nearest
 from .planning.plan import Problem, PruningPlan
 from .planning.selection import Scope, Selection, select
 
@@ -54,7 +55,9 @@ def _stage(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 @_stage
-def analyze(model: nn.Module, example_inputs: Any) -> CouplingGraph:
+def analyze(
+    model: nn.Module, example_inputs: Any, *, free_outputs: str | Sequence[str] = ()
+) -> CouplingGraph:
     """Find out what can be removed from ``model`` together, and what cannot be removed.
 
     Runs on shapes alone: the model may live on the meta device.
@@ -62,12 +65,25 @@ def analyze(model: nn.Module, example_inputs: Any) -> CouplingGraph:
     Args:
         model: any module that can be captured; it is not changed.
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+        free_outputs: outputs that may become narrower, for code that can do with that; all others keep their
+            widths. By name: ``"encoder_last_hidden_state"``, ``"hidden_states.*"``, ``"2"`` in a tuple,
+            ``"output"`` where there is but one; the name of a tree stands for all in it.
 
     Raises:
         CaptureError: if the model cannot be turned into a graph.
         ExampleInputsError: if the inputs do not fit it.
+        SelectionError: if the model has no such output; names the nearest.
     """
-    return _analyze(model, *normalize(example_inputs))
+    return _analyze(model, *normalize(example_inputs), free_outputs=_output_names(free_outputs))
+
+
+def _output_names(given: Any) -> tuple[str, ...]:
+    names = (given,) if isinstance(given, str) else given
+    if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(n, str) for n in names):
+        raise SelectionError(
+            f"free_outputs takes names of outputs (encoder_last_hidden_state, hidden_states.*), got {given!r}"
+        )
+    return tuple(names) if not isinstance(names, (set, frozenset)) else tuple(sorted(names))
 
 
 def _analyze(
@@ -76,10 +92,29 @@ def _analyze(
     kwargs: dict[str, Any],
     dissolve: frozenset[str] = frozenset(),
     regions: Mapping[str, Any] | None = None,
+    free_outputs: tuple[str, ...] = (),
 ) -> CouplingGraph:
     graphs: list[CouplingGraph] = []
-    capture(model, args, kwargs, dissolve, regions, lambda captured: graphs.append(CouplingGraph(captured)))
-    return graphs[-1]
+
+    def accept(captured: Captured) -> None:
+        program = replace(captured.program, free_outputs=free_outputs)
+        graphs.append(CouplingGraph(replace(captured, program=program)))
+
+    capture(model, args, kwargs, dissolve, regions, accept)
+    graph = graphs[-1]
+    for pattern in free_outputs:
+        if graph.captured.regions:
+            raise SelectionError(
+                f"free_outputs names {pattern!r}, but {graph.captured.class_name} could be captured in "
+                f"parts only, and its outputs are made by the code around them."
+            )
+        outputs = graph.run.outputs[""]
+        if not any(leaf.named([pattern]) for leaf in outputs):
+            close = ", ".join(map(repr, nearest(pattern, map(str, outputs))))
+            raise SelectionError(
+                f"free_outputs names {pattern!r}, and there is no such output; the nearest are {close}."
+            )
+    return graph
 
 
 @_stage
@@ -99,6 +134,7 @@ def plan(
     round_to: int | Mapping[Pattern, int] | None = None,
     budget: Budget | None = None,
     heads: float = 0.0,
+    free_outputs: str | Sequence[str] = (),
 ) -> PruningPlan:
     """Decide what to remove. The same arguments give the same plan.
 
@@ -132,6 +168,9 @@ def plan(
         heads: share of whole rows to remove: of the heads of every attention, of the groups of every grouped
             convolution or group norm, ``0 <= heads < 1``; those with the lowest sum of scores go. The rows
             that remain are narrowed as all else; ``ratio=0, heads=0.25`` removes heads only.
+        free_outputs: outputs that may become narrower, for code that can do with that; all others keep their
+            widths. By name: ``"encoder_last_hidden_state"``, ``"hidden_states.*"``, ``"2"`` in a tuple,
+            ``"output"`` where there is but one; the name of a tree stands for all in it.
 
     Raises:
         RatioError, SelectionError, BudgetError, ImportanceError, CaptureError, ExampleInputsError: for
@@ -140,7 +179,7 @@ def plan(
     selection = Selection.checked(
         ratio, where, scope, ratios, scopes, max_ratio, keep, round_to, budget, heads
     )
-    return _plan(model, example_inputs, selection, importance, seed)[0]
+    return _plan(model, example_inputs, selection, importance, seed, free_outputs)[0]
 
 
 @_stage
@@ -160,6 +199,7 @@ def prune(
     round_to: int | Mapping[Pattern, int] | None = None,
     budget: Budget | None = None,
     heads: float = 0.0,
+    free_outputs: str | Sequence[str] = (),
 ) -> nn.Module:
     """A narrower copy of ``model``; arguments as for :func:`plan`.
 
@@ -170,7 +210,7 @@ def prune(
     selection = Selection.checked(
         ratio, where, scope, ratios, scopes, max_ratio, keep, round_to, budget, heads
     )
-    return _finish(*_plan(model, example_inputs, selection, importance, seed))
+    return _finish(*_plan(model, example_inputs, selection, importance, seed, free_outputs))
 
 
 @_stage
@@ -210,7 +250,8 @@ def graph_of(made: PruningPlan, model: nn.Module) -> CouplingGraph:
     _check_architecture(made, model)
     args, kwargs = restore_inputs(in_dtype_of(model, made.inputs))
     regions = {path: in_dtype_of(model, region) for path, region in made.regions.items()}
-    graph = _analyze(model, args, kwargs, frozenset(made.dissolved), regions)
+    dissolved = frozenset(made.dissolved)
+    graph = _analyze(model, args, kwargs, dissolved, regions, tuple(made.free_outputs))
     return graph.hold(set(made.held)) if made.held else graph
 
 
@@ -230,8 +271,9 @@ def _plan(
     selection: Selection,
     importance: Importance,
     seed: int,
+    free_outputs: str | Sequence[str],
 ) -> tuple[PruningPlan, Rewritten]:
-    graph = analyze(model, example_inputs)
+    graph = analyze(model, example_inputs, free_outputs=free_outputs)
     args, kwargs = normalize(example_inputs)
     dissolved: frozenset[str] = frozenset()
     notes = []
@@ -250,7 +292,14 @@ def _plan(
         if whole:
             # The widths are numbers inside these functions: trace into them, then decide again.
             try:
-                opened = _analyze(model, args, kwargs, dissolved | whole, graph.captured.regions)
+                opened = _analyze(
+                    model,
+                    args,
+                    kwargs,
+                    dissolved | whole,
+                    graph.captured.regions,
+                    graph.captured.program.free_outputs,
+                )
             except CaptureError as refusal:
                 notes.append(f"could not trace into {', '.join(sorted(whole))}: {refusal}")
                 opened = None
@@ -271,6 +320,7 @@ def _plan(
         removed=selected.removed,
         held=graph.held,
         dissolved=tuple(sorted(dissolved)),
+        free_outputs=graph.captured.program.free_outputs,
         regions=graph.captured.regions,
         notes=(*selected.notes, *notes, *([meter.note] if meter is not None else [])),
         settings={

@@ -109,6 +109,7 @@ class Program:
         skeleton: the rest of the module tree.
         extras: constants that were met while tracing or added by the rewriter; not in the state dict.
         notes: what the user should know about how the graph was made.
+        free_outputs: names of outputs (see :class:`~fxprune.structure.Leaf`) that may become narrower.
     """
 
     graph: fx.Graph
@@ -117,6 +118,7 @@ class Program:
     skeleton: Skeleton
     extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    free_outputs: tuple[str, ...] = ()
 
     def placeholders(self) -> list[fx.Node]:
         return [node for node in self.graph.nodes if node.op == "placeholder"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -31,7 +32,12 @@ class Leaf:
     inside: bool
 
     def __str__(self) -> str:
-        return ".".join(map(str, self.path))
+        return ".".join(map(str, self.path)) or "output"
+
+    def named(self, patterns: Sequence[str]) -> bool:
+        """Whether one of ``patterns`` (with ``*``, ``?`` as in a shell) name the leaf, or a tree it is in."""
+        names = [".".join(map(str, self.path[:end])) for end in range(1, len(self.path))]
+        return any(fnmatchcase(name, pattern) for name in (*names, str(self)) for pattern in patterns)
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Structure:
     tree: Any
 
     def __str__(self) -> str:
-        places = ", ".join(str(leaf) or "itself" for leaf in self.leaves)
+        places = ", ".join(map(str, self.leaves))
         return f"a tree with {len(self.leaves)} tensors ({places})"
 
     def rebuild(self, tensors: Sequence[Any]) -> Any:

@@ -31,6 +31,7 @@ from .passes.parameters import masked, narrow
 from .planning.plan import PruningPlan
 from .program import Program, describe_source, mutable
 from .regions import RegionProgram
+from .structure import Leaf, flatten
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,9 @@ def verify(
         part = candidate.get_submodule(path)
         walk = _Walk(original, narrowing, inexact, limit)
         with torch.no_grad():
-            linked = walk.linked()
+            linked = isinstance(program, RegionProgram) and walk.linked()
             if not inexact and not linked:
-                difference = _whole(original, part, args, kwargs)
+                difference = _whole(original, part, args, kwargs, graph.run.outputs[path], narrowing)
                 worst = max(worst, difference)
                 if difference <= limit:
                     continue
@@ -232,8 +233,18 @@ def _compare_weights(program: Program, pruned: nn.Module, narrowing: Narrowing) 
                 )
 
 
-def _whole(original: nn.Module, candidate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """Largest relative error between the outputs; infinite where their structure differs."""
+def _whole(
+    original: nn.Module,
+    candidate: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    labelled: Mapping[Leaf, Value],
+    narrowing: Narrowing,
+) -> float:
+    """Largest relative error between the outputs; infinite where their structure differs.
+
+    Of outputs that may become narrower, and of state, the surviving part of the original's is compared.
+    """
     outputs = []
     for module in (original, candidate):
         with torch.random.fork_rng():
@@ -248,7 +259,20 @@ def _whole(original: nn.Module, candidate: nn.Module, args: tuple[Any, ...], kwa
                         f"{type(error).__name__}: {error}"
                     ) from error
                 return math.inf  # the walk will say where
-    return _error(outputs[1], outputs[0])
+    (wanted, structure), (got, other) = (flatten(tree) for tree in outputs)
+    if structure.leaves != other.leaves:
+        return math.inf
+    expected = []
+    for tensor, leaf in zip(wanted, structure.leaves, strict=True):
+        value = labelled.get(leaf)
+        labels = [value.label(dim) for dim in range(len(value.shape))] if value is not None else None
+        expected.append(tensor if labels is None else narrow(tensor, labels, narrowing))
+    return _error([got, _plain(outputs[1])], [expected, _plain(outputs[0])])
+
+
+def _plain(tree: Any) -> list[Any]:
+    """What of a tree is no tensor."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if not isinstance(leaf, torch.Tensor)]
 
 
 def _copied(tree: Any) -> Any:

@@ -36,6 +36,7 @@ def check(
     shrinks: bool = True,
     batch_dim: int | None = 0,
     heads: float = 0.0,
+    free_outputs: str | tuple[str, ...] = (),
 ) -> tuple[fxprune.PruningPlan, fx.GraphModule]:
     """Prune ``model``, judge the result, and return it with its plan.
 
@@ -51,11 +52,12 @@ def check(
         shrinks: whether at least one parameter must have become smaller.
         batch_dim: dimension along which the inputs may grow; None where the network has a literal batch.
         heads: as for :func:`fxprune.plan`.
+        free_outputs: as for :func:`fxprune.plan`; where exact, these must be slices of the original's.
     """
     torch.manual_seed(0)
     stir(model)
     before = snapshot(model)
-    plan = fxprune.plan(model, inputs, ratio=ratio, where=where, heads=heads)
+    plan = fxprune.plan(model, inputs, ratio=ratio, where=where, heads=heads, free_outputs=free_outputs)
     pruned = plan.apply(model)
     assert snapshot(model) == before, "the original was changed"
     _same_interface(model, pruned)
@@ -73,7 +75,8 @@ def check(
         assert share <= kept_at_most, (
             f"{share:.3f} of the parameters are left, at most {kept_at_most} were wanted"
         )
-    found = {str(entry.axis): entry for entry in fxprune.analyze(model, inputs).frozen}
+    analysed = fxprune.analyze(model, inputs, free_outputs=free_outputs)
+    found = {str(entry.axis): entry for entry in analysed.frozen}
     for axis, reason in (frozen or {}).items():
         assert axis in found, f"{axis} should be frozen; frozen are {[str(f) for f in found.values()]}"
         assert re.search(reason, str(found[axis])), str(found[axis])
@@ -88,12 +91,18 @@ def check(
     columns = all(group.exact for group in narrowed)
     assert verdict.exact == columns or (heads and verdict.exact)  # whole rows go from inexact groups, too
     if verdict.exact:
-        compare(model, graph, plan, pruned, inputs, batch_dim)
+        compare(model, graph, plan, pruned, inputs, batch_dim, bool(free_outputs))
     else:  # what is exact among it must be so as a whole
         part = fxprune.plan(
-            model, inputs, ratio, where=lambda g: g.exact and (where is None or where(g)), heads=heads
+            model,
+            inputs,
+            ratio,
+            where=lambda g: g.exact and (where is None or where(g)),
+            heads=heads,
+            free_outputs=free_outputs,
         )
-        compare(model, graph_for(part, model), part, part.apply(model), inputs, batch_dim)
+        narrowed_part = part.apply(model)
+        compare(model, graph_for(part, model), part, narrowed_part, inputs, batch_dim, bool(free_outputs))
     _same_gradients(model, pruned, inputs)
     assert snapshot(model) == before, "the original was changed"
     return plan, pruned
@@ -106,8 +115,12 @@ def compare(
     pruned: nn.Module,
     inputs: Any,
     batch_dim: int | None = 0,
+    slices: bool = False,
 ) -> None:
-    """Assert that ``pruned`` computes what the masked original computes, also on a larger batch."""
+    """Assert that ``pruned`` computes what the masked original computes, also on a larger batch.
+
+    With ``slices``, outputs may be what is left of the original's along one dimension, in its order.
+    """
     original = masked(model, graph, plan).double().eval()
     candidate = copy.deepcopy(pruned).double().eval()
     given = [inputs] if batch_dim is None else [inputs, enlarged(inputs, batch_dim)]
@@ -115,9 +128,30 @@ def compare(
         example = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, example)
         with torch.no_grad():
             wanted, got = call(original, example), call(candidate, example)
+        if slices:
+            leaves, spec = pytree.tree_flatten(wanted)
+            found = [left_of(*pair) for pair in zip(leaves, pytree.tree_leaves(got), strict=True)]
+            wanted = pytree.tree_unflatten(found, spec)
         assert same_structure(wanted, got), f"outputs {describe(got)} in place of {describe(wanted)}"
         error = difference(got, wanted)
         assert error < TOLERANCE, f"relative error {error:.1e} against the masked original"
+
+
+def left_of(wanted: Any, got: Any) -> Any:
+    """The slices of ``wanted`` that ``got`` consists of, if they differ in size along one dimension."""
+    if not isinstance(wanted, Tensor) or wanted.dim() != got.dim():
+        return wanted
+    differing = [d for d in range(got.dim()) if got.shape[d] < wanted.shape[d]]
+    if len(differing) != 1:
+        return wanted
+    (dim,), place, index = differing, 0, []
+    for column in got.unbind(dim):
+        while place < wanted.shape[dim] and difference(column, wanted.select(dim, place)) > TOLERANCE:
+            place += 1
+        index.append(place)
+        place += 1
+    assert place <= wanted.shape[dim], "an output holds what the original's does not, or in disorder"
+    return wanted.index_select(dim, torch.tensor(index))
 
 
 def masked(model: nn.Module, graph: fxprune.CouplingGraph, plan: fxprune.PruningPlan) -> nn.Module:

@@ -442,7 +442,9 @@ class TestErrors:
             raise VerificationError("node conv differs")
 
         monkeypatch.setattr(
-            fxprune, "analyze", lambda *_: SimpleNamespace(captured=SimpleNamespace(report="", regions={}))
+            fxprune,
+            "analyze",
+            lambda *_, **__: SimpleNamespace(captured=SimpleNamespace(report="", regions={})),
         )
         plan = SimpleNamespace(apply=lambda model: model, settings={"ratio": 0.5}, notes=())
         monkeypatch.setattr(fxprune, "plan", lambda *_, **__: plan)

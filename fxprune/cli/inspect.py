@@ -52,7 +52,8 @@ def run(options: argparse.Namespace) -> int:
         FxpruneError: what cannot be done, and what to do next.
     """
     loaded = load_source(options)
-    report = fxprune.analyze(loaded.model, loaded.inputs).report()
+    graph = fxprune.analyze(loaded.model, loaded.inputs, free_outputs=options.free_output)
+    report = graph.report()
     text = json.dumps(report.as_dict(), indent=2) if options.json else report.text(all=options.all)
     sys.stdout.write(f"{text}\n")
     return 0

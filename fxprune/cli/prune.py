@@ -195,7 +195,7 @@ def run(options: argparse.Namespace) -> int:
     progress.note("inputs", f"{_shapes(args, kwargs)}: {loaded.inputs_from}")
 
     with progress.step("capture") as say:
-        graph = fxprune.analyze(model, inputs)
+        graph = fxprune.analyze(model, inputs, free_outputs=options.free_output)
         say(str(graph.captured.report))
     if options.out is not None:
         check_whole(options.out, graph.captured.regions)
@@ -213,6 +213,7 @@ def run(options: argparse.Namespace) -> int:
             keep=options.keep,
             budget=budget,
             heads=options.heads,
+            free_outputs=options.free_output,
         )
         asked = (
             ", ".join(f"{name} {value:g}" for name, value in given.items())

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -29,7 +29,7 @@ from ..inputs import meta_like
 from ..leaves import leaf_for
 from ..nn import Pack
 from ..program import Program, clone_module, computed_tensors, describe_source, mutable, named_tensors
-from ..regions import handed
+from ..structure import Leaf, flatten
 from .coupler import Coupler
 from .plain import call_plain
 from .registry import rule_for
@@ -48,12 +48,15 @@ class Run:
         states: parameters and buffers by (first) name.
         values: for each node the tree of its outputs: tensors as :class:`Value`, numbers as they are.
         scalars: for each node the numbers that its pointwise ATen calls were given.
+        outputs: what the graph returns: for each region (one named "" where the model is captured as a
+            whole) a value for each leaf of its outputs.
     """
 
     coupler: Coupler
     states: Mapping[str, State]
     values: Mapping[fx.Node, Any]
     scalars: Mapping[fx.Node, tuple[Any, ...]]
+    outputs: Mapping[str, Mapping[Leaf, Value]]
 
 
 def interpret(
@@ -82,7 +85,13 @@ def interpret(
     interpreter = _Interpreter(program, Coupler(units), seeds or {}, known, observe)
     with _slow_paths(), torch.no_grad():
         interpreter.run(inputs)
-    return Run(interpreter.coupler, interpreter.states, interpreter.values, interpreter.scalars)
+    return Run(
+        interpreter.coupler,
+        interpreter.states,
+        interpreter.values,
+        interpreter.scalars,
+        interpreter.outputs,
+    )
 
 
 @contextlib.contextmanager
@@ -124,6 +133,8 @@ class _Interpreter(TorchDispatchMode):
         self.states: dict[str, State] = {}
         self.values: dict[fx.Node, Any] = {}
         self.scalars: dict[fx.Node, tuple[Any, ...]] = {}
+        self.outputs: dict[str, dict[Leaf, Value]] = {}
+        self._packs: dict[int, Pack] = {}
         self._numbers: list[Any] = []
         self._metas: dict[int, torch.Tensor] = {}
         self._detours: dict[fx.Node, tuple[fx.Node, int, Any]] = {}
@@ -287,12 +298,10 @@ class _Interpreter(TorchDispatchMode):
         original = self.program.modules[path]
         leaf = leaf_for(original)
         if isinstance(original, Pack):
-            node = self.coupler.node
-            if node is not None and any(user.target is handed for user in node.users):
-                found = {id(leaf) for leaf in pytree.tree_leaves(original(*args, **kwargs))}
-                self._freeze_outputs([a for a in args if id(a) not in found])  # the others at the end
-            else:
-                self._freeze_outputs(args, original.state)
+            self.coupler.delicate()  # an object in it holds this run's tensors
+            packed = original(*args, **kwargs)
+            self._packs[id(packed)] = original
+            return packed
         if leaf is None:
 
             def tensor(name: str) -> torch.Tensor:
@@ -332,22 +341,33 @@ class _Interpreter(TorchDispatchMode):
         return result
 
     def _finish(self, node: fx.Node, results: Any) -> None:
-        """Freeze what the graph returns; of values that regions hand to each other only some dimensions."""
-        reason = node.meta.get("reason", _OUTPUT)
-        linked: Mapping[str, Mapping[int, tuple[int, ...]]] = node.meta.get("linked") or {}
-        for path, tree in results.items() if linked else [("", results)]:
-            leaves, free = pytree.tree_leaves(tree), linked.get(path, {})
-            self._freeze_outputs(leaves, tuple(free), reason)
-            for number, dims in free.items():
-                for dim in dims:
-                    self.coupler.freeze_dim(self.coupler.value(leaves[number]), dim, reason)
+        """Freeze what the graph returns, but for state and for outputs that may become narrower.
 
-    def _freeze_outputs(
-        self, values: Iterable[Any], state: tuple[int, ...] = (), reason: str = _OUTPUT
-    ) -> None:
-        for number, value in enumerate(values):
-            if isinstance(value, torch.Tensor) and number not in state:
-                self.coupler.freeze_value(self.coupler.value(value), reason)
+        Of values that regions hand to each other only some dimensions are frozen.
+        """
+        linked: Mapping[str, Mapping[int, tuple[int, ...]]] | None = node.meta.get("linked")
+        for region, tree in [("", results)] if linked is None else results.items():
+            tensors, structure = flatten(tree)
+            pack, leaves = self._packs.get(id(tree)), pytree.tree_leaves(tree)
+            state = {pack.structure.leaves[number] for number in pack.state} if pack is not None else set()
+            links = linked.get(region, {}) if linked is not None else {}
+            others = {id(leaf) for number, leaf in enumerate(leaves) if number not in links}
+            handed_on = {id(leaves[number]) for number in links} - others
+            outputs = self.outputs[region] = {}
+            for tensor, leaf in zip(tensors, structure.leaves, strict=True):
+                if not isinstance(tensor, torch.Tensor):
+                    continue
+                outputs[leaf] = value = self.coupler.value(tensor)
+                if leaf in state or id(tensor) in handed_on:
+                    continue
+                if linked is not None:
+                    self.coupler.freeze_value(value, node.meta["reason"])
+                elif not leaf.named(self.program.free_outputs):
+                    remedy = f'free_outputs="{leaf}" lets it become narrower, for code that can do with that'
+                    self.coupler.freeze_value(value, _OUTPUT, remedy if len(tensors) > 1 else "")
+            for number, dims in links.items():
+                for dim in dims:
+                    self.coupler.freeze_dim(self.coupler.value(leaves[number]), dim, node.meta["reason"])
 
     # -- views that amount to a permutation -----------------------------------------------------
 
