@@ -358,6 +358,15 @@ def mutable(tree: Any) -> Any:
     return tree
 
 
+def writes(node: fx.Node) -> bool:
+    """Whether a node may write into what it is given."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return bool(schema.is_mutable)
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name.endswith("_") or name == "setitem"
+
+
 def describe_source(node: fx.Node | None) -> str:
     """``file.py:12 in forward`` for a node, or an empty string where the source is unknown."""
     source = node.meta.get("source") if node is not None else None

@@ -182,7 +182,8 @@ def _masked(program: Program, narrowing: Narrowing, dtype: torch.dtype) -> Progr
 def _recast(graph: fx.Graph, dtype: torch.dtype) -> fx.Graph:
     """A copy of ``graph`` with ``dtype`` for every floating-point type that is written down.
 
-    Dropout that is written down is off: what it draws depends on the width.
+    Dropout that is written down is off: what it draws depends on the width. Memory that is not written yet
+    holds zeros, so that slices of it can be compared.
     """
     new, nodes = copy_graph(graph)
 
@@ -194,6 +195,9 @@ def _recast(graph: fx.Graph, dtype: torch.dtype) -> fx.Graph:
             node.target, node.args = "to", (node.args[0], dtype)
         elif node.op != "get_attr":
             node.args, node.kwargs = map_aggregate(node.args, recast), map_aggregate(node.kwargs, recast)
+        if operator_name(node).startswith(_UNWRITTEN):
+            with new.inserting_after(node):
+                new.create_node("call_method", "zero_", (node,), name=f"{node.name}_zeroed")
         if node.op != "call_function":
             continue
         if node.target in _DROPOUTS:
@@ -292,7 +296,7 @@ def _error(got: Any, wanted: Any) -> float:
             same = (a == b) | ((a != a) & (b != b))
             if bool(same.all()):
                 continue
-            if not a.is_floating_point():
+            if not (a.is_floating_point() or a.is_complex()):
                 return math.inf
             scale = b[torch.isfinite(b)].abs().max().item() if bool(torch.isfinite(b).any()) else 0.0
             difference = (a - b).abs().masked_fill(same, 0).max().item()
@@ -321,7 +325,8 @@ class _Walk:
         places = [node for node in self.original.graph.nodes if node.op == "placeholder"]
         narrow = [self._narrowed(node, value) for node, value in zip(places, inputs, strict=True)]
         got = _Stepper(candidate, _copied(narrow))
-        names = {node.name for node in self.original.graph.nodes}
+        nodes = self.original.graph.nodes
+        names = {n.name for n in nodes if n.op == "output" or self.narrowing.tree(n.name) is not None}
         for node in got:
             if node.name not in names:
                 continue

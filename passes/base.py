@@ -79,9 +79,10 @@ class Narrowing:
         self._repeats: dict[int, bool] = {}
         self._values = {node.name: value for node, value in graph.run.values.items()}
         self._takes = {node.name: take for node, take in graph.run.coupler.takes.items()}
-        self._origin: dict[int, str] = {}
+        self._origins: dict[int, list[str]] = {}
         for name, value in self._values.items():
-            self._origin.setdefault(id(value), name)
+            self._origins.setdefault(id(value), []).append(name)
+        self._order = {name: number for number, name in enumerate(self._values)}
 
     def alive(self, label: Label) -> Mask:
         """For each index of ``label.ids`` whether it survives."""
@@ -171,7 +172,9 @@ class Narrowing:
         take = self._takes.get(node.name)
         if take is None:
             return None
-        origin = self._origin.get(id(take.value))
+        # An in-place operator puts out the very value again: the last one before the node has all writes.
+        origins = self._origins.get(id(take.value), [])
+        origin = next((n for n in reversed(origins) if self._order[n] < self._order[node.name]), None)
         if origin is None:  # picked after other dimensions had been sliced
             own = take.value.label(take.dim)
             for before in node.all_input_nodes:

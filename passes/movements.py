@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from ..coupling.units import Take, Value
-from ..program import Program
+from ..program import Program, writes
 from .base import Narrowing, Pass, copy_graph, operator_name
 
 _FLIPS = frozenset(["flip", "fliplr", "flipud"])
@@ -57,7 +57,8 @@ class SelectMovements(Pass):
                 node.meta.pop("is_wrapped", None)
         had_users = {node.name for node in program.graph.nodes if node.users}
         for node in reversed(list(graph.nodes)):  # the movements that the picks replace
-            if node.op in ("call_method", "call_function") and not node.users and node.name in had_users:
+            calls = node.op in ("call_method", "call_function") and not writes(node)
+            if calls and not node.users and node.name in had_users:
                 graph.erase_node(node)
         return replace(program, graph=graph, extras=extras)
 

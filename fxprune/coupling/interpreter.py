@@ -28,7 +28,15 @@ from ..errors import CaptureError, ExampleInputsError, FxpruneError
 from ..inputs import meta_like
 from ..leaves import leaf_for
 from ..nn import Pack
-from ..program import Program, clone_module, computed_tensors, describe_source, mutable, named_tensors
+from ..program import (
+    Program,
+    clone_module,
+    computed_tensors,
+    describe_source,
+    mutable,
+    named_tensors,
+    writes,
+)
 from ..structure import Leaf, flatten
 from .coupler import Coupler
 from .plain import call_plain
@@ -85,6 +93,7 @@ def interpret(
     interpreter = _Interpreter(program, Coupler(units), seeds or {}, known, observe)
     with _slow_paths(), torch.no_grad():
         interpreter.run(inputs)
+    interpreter.keep_views()
     return Run(
         interpreter.coupler,
         interpreter.states,
@@ -135,6 +144,7 @@ class _Interpreter(TorchDispatchMode):
         self.scalars: dict[fx.Node, tuple[Any, ...]] = {}
         self.outputs: dict[str, dict[Leaf, Value]] = {}
         self._packs: dict[int, Pack] = {}
+        self._written: dict[int, tuple[list[bool], fx.Node | None]] = {}
         self._numbers: list[Any] = []
         self._metas: dict[int, torch.Tensor] = {}
         self._detours: dict[fx.Node, tuple[fx.Node, int, Any]] = {}
@@ -174,6 +184,10 @@ class _Interpreter(TorchDispatchMode):
             ):
                 coupler.delicate()
             rule.apply(coupler, args, kwargs, out)
+            for place in _written(func):
+                if place < len(args) and isinstance(args[place], torch.Tensor):
+                    storage = coupler.peek(args[place]).storage
+                    self._written[id(storage)] = storage, coupler.node
             if rule.family == "pointwise":
                 numbers = [a for a in args if isinstance(a, (int, float)) and not isinstance(a, bool)]
                 if numbers:
@@ -249,6 +263,16 @@ class _Interpreter(TorchDispatchMode):
                 self._finish_detour(node, env)
             self.values[node] = self._describe(result)
 
+    def keep_views(self) -> None:
+        """Forget picks through which, or behind which, something is written: a copy would not do for them."""
+        order = {node: number for number, node in enumerate(self.program.graph.nodes)}
+        for node, take in self.coupler.takes.items():
+            value = self.values.get(node)
+            if take is not None and isinstance(value, Value) and value.storage is take.value.storage:
+                _, writer = self._written.get(id(value.storage), (None, None))
+                if writer is not None and order[writer] > order[node]:
+                    self.coupler.takes[node] = None
+
     def _execute(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """The outputs of a node that calls something."""
         if node.op == "call_module":
@@ -277,7 +301,7 @@ class _Interpreter(TorchDispatchMode):
             return tensor.clone() if fixed and tensor.numel() <= _SMALL else None
         value = self.values.get(node)
         if (
-            _writes(node)
+            writes(node)
             or node.op not in ("call_function", "call_method")
             or (isinstance(value, Value) and math.prod(value.shape) > _SMALL)
         ):
@@ -622,13 +646,16 @@ def _lacks_kernel(error: Exception) -> bool:
     return isinstance(error, NotImplementedError) or "no fake impl" in str(error)
 
 
-def _writes(node: fx.Node) -> bool:
-    """Whether a node may write into what it is given."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None:
-        return bool(schema.is_mutable)
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return name.endswith("_") or name == "setitem"
+@functools.cache
+def _written(func: Any) -> tuple[int, ...]:
+    """Which arguments an operator writes into."""
+    if not func._schema.is_mutable:
+        return ()
+    return tuple(
+        place
+        for place, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
 
 
 def _needs_values(error: Exception) -> bool:
