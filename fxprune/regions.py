@@ -52,6 +52,7 @@ class Region:
         path: the submodule.
         root: where the names in its program start: the submodule itself, or, if it is a leaf that stays what
             it is, the module that holds it.
+        rung: the rung that captured it; empty for a leaf.
         inputs: description of its arguments (see :func:`fxprune.inputs.describe_inputs`).
         outside: parameters and buffers in it that code around the regions uses, too, by their full names.
         placeholders: name of a placeholder in the common graph -> its name in the submodule's signature.
@@ -61,6 +62,7 @@ class Region:
 
     path: str
     root: str
+    rung: str
     inputs: Mapping[str, Any]
     outside: tuple[str, ...]
     placeholders: Mapping[str, str]
@@ -75,6 +77,7 @@ class Part:
     Attributes:
         program: the submodule's; of a leaf, that of a module which holds it.
         root: see :class:`Region`.
+        rung: see :class:`Region`.
         inputs: description of its arguments.
         outside: names of its tensors that are used outside of the regions, too.
         links: what comes from other regions.
@@ -82,8 +85,9 @@ class Part:
 
     program: Program
     root: str
+    rung: str
     inputs: Any
-    outside: tuple[str, ...]
+    outside: tuple[str, ...] = ()
     links: tuple[Link, ...] = ()
 
 
@@ -276,9 +280,8 @@ def unite(
             mapping[node] = new
         modules.update({f"{root}{name}": module for name, module in program.modules.items()})
         extras.update({f"{root}{name}": tensor for name, tensor in program.extras.items()})
-        regions.append(
-            Region(path, part.root, part.inputs, part.outside, placeholders, program.skeleton, part.links)
-        )
+        fixed = part.root, part.rung, part.inputs, part.outside
+        regions.append(Region(path, *fixed, placeholders, program.skeleton, part.links))
     outputs[""] = [graph.get_attr(name) for part in parts.values() for name in part.outside]
     output = graph.output(outputs)
     output.meta["linked"] = free

@@ -16,6 +16,7 @@ from rich.text import Text
 from .coupling.graph import CouplingGraph
 from .coupling.groups import Group
 from .planning.costs import CostModel
+from .regions import Region, RegionProgram
 
 MOST = 12
 """Lines of a table in short form."""
@@ -87,6 +88,25 @@ class FrozenEntry:
 
 
 @dataclass(frozen=True)
+class RegionEntry:
+    """A submodule that is captured, where the model as a whole cannot be.
+
+    Attributes:
+        path: the submodule.
+        rung: how it was captured; empty for a layer that is called as it is.
+        params: its parameter entries.
+        linked: regions from which something comes to it that may become narrower.
+        outside: its parameters and buffers that the code around the regions uses, too; they stay.
+    """
+
+    path: str
+    rung: str
+    params: Share
+    linked: tuple[str, ...]
+    outside: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Report:
     """Made by :meth:`fxprune.CouplingGraph.report`; printing it shows the short form.
 
@@ -100,6 +120,8 @@ class Report:
         blocks: the same with the groups of repeated blocks in one entry: numbers in which they differ are
             ``*``, members are those of the first, costs those of all.
         frozen: what stays.
+        regions: the submodules that were captured; empty if the whole model was.
+        refused: submodules that could not be captured, and why.
     """
 
     model: str
@@ -110,6 +132,8 @@ class Report:
     groups: tuple[GroupEntry, ...]
     blocks: tuple[GroupEntry, ...]
     frozen: tuple[FrozenEntry, ...]
+    regions: tuple[RegionEntry, ...] = ()
+    refused: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -145,6 +169,11 @@ class Report:
             )
         yield table
         yield Text()
+        if self.regions:
+            yield Text(f"{len(self.regions)} regions; the code around them stays as it is")
+            yield self._region_table()
+            yield from (Text(f"not captured: {refusal}") for refusal in self.refused)
+            yield Text()
         groups = self.groups if all else self.blocks
         exact = sum(group.exact for group in self.groups)
         units = sum(group.units for group in self.groups)
@@ -158,6 +187,22 @@ class Report:
         for entry in frozen if all else frozen[:MOST]:
             yield _frozen_text(entry)
         yield from _left_out(len(frozen) - MOST, "frozen axes", all)
+
+    def _region_table(self) -> Table:
+        table = _table(
+            "region", ("parameters", "right"), ("can be removed", "right"), ("captured by", "left"),
+            ("fed by", "left"),
+        )  # fmt: skip
+        for region in self.regions:
+            share = region.params
+            table.add_row(
+                Text(region.path, overflow="fold"),
+                f"{share.total:,}",
+                f"{share.prunable / share.total:.1%}" if share.total else "-",
+                region.rung or "called as it is",
+                Text(", ".join(region.linked), overflow="fold"),
+            )
+        return table
 
     def _group_table(self, groups: tuple[GroupEntry, ...]) -> Table:
         right = [(name, "right") for name in ("units", "axes", "params", "MACs")]
@@ -179,11 +224,19 @@ def report(graph: CouplingGraph) -> Report:
     """See :meth:`fxprune.CouplingGraph.report`."""
     costs = CostModel(graph)
 
-    def left(gone: Any) -> tuple[int, int]:
+    def sizes(gone: Any) -> Any:
         alive = np.ones(costs.prunable.size, dtype=bool)
         alive[gone] = False
-        sizes = costs.sizes(alive)
-        return costs.params(sizes), costs.macs(sizes)
+        return costs.sizes(alive)
+
+    def left(gone: Any) -> tuple[int, int]:
+        return costs.params(sizes(gone)), costs.macs(sizes(gone))
+
+    def region(found: Region) -> RegionEntry:
+        everything: list[Any] = [[], costs.prunable]
+        own, least = (costs.params(sizes(gone), f"{found.path}.") for gone in everything)
+        linked = tuple(dict.fromkeys(link.source for link in found.links))
+        return RegionEntry(found.path, found.rung, Share(own, own - least), linked, found.outside)
 
     params, macs = left([])
     least_params, least_macs = left(costs.prunable)
@@ -211,6 +264,8 @@ def report(graph: CouplingGraph) -> Report:
         return tuple(sorted(map(entry, groups), key=lambda found: -found.params))
 
     captured = graph.captured
+    program = captured.program
+    parts = program if isinstance(program, RegionProgram) else None
     return Report(
         captured.class_name,
         captured.rung,
@@ -230,6 +285,8 @@ def report(graph: CouplingGraph) -> Report:
             )
             for entry in graph.frozen
         ),
+        tuple(map(region, parts.regions)) if parts is not None else (),
+        parts.refused if parts is not None else (),
     )
 
 
@@ -288,4 +345,4 @@ def _frozen_text(entry: FrozenEntry) -> Text:
     return Text(f"{entry.axis}, {entry.size} wide: {entry.reason}{at}{source}{remedy}")
 
 
-__all__ = ["FrozenEntry", "GroupEntry", "Report", "Share", "report"]
+__all__ = ["FrozenEntry", "GroupEntry", "RegionEntry", "Report", "Share", "report"]

@@ -103,6 +103,30 @@ def test_says_so(model: nn.Module) -> None:
     assert "control flow" in report
 
 
+def test_report() -> None:
+    """One entry a region: what it was captured by, what of it can go, where its inputs come from."""
+    model = Handing("operator").eval()
+    report = fxprune.analyze(model, X).report()
+    a, b = report.regions
+    assert (a.path, b.path) == ("a", "b")
+    assert {a.rung, b.rung} == {"symbolic tracing"}
+    assert b.params.total == 8 * 12 + 12 + 12 * 4 + 4
+    assert b.params.prunable == 8 * 12 + 12 + 12 * 4
+    linked = fxprune.analyze(Handing().eval(), X).report().regions[1]
+    assert linked.linked == ("a",)
+    assert linked.params.prunable == b.params.prunable
+    assert "2 regions; the code around them" in str(report)
+    assert report.as_dict()["regions"][0]["path"] == "a"
+
+
+def test_report_says_what_is_no_region() -> None:
+    model = Stepwise().eval()
+    model.block = Shape()  # type: ignore[assignment]
+    report = fxprune.analyze(model, X).report()
+    assert report.refused == ("block: its graph differs from call to call",)
+    assert "not captured: block" in str(report)
+
+
 def test_boundary_stays(model: nn.Module) -> None:
     """What leaves a region keeps its width, and says why."""
     frozen = {str(f.axis): f.reason for f in fxprune.analyze(model, X).frozen}

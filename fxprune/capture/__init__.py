@@ -90,11 +90,12 @@ def capture(
         "symbolic tracing with known shapes": partial(symbolic.trace_with_shapes, dissolve=dissolve)
     }
 
-    def whole(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-        program = _climb(module, args, kwargs, RUNGS, accept).program
-        if dissolve.isdisjoint(symbolic.function_name(node.target) for node in program.graph.nodes):
-            return program
-        return _climb(module, args, kwargs, opened, accept).program
+    def whole(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, str]:
+        found = _climb(module, args, kwargs, RUNGS, accept)
+        called = (symbolic.function_name(node.target) for node in found.program.graph.nodes)
+        if not dissolve.isdisjoint(called):
+            found = _climb(module, args, kwargs, opened, accept)
+        return found.program, found.rung
 
     if known:
         rungs: dict[str, Rung] = {"regions": lambda model, *_: regions.again(model, known, whole)}
@@ -174,7 +175,9 @@ def _captured(
             f"{', '.join(computed[:3])}{more}; norms in there run over what is left. "
             f"Remove the parametrizations before pruning to keep the weights that they give now."
         )
-    if refusals:
+    parts = program.regions if isinstance(program, RegionProgram) else None
+    used = {rung} if parts is None else {part.rung for part in parts}
+    if used - {next(iter(RUNGS)), ""}:
         report += " Control flow follows the shapes of the example inputs."
     return Captured(program, rung, report, name, inputs, regions.describe(program))
 

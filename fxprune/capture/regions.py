@@ -29,8 +29,8 @@ from .arguments import Arguments
 from .symbolic import is_leaf
 
 Calls = tuple[tuple[Any, ...], dict[str, Any]]
-Whole = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Program]
-"""Captures one module on meta inputs; raises CaptureError or ExampleInputsError where it cannot."""
+Whole = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Program, str]]
+"""Captures one module on meta inputs, and says by which rung; raises CaptureError or ExampleInputsError."""
 
 
 def find(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], whole: Whole) -> RegionProgram:
@@ -46,7 +46,7 @@ def find(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], whole:
         CaptureError: if the model does not run, or no submodule with parameters can be captured.
     """
     seen = observe(model, args, kwargs)
-    found: dict[str, tuple[Program, str, Any]] = {}
+    found: dict[str, Part] = {}
     refusals: list[str] = []
     visited = {model}
 
@@ -61,14 +61,15 @@ def find(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], whole:
                 search(child, full)
                 continue
             try:
-                found[full] = (*_one(child, full, calls, whole), calls[0])
+                found[full] = _part(child, full, calls, whole)
             except FxpruneError as refusal:
-                refusals.append(f"{full}: {str(refusal).strip().splitlines()[0]}")
+                reason = refusal.__cause__ if isinstance(refusal.__cause__, FxpruneError) else refusal
+                refusals.append(f"{full}: {str(reason).strip().splitlines()[0].rstrip('.')}")
                 search(child, full)
 
     search(model, "")
     outside = seen.outside(set(found))
-    parts = {path: Part(*part, _beneath(path, outside)) for path, part in found.items()}
+    parts = {path: replace(part, outside=_beneath(path, outside)) for path, part in found.items()}
     parts = _worthwhile(_linked(model, args, kwargs, parts))
     if not parts:
         reasons = "; ".join(refusals[:4]) or "no submodule with parameters was called"
@@ -94,8 +95,8 @@ def again(model: nn.Module, regions: Mapping[str, Any], whole: Whole) -> RegionP
             links = tuple(Link(**{**link, "read": tuple(link["read"])}) for link in region.get("links", ()))
         except (TypeError, KeyError) as error:
             raise PlanError(f"the plan's links of the region {path!r} are malformed.") from error
-        program, root = _one(modules[path], path, [region["inputs"]], whole)
-        found[path] = Part(program, root, region["inputs"], tuple(region["outside"]), links)
+        part = _part(modules[path], path, [region["inputs"]], whole)
+        found[path] = replace(part, outside=tuple(region["outside"]), links=links)
     return unite(model, Skeleton.of(model), found, ())
 
 
@@ -125,8 +126,8 @@ def real_inputs(
     return observe(model, args, kwargs, {region.path for region in program.regions}).kept
 
 
-def _one(module: nn.Module, path: str, calls: list[Any], whole: Whole) -> tuple[Program, str]:
-    """The program of ``module``, which must be the same for all ``calls``, and where its names start."""
+def _part(module: nn.Module, path: str, calls: list[Any], whole: Whole) -> Part:
+    """The submodule ``module``, whose program must be the same for all ``calls``."""
     odd = next((call for call in calls if isinstance(call, FxpruneError)), None)
     if odd is not None:
         raise odd
@@ -134,15 +135,15 @@ def _one(module: nn.Module, path: str, calls: list[Any], whole: Whole) -> tuple[
     if is_leaf(module):
         root, _, name = path.rpartition(".")
         whole = partial(_leaf, name)
-    program = whole(module, *restore_inputs(calls[0]))
+    program, rung = whole(module, *restore_inputs(calls[0]))
     code = str(program.graph)
     for other in calls[1:]:
-        if str(whole(module, *restore_inputs(other)).graph) != code:
+        if str(whole(module, *restore_inputs(other))[0].graph) != code:
             raise CaptureError("its graph differs from call to call")
-    return program, root
+    return Part(program, root, rung, calls[0])
 
 
-def _leaf(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+def _leaf(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, str]:
     """The program of a module that does nothing but call its child ``module``, a leaf."""
     arguments = Arguments.of(module, args, kwargs)
     graph = fx.Graph()
@@ -153,12 +154,13 @@ def _leaf(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     graph.output(graph.call_module(name, placed, {given: places[given] for given in arguments.by_name()}))
     holder = nn.Module().train(module.training)
     holder._modules[name] = module
-    return Program(
+    program = Program(
         graph=graph,
         modules={name: module},
         tensors=dict(named_tensors(holder)),
         skeleton=Skeleton.of(holder),
     )
+    return program, ""
 
 
 def _beneath(path: str, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -198,9 +198,12 @@ class CostModel:
             sizes[self._where] = np.maximum.reduceat(columns, self._label_starts)  # rows that go are empty
         return sizes
 
-    def params(self, sizes: Ids) -> int:
-        """Number of parameter entries."""
-        return int(sizes[self._dims].prod(axis=1)[self._is_parameter].sum())
+    def params(self, sizes: Ids, within: str = "") -> int:
+        """Number of parameter entries, of those alone whose first names start with ``within``."""
+        counted = self._is_parameter
+        if within:
+            counted = counted & np.array([name.startswith(within) for name in self._names], dtype=bool)
+        return int(sizes[self._dims].prod(axis=1)[counted].sum())
 
     def bytes(self, sizes: Ids) -> int:
         """Bytes of all tensors that a state dict holds."""
