@@ -1020,6 +1020,22 @@ def sinusoids_assigned_in_slices(net, x):
 
 
 @case(TOKENS, lambda: {"qkv": nn.Linear(12, 36), "out": nn.Linear(12, 12)}, "qkv out")
+def rotary_table_of_interleaved_pairs(net, x):
+    n, t, _ = x.shape
+    q, k, v = net.qkv(x).view(n, t, 3, 2, 6).permute(2, 0, 3, 1, 4).unbind(0)
+    angle = torch.outer(torch.arange(t, dtype=x.dtype), torch.arange(3, dtype=x.dtype)).repeat_interleave(
+        2, -1
+    )
+
+    def rotated(z):
+        turned = torch.stack([-z[..., 1::2], z[..., ::2]], -1).reshape(z.shape)
+        return z * angle.cos() + turned * angle.sin()
+
+    x = F.scaled_dot_product_attention(rotated(q), rotated(k), v)
+    return net.out(x.transpose(1, 2).reshape(n, t, 12))
+
+
+@case(TOKENS, lambda: {"qkv": nn.Linear(12, 36), "out": nn.Linear(12, 12)}, "qkv out")
 def rotary_table_computed_in_forward(net, x):
     n, t, _ = x.shape
     q, k, v = net.qkv(x).view(n, t, 3, 2, 6).permute(2, 0, 3, 1, 4)
@@ -2436,3 +2452,25 @@ def test_rows_choose_their_own_columns() -> None:
     (member,) = [m for m in group.members if str(m.axis) == "v.weight[0]"]
     removed = [row for row in range(24) if member.units[row] in plan.removed[group.name]]
     assert removed == sorted(6 * head + (head + i) % 6 for head in range(4) for i in range(3))
+
+
+class GroupScaled(nn.Module):
+    """Divides by written-out statistics of two groups of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.v, self.b = conv(3, 8), parameter(8), conv(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        n, c, h, w = x.shape
+        y = x.reshape(n, 2, c // 2, h, w)
+        std = y.var(dim=(2, 3, 4), keepdim=True).add(1e-3).sqrt().expand(y.shape).reshape(n, c, h, w)
+        return self.b(x * (x * self.v.view(1, -1, 1, 1)).sigmoid() / std)
+
+
+def test_one_group_of_two_is_left() -> None:
+    """Its channels are one unit, and are followed nevertheless when the result is checked."""
+    plan = fxprune.plan(GroupScaled().eval(), IMAGE, ratio=0.5)
+    assert not plan.notes
+    assert [len(units) for units in plan.removed.values()] == [1]

@@ -557,14 +557,16 @@ class Coupler:
         for at in range(array.ndim):
             if array.shape[at] > 1 and (roots != roots.take([0], axis=at)).any():
                 varying.append(at)
-        constant = [at for at in range(array.ndim) if at not in varying]
-        array = array[tuple(0 if at in constant else slice(None) for at in range(array.ndim))]
-        dims = [out_order[at] for at in varying]
         own = [at for at in varying if at >= n_outer]
+        wide = [at for at in range(n_outer, array.ndim) if array.shape[at] > 1]
+        if not own and self.units.anchors and len(wide) == 1:  # in a check: of several units one is left
+            varying, own = [*varying, *wide], wide
         if not own:
             if not label.over:
                 self.freeze(label, "all indices of the axis form one unit")
             return
+        array = array[tuple(slice(None) if at in varying else 0 for at in range(array.ndim))]
+        dims = [out_order[at] for at in varying]
         outer = len(varying) - len(own)
         cells = array
         for level in range(len(varying) - 1, outer - 1, -1):

@@ -115,8 +115,8 @@ def slice_(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
         c.put(out, [label if label is not None and dim not in label.over else None for label in labels])
     else:
         label = value.label(dim)
-        if label is not None and label.over and index[0] > 0:
-            # What lies before must be balanced, too.
+        if label is not None and label.over and index[0] > 0 and step == 1:
+            # What lies before must be balanced, too, for the bound to be one number.
             c.rectangle(c._rows(value, label), label.ids[..., : index[0]])
         pick = c.take if step == 1 else c.pick
         c.put_view(out, value, pick(value, dim, index))
