@@ -505,6 +505,8 @@ def shortfall(graph: Any, plan: Any, kept: float) -> str:
     if kept > 0.5:
         shares: dict[str, int] = {}
         for entry in graph.frozen:
+            if entry.axis.dim > 1:
+                continue  # a kernel's extent, not a width
             size = math.prod(graph.states[entry.axis.name].shape)
             reason = f"frozen: {entry.reason}"
             shares[reason] = shares.get(reason, 0) + size
