@@ -457,7 +457,8 @@ def judge(oracle: Any, row: Row, model: nn.Module, inputs: Any) -> str:
             plan = pruned.meta["fxprune"]
         row.kept_exact = round(sum(p.numel() for p in pruned.parameters()) / max(row.params, 1), 3)
         if not any(plan.removed.values()):
-            row.reason = plain(f"no exact group: {narrowed[0].inexact_because}, and the like")
+            reasons = [f"no exact group: {narrowed[0].inexact_because}, and the like", row.reason]
+            row.reason = plain("; ".join(filter(None, reasons)))
             return "none"
         fxprune.verify(model, pruned, plan, inputs, dtype=dtype)
     except fxprune.FxpruneError as error:
@@ -663,10 +664,12 @@ def cells(row: Row) -> list[str]:
 
 def summary(rows: Sequence[Row]) -> str:
     ran, exact = sum(row.ran for row in rows), sum(row.exact in ("yes", "unseen") for row in rows)
+    without = sum(row.exact == "none" for row in rows)
     slowest = max((row.seconds or 0 for row in rows), default=0)
     largest = max((row.peak_mb or 0 for row in rows), default=0)
     most = f"at most {slowest:.0f} s and {largest:.0f} MB a model"
-    return f"{len(rows)} models, {ran} run, {exact} are exact; {most}."
+    inexact = f", {without} have no exact group" if without else ""
+    return f"{len(rows)} models, {ran} run, {exact} are exact{inexact}; {most}."
 
 
 def write_table(rows: Sequence[Row], stem: Path) -> None:
@@ -678,7 +681,8 @@ def write_table(rows: Sequence[Row], stem: Path) -> None:
         own = sorted((row for row in rows if row.zoo == zoo), key=lambda row: row.model)
         if own:
             lines += [f"## {zoo}", "", summary(own), ""]
-            lines += [f"Versions: {'; '.join(sorted({row.versions for row in own}))}.", ""]
+            parts = {part for row in own for part in row.versions.split(", ")}
+            lines += [f"Versions, row by row in the other file: {', '.join(sorted(parts))}.", ""]
             lines += [f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER)]
             lines += [f"| {' | '.join(cells(row))} |" for row in own]
             lines.append("")
