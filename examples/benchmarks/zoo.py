@@ -428,6 +428,7 @@ def stages(row: Row, model: nn.Module, inputs: Any) -> Iterator[None]:
         )
     row.batch = takes_batches(oracle, model, pruned, inputs)
     yield
+    del pruned, wanted, got, graph, plan  # room for the copies that follow
     row.exact = judge(oracle, row, model, inputs)
 
 
@@ -445,7 +446,7 @@ def judge(oracle: Any, row: Row, model: nn.Module, inputs: Any) -> str:
     wide = row.params <= LARGE and runs_in_double(oracle, model, inputs)
     dtype = torch.float64 if wide else torch.float32
     # Narrowed in the type that it is judged in: an exported graph holds the types that the forward asked for.
-    model = copy.deepcopy(model).to(dtype)
+    model = copy.deepcopy(model).to(dtype) if wide else model
     inputs = pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
     pruned = fxprune.prune(model, inputs, ratio=RATIO)
     plan = pruned.meta["fxprune"]
