@@ -558,9 +558,9 @@ class Coupler:
             if array.shape[at] > 1 and (roots != roots.take([0], axis=at)).any():
                 varying.append(at)
         own = [at for at in varying if at >= n_outer]
-        wide = [at for at in range(n_outer, array.ndim) if array.shape[at] > 1]
-        if not own and self.units.anchors and len(wide) == 1:  # in a check: of several units one is left
-            varying, own = [*varying, *wide], wide
+        if not own and not label.over and self.units.anchors:  # in a check: of several units one is left
+            wide = [at for at in range(array.ndim) if array.shape[at] > 1]
+            varying = own = wide if len(wide) == 1 else []
         if not own:
             if not label.over:
                 self.freeze(label, "all indices of the axis form one unit")
