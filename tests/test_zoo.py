@@ -160,6 +160,14 @@ def test_sample_of_timm(name: str, size: int, kept: float) -> None:
     check(timm.create_model(name).eval(), torch.randn(1, 3, size, size), kept_at_most=kept)
 
 
+def test_attention_in_blocks_with_halos() -> None:
+    """Heads, blocks and pixels share dimensions, which the check of the result has to follow."""
+    layers = pytest.importorskip("timm.layers.halo_attn")
+    halo = layers.HaloAttn(16, num_heads=2, dim_head=8, block_size=4, halo_size=1)
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), halo, nn.Conv2d(16, 4, 1)).eval()
+    check(model, torch.randn(1, 3, 8, 8), narrows=["0.weight"])
+
+
 def test_resnet18_keeps_a_quarter() -> None:
     """The figure that the README promises."""
     model, size = build("resnet18")
