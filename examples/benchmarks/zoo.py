@@ -469,11 +469,15 @@ def judge(oracle: Any, row: Row, model: nn.Module, inputs: Any) -> str:
         wanted = oracle.call(oracle.masked(model, fxprune.api.graph_for(plan, model), plan).eval(), inputs)
         got = oracle.call(pruned, inputs)
         untouched = oracle.call(model, inputs)
+    if not oracle.same_structure(got, wanted):
+        row.reason = f"outputs {oracle.describe(got)} in place of the masked original's"[:200]
+        return "no"
     error = oracle.difference(got, wanted)
     if not error <= TOLERANCE[dtype]:
         row.reason = f"differs from the masked original by {error:.1e}"
         return "no"
-    return "yes" if oracle.difference(untouched, wanted) > 1e-6 else "unseen"
+    moved = not oracle.same_structure(untouched, wanted) or oracle.difference(untouched, wanted) > 1e-6
+    return "yes" if moved else "unseen"
 
 
 def runs_in_double(oracle: Any, model: nn.Module, inputs: Any) -> bool:
