@@ -58,7 +58,9 @@ class Attention(nn.Module):
         return (x + self.out(y)).mean(1)
 
 
-def compiled(model: Callable[..., Any], **options: Any) -> tuple[Callable[..., Any], list[SimpleNamespace]]:
+def compiled(
+    model: Callable[..., Any], dynamic: bool | None = None, **options: Any
+) -> tuple[Callable[..., Any], list[SimpleNamespace]]:
     """``model`` under a backend that prunes, and what that backend saw at each call."""
     seen: list[SimpleNamespace] = []
 
@@ -80,7 +82,7 @@ def compiled(model: Callable[..., Any], **options: Any) -> tuple[Callable[..., A
         )
         return pruned.forward
 
-    return torch.compile(model, backend=backend), seen
+    return torch.compile(model, backend=backend, dynamic=dynamic), seen
 
 
 def masked(model: nn.Module, masks: dict[str, torch.Tensor]) -> nn.Module:
@@ -198,6 +200,33 @@ def test_the_batch_may_be_dynamic() -> None:
     assert any(isinstance(value, torch.SymInt) for value in seen[0].inputs)
     other = torch.randn(5, 7, 5)
     torch.testing.assert_close(fast(other), masked(model, seen[0].masks)(other))
+    assert len(seen) == 1
+
+
+def test_numbers_of_modules_may_be_dynamic() -> None:
+    """With ``dynamic=True`` numbers that modules hold are inputs, and views take a ``torch.Size``."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down, self.norm = nn.Linear(6, 16), nn.Linear(16, 4), nn.LayerNorm(6, eps=1e-4)
+            self.gain = 0.25
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.norm(x)
+            y = torch.addmm(self.up.bias, x.view(-1, x.size(-1)), self.up.weight.t())
+            y = y.view((*x.size()[:-1], 16)) * self.gain
+            past = torch.tensor([], dtype=y.dtype, device=y.device)  # an empty cache
+            return self.down(F.dropout(torch.cat([past, y], dim=1), 0.5, self.training))
+
+    model, x = Net().eval(), torch.randn(2, 3, 6)
+    fast, seen = compiled(model, dynamic=True, ratio=0.5)
+    got = fast(x)
+    (run,) = seen
+    torch.testing.assert_close(got, masked(model, run.masks)(x))
+    assert run.verdict.exact
+    assert run.pruned.get_parameter("up.weight").shape == (8, 6)
+    fast(torch.randn(5, 4, 6))
     assert len(seen) == 1
 
 

@@ -218,9 +218,14 @@ def _copy(
             )
         elif node.target is operator.getitem and isinstance(env[node.args[0]], (list, tuple)):
             env[node] = env[node.args[0]][node.args[1]]
+        elif node.target is torch.Size:  # of numbers, which may have to change one by one
+            env[node] = tuple(map_arg(node.args[0], env.__getitem__))
         else:
             env[node] = graph.node_copy(node, env.__getitem__)
             env[node].meta = {"source": source} if source else {}
+            seen = node.meta.get("example_value")
+            if isinstance(seen, torch.SymFloat) and seen.node.has_hint():
+                env[node].meta["number"] = seen.node.hint  # an attribute of a module, under dynamic=True
             if node.op == "call_module":
                 env[node].target = f"{prefix}{node.target}"
     return None

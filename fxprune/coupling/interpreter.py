@@ -200,6 +200,8 @@ class _Interpreter(TorchDispatchMode):
         try:
             return func(*args, **kwargs)
         except RuntimeError as error:
+            if "on the expected device" in str(error):  # a constant with values, as torch.tensor makes it
+                return func(*pytree.tree_map_only(torch.Tensor, meta_like, args), **kwargs)
             if func.namespace in ("aten", "prims") or not _lacks_kernel(error):
                 raise
             raise CaptureError(
@@ -251,7 +253,7 @@ class _Interpreter(TorchDispatchMode):
                     error.node = node  # type: ignore[attr-defined]
                     raise
                 except Exception as error:  # whatever a user's node raises
-                    result = self._constant(node) if _needs_values(error) else None
+                    result = node.meta.get("number", self._constant(node)) if _needs_values(error) else None
                     if not isinstance(result, (bool, int, float)):
                         raise _failed(node, error, args, self._shapes(node)) from error
                 if self._numbers:
