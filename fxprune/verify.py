@@ -102,7 +102,7 @@ def verify(
     narrowing = Narrowing(graph, plan.removed)
     program = graph.captured.program
     originals = _masked(program, narrowing, dtype).pieces()
-    candidate = copy.deepcopy(pruned).to(dtype).eval()
+    candidate = copy.deepcopy(pruned)._apply(lambda tensor: tensor.to(_wide(tensor.dtype, dtype))).eval()
     for inner in candidate.modules():
         if isinstance(inner, fx.GraphModule):
             inner.graph = _recast(inner.graph, dtype)
@@ -154,9 +154,14 @@ def verify(
     return Verdict(worst, compared, tuple(inexact), dtype)
 
 
+def _wide(own: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """``dtype`` in place of a floating-point type, its complex counterpart in place of a complex one."""
+    return dtype if own.is_floating_point else dtype.to_complex() if own.is_complex else own
+
+
 def _cast(tree: Any, dtype: torch.dtype) -> Any:
     def cast(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        return tensor.detach().to(_wide(tensor.dtype, dtype), copy=True)
 
     return pytree.tree_map_only(torch.Tensor, cast, tree)
 
@@ -188,7 +193,7 @@ def _recast(graph: fx.Graph, dtype: torch.dtype) -> fx.Graph:
     new, nodes = copy_graph(graph)
 
     def recast(argument: Any) -> Any:
-        return dtype if isinstance(argument, torch.dtype) and argument.is_floating_point else argument
+        return _wide(argument, dtype) if isinstance(argument, torch.dtype) else argument
 
     for node in nodes.values():
         if node.op == "call_method" and node.target in _CASTS:

@@ -197,6 +197,10 @@ def _unflatten(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape
     }
 
 
+def _bilinear(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | None) -> dict[str, Any]:
+    return dict(zip(("out_features", "in1_features", "in2_features"), shapes["weight"], strict=True))
+
+
 def _prelu(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Shape | None) -> dict[str, Any]:
     return {"num_parameters": shapes["weight"][0]}
 
@@ -239,11 +243,13 @@ def _transformer(module: Any, shapes: Shapes, inputs: Shape | None, outputs: Sha
 _RULES: list[tuple[type, Attributes]] = [
     (_ConvNd, _conv),
     (nn.Linear, _linear),
+    (nn.Bilinear, _bilinear),
     (_NormBase, _batch_norm),
     (nn.LayerNorm, _layer_norm),
     (nn.RMSNorm, _layer_norm),
     (nn.GroupNorm, _group_norm),
     (nn.Embedding, _embedding),
+    (nn.EmbeddingBag, _embedding),
     (nn.Unflatten, _unflatten),
     (nn.PReLU, _prelu),
     (nn.RNNBase, _recurrent),

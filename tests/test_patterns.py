@@ -2305,6 +2305,30 @@ def test_ratios(name: str, ratio: float) -> None:
     check(example.build(), example.inputs, ratio=ratio, **example.expected)
 
 
+@case(IMAGE, lambda: {"a": conv(3, 16), "b": nn.Linear(4 * 16 * 16, 4)}, "a b")
+def pixel_shuffle_before_a_flatten(net, x):
+    return net.b(F.pixel_shuffle(net.a(x), 2).flatten(1))
+
+
+@case(IMAGE, lambda: {"a": conv(3, 8), "norm": nn.CrossMapLRN2d(3), "b": conv(8, 8), "c": conv(8, 4)}, "b c",
+      frozen={"a.weight[0]": "resize_as_"})  # fmt: skip
+def normalisation_that_resizes(net, x):
+    return net.c(net.b(net.norm(net.a(x))))
+
+
+@case(VECTOR, lambda: {"a": nn.Linear(6, 12), "softmax": nn.AdaptiveLogSoftmaxWithLoss(12, 10, [4, 7])}, "a")
+def adaptive_softmax(net, x):
+    """One of its layers has no inputs at all."""
+    return net.softmax.log_prob(net.a(x))
+
+
+@case(TOKENS, lambda: {"a": nn.Linear(12, 8), "b": nn.Linear(8, 4)}, "a b")
+def complex_rotation(net, x):
+    z = torch.view_as_complex(net.a(x).reshape(-1, 5, 4, 2))
+    z = z * torch.polar(torch.ones(5, 4), torch.arange(20.0).view(5, 4))
+    return net.b(torch.view_as_real(z).flatten(2))
+
+
 @case(
     IMAGE,
     lambda: {"a": conv(3, 12), "q": nn.Linear(12, 12), "k": nn.Linear(12, 12), "v": nn.Linear(12, 12),

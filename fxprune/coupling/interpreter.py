@@ -40,7 +40,7 @@ from ..program import (
 from ..structure import Leaf, flatten
 from .coupler import Coupler
 from .plain import call_plain
-from .registry import rule_for
+from .registry import CUSTOM, rule_for
 from .shapes import SHORTCUTS
 from .units import Label, State, Units, Value
 
@@ -114,6 +114,9 @@ def _slow_paths() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+_UNFORESEEN = (ValueError, IndexError, KeyError, TypeError, AttributeError, ZeroDivisionError, AssertionError)
+"""What a rule may fail with on arguments that it does not foresee; RuntimeError says that they are wrong."""
+
 _SMALL = 1 << 12
 """Entries of a tensor that may be computed while analysing."""
 
@@ -183,7 +186,12 @@ class _Interpreter(TorchDispatchMode):
                 and coupler.operator not in _BY_DIMENSION
             ):
                 coupler.delicate()
-            rule.apply(coupler, args, kwargs, out)
+            try:
+                rule.apply(coupler, args, kwargs, out)
+            except _UNFORESEEN:
+                if rule.family == CUSTOM:
+                    raise
+                self._freeze(args, kwargs, f"used by {func} in a way that its rule does not foresee", "")
             for place in _written(func):
                 if place < len(args) and isinstance(args[place], torch.Tensor):
                     storage = coupler.peek(args[place]).storage
@@ -211,11 +219,16 @@ class _Interpreter(TorchDispatchMode):
             ) from error
 
     def _unknown(self, func: Any, args: Any, kwargs: Any) -> None:
-        reason = f"used by {func}, an operator without a rule"
+        remedy = self._remedy or f"fxprune.register_rule({func}, ...) says how it couples"
+        self._freeze(args, kwargs, f"used by {func}, an operator without a rule", remedy)
+
+    def _freeze(self, args: Any, kwargs: Any, reason: str, remedy: str) -> None:
         for tensor in pytree.tree_leaves((args, kwargs)):
             if isinstance(tensor, torch.Tensor):
-                remedy = self._remedy or f"fxprune.register_rule({func}, ...) says how it couples"
-                self.coupler.freeze_value(self.coupler.value(tensor), reason, remedy)
+                value = self.coupler.value(tensor)
+                self.coupler.freeze_value(value, reason, remedy)
+                if value.shape != tuple(tensor.shape):  # resized in place
+                    del tensor._fxprune_value  # type: ignore[attr-defined]
 
     # -- graph nodes ----------------------------------------------------------------------------
 

@@ -84,7 +84,7 @@ def _powers(
     start = 0
     for chunk in tensor.reshape(shape).split(rows):
         chunk = chunk.to(dtype)
-        if shape[-1] > 1:
+        if shape[-1] != 1:
             powers = torch.linalg.vector_norm(chunk, p, -1) ** p
         else:
             powers = torch.abs(chunk, out=scratch[: chunk.numel()].view(chunk.shape)).pow_(p).squeeze(-1)

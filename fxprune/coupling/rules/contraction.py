@@ -271,6 +271,42 @@ def embedding(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None
     c.put(out, labels)
 
 
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
+    """``weight: (entries, features)``: the looked-up entries of each bag are joined, ``(bags, features)``."""
+    weight = c.value(args[0])
+    c.freeze_dim(weight, 0, "entries of an embedding are looked up by number")
+    scales = args[6] if len(args) > 6 else None
+    for tensor in (args[1], args[2], scales):
+        if tensor is not None:
+            c.freeze_value(c.value(tensor), "used as an index, or for single entries")
+    labels, _ = c.unify([(weight, ["entry", "feature"])], ["bag", "feature"])
+    c.put(out[0], labels)
+
+
+@rule("embedding_renorm_")
+def embedding_renorm(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
+    """Entries of ``weight: (entries, features)`` are shortened, in place, to a largest norm."""
+    weight = c.value(args[0])
+    c.materialize(weight)
+    c.freeze_value(c.value(args[1]), "used as an index")
+    label = weight.label(1)
+    if label is not None:
+        c.mark_inexact(label, "normalised over this axis by an embedding")
+
+
+@rule("_trilinear")
+def trilinear(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
+    """A product of three tensors that broadcast, summed over some dimensions (``nn.Bilinear``).
+
+    Each tensor lacks the dimensions in its list of ``expand``.
+    """
+    values = [c.value(tensor) for tensor in args[:3]]
+    names = range(len(values[0].shape) + len(args[3]))
+    operands = [(v, [n for n in names if n not in gone]) for v, gone in zip(values, args[3:6], strict=True)]
+    _contract(c, operands, [n for n in names if n not in args[6]], out)
+
+
 @rule("_grouped_mm", "transformers::grouped_mm_fallback")
 def grouped_mm(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     """Rows ``(S, K)`` sorted by expert, times one matrix of ``(E, K, N)`` for each expert: ``(S, N)``."""

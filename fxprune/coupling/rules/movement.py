@@ -287,6 +287,8 @@ def pixel_shuffle(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> 
     *batch, channels, h, w = value.shape
     k = len(batch)
     _shuffle(c, value, out, (*batch, channels // r // r, r, r, h, w), (k, k + 3, k + 1, k + 4, k + 2), k)
+    for dim in (k + 1, k + 2):
+        c.freeze_dim(c.value(out), dim, "spatial axis of a pixel shuffle")
 
 
 @rule("pixel_unshuffle")

@@ -17,7 +17,7 @@ _KEEPS_ZERO = frozenset([
     "leaky_relu", "lift", "lift_fresh", "lift_fresh_copy", "log1p", "mish", "native_dropout", "neg",
     "negative", "nan_to_num", "positive", "prelu", "_prelu_kernel", "rad2deg", "relu", "relu6", "round",
     "selu", "sgn", "sign", "silu", "sin", "sinh", "softshrink", "sqrt", "square", "tan", "tanh", "tanh_",
-    "trunc", "_to_copy", "to", "_conj", "conj", "real",
+    "trunc", "_to_copy", "to", "_conj", "conj", "_conj_physical", "real",
 ])  # fmt: skip
 _ANY = frozenset(["mul", "multiply"])
 _FIRST = frozenset(["div", "divide", "true_divide", "floor_divide", "fmod", "remainder"])
@@ -50,7 +50,7 @@ def _zero_rule(name: str, args: tuple[Any, ...]) -> ZeroRule:
 # The second line: pointwise, though PyTorch does not tag them so.
 @rule("<pointwise>",
       "hardswish", "_prelu_kernel", "log_sigmoid_forward", "polar", "complex", "real", "rsub", "floor_divide",
-      "dropout", "rrelu_with_noise", "special_erfinv", "celu")  # fmt: skip
+      "dropout", "rrelu_with_noise", "special_erfinv", "celu", "_conj", "_conj_physical")  # fmt: skip
 def pointwise(c: Coupler, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     results = [out] if isinstance(out, torch.Tensor) else list(out)
     rank = max(result.dim() for result in results if isinstance(result, torch.Tensor))

@@ -54,6 +54,23 @@ def im2col(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     c.put(out, labels)
 
 
+@rule("col2im")
+def col2im(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
+    """``(N, C kH kW, L) -> (N, C, H, W)``: a channel is the sum of its shifted patches."""
+    x = c.value(args[0])
+    at = len(x.shape) - 2
+    c.materialize(x)
+    c.freeze_dim(x, at + 1, "positions of the patches of a fold")
+    label = x.label(at)
+    labels: list[Label | None] = [None] * out.dim()
+    if label is not None:
+        label = c.tie(label, label.over)
+        cells = label.ids.reshape(out.shape[at], -1)
+        c.merge(cells[:, :1], cells, label.axis, label.axis)
+        labels[at] = Label(cells[:, 0], (), c._here(at), label.zero)
+    c.put(out, labels)
+
+
 @rule("_fft_r2c", "_fft_c2r", "_fft_c2c")
 def fourier(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     """Transformed dimensions are summed over; the others pass on, and zeros stay zero."""
