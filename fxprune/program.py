@@ -253,6 +253,7 @@ def _unpickle(
 
 
 _SIMPLE = frozenset([bool, int, float, str, tuple, type(None)])
+_CONTAINERS = (dict, list, set)
 Supply = Callable[[str, torch.Tensor], torch.Tensor | None]
 
 
@@ -277,10 +278,11 @@ def _clone(
     for key, value in module.__dict__.items():
         if type(value) in _SIMPLE:  # most are
             continue
-        if isinstance(value, torch.Tensor):  # recomputed by a hook; what is no leaf could not be copied
+        if isinstance(value, _CONTAINERS):
+            if not share:
+                state[key] = value.copy()
+        elif isinstance(value, torch.Tensor):  # recomputed by a hook; what is no leaf could not be copied
             state[key] = value.detach()
-        elif not share and isinstance(value, (dict, list, set)):
-            state[key] = value.copy()
     for registry in ("_parameters", "_buffers"):
         table = module.__dict__[registry]
         state[registry] = {k: v if v is None else supply(prefix + k, v) for k, v in table.items()}

@@ -89,13 +89,16 @@ def _check(program: Program, narrowing: Narrowing) -> list[Violation]:
     """
     graph = narrowing.graph
     compact = _compact(narrowing)
-    seeds: dict[str, list[Label | None]] = {}
-    for name, state in graph.states.items():
-        seeds[name] = [
+    sized = {node.name for node in graph.run.coupler.by_size}
+
+    def seed(name: str) -> list[Label | None] | None:
+        state = graph.states.get(name)
+        if state is None:
+            return None
+        return [
             None if label is None else _survivors(narrowing, state.axes.__getitem__, label, compact)
             for label in state.axes
         ]
-    sized = {node.name for node in graph.run.coupler.by_size}
 
     def known(node: fx.Node) -> Callable[[], Any] | None:
         tree = narrowing.tree(node.name)
@@ -110,7 +113,7 @@ def _check(program: Program, narrowing: Narrowing) -> list[Violation]:
         return lambda: pytree.tree_map_only(Value, lambda value: _predicted(narrowing, value, compact), tree)
 
     try:
-        run = interpret(program, graph.inputs, Units(anchors=int(compact.max())), seeds, known)
+        run = interpret(program, graph.inputs, Units(anchors=int(compact.max())), seed, known)
     except (ExampleInputsError, CaptureError, RuleError) as error:
         node = getattr(error, "node", None)
         return [Violation(node.name if node is not None else "", str(error))]
@@ -157,10 +160,10 @@ def _compact(narrowing: Narrowing) -> Any:
     if single.count > 1:
         roots = single.find(roots)
     known = np.zeros(roots.size, dtype=bool)
-    for state in graph.states.values():
-        for label in state.axes:
-            if label is not None:
-                known[roots[label.ids]] = True
+    labels = (label for state in graph.states.values() for label in state.axes if label is not None)
+    arrays = {id(label.ids): label.ids.ravel() for label in labels}
+    if arrays:
+        known[roots[np.concatenate(list(arrays.values()))]] = True
     known[0] = False
     numbers = np.cumsum(known)
     return np.where(known[roots], numbers[roots], 0)
@@ -176,7 +179,7 @@ def _survivors(
     ids: Ids = label.ids
     mask = narrowing.alive(label)
     if not label.over:
-        return replace(label, ids=compact[ids[mask]])
+        return Label(compact[ids[mask]], (), label.axis, label.zero, label.row)
     sizes = []
     for size, dim in zip(ids.shape, label.over, strict=False):
         rows = label_of(dim)

@@ -215,6 +215,13 @@ class _Tracer(fx.Tracer):
 
     # -- modules and tensors --------------------------------------------------------------------
 
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """As torch.fx does it, without a record of the calling modules in each node."""
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            return self.create_proxy("call_module", path, args, kwargs)
+        return forward(*args, **kwargs)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, TrainingFlag) or m in self.switches or is_leaf(m)
 
@@ -441,8 +448,9 @@ def restored(model: nn.Module) -> Iterator[None]:
             module.__dict__.clear()
             module.__dict__.update(attributes)
         for value, content in contents:
-            value.clear()
-            value.extend(content) if isinstance(value, list) else value.update(content)
+            if value or content:
+                value.clear()
+                value.extend(content) if isinstance(value, list) else value.update(content)
 
 
 @contextlib.contextmanager

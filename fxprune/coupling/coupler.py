@@ -128,9 +128,7 @@ class Coupler:
         if state.tensor is None and state.node is not None:
             self.by_size.add(state.node)
         own = Axis(state.name, value.dims[dim])
-        label = Label(
-            ids, tuple(value.dims[d] for d in over), own, zero=isinstance(state.tensor, torch.nn.Parameter)
-        )
+        label = Label(ids, tuple(value.dims[d] for d in over), own, zero=state.trainable)
         state.axes[value.dims[dim]] = label
         if axis is not None:
             self.edges.append((axis, own, self.node))
@@ -221,21 +219,24 @@ class Coupler:
             in ``out`` its label and whether some operand is zero at removed indices.
         """
         uses: dict[Any, list[_Use]] = {}
-        plain = set()
+        plain, opened = set(), set()
         for place, (value, names) in enumerate(operands):
             shape = value.shape
             for dim, name in enumerate(names):
-                if shape[dim] != 1:
-                    label = value.label(dim)
-                    if label is not None or value.is_open(dim):
-                        uses.setdefault(name, []).append((place, value, dim, names, label))
-                    else:
+                if shape[dim] == 1:
+                    continue
+                label = value.label(dim)
+                if label is None:
+                    if not value.is_open(dim):
                         plain.add(name)
+                        continue
+                    opened.add(name)
+                uses.setdefault(name, []).append((place, value, dim, names, label))
         result: dict[Any, tuple[Ids, tuple[Any, ...], Axis, bool, list[bool]]] = {}
         position = {name: dim for dim, name in enumerate(out)}
         still_open: dict[Any, Open] = {}
         for name, used in uses.items():
-            if any(label is None for *_, label in used):  # what is open may have met another name's label
+            if name in opened:  # what is open may have met another name's label
                 used = [(*use[:4], use[1].label(use[2])) for use in used]
                 if any(use[4] is None and not use[1].is_open(use[2]) for use in used):
                     plain.add(name)
@@ -248,7 +249,8 @@ class Coupler:
             elif met is not None:
                 zeros = [False] * len(operands)
                 for place, value, dim, _, _ in used:
-                    zeros[place] = zeros[place] or value.is_zero(dim)
+                    if not zeros[place]:
+                        zeros[place] = value.is_zero(dim)
                 result[name] = (*met, zeros)
         labels: list[Label | None] = []
         for name in out:
@@ -256,10 +258,12 @@ class Coupler:
                 labels.append(still_open.get(name))
                 continue
             ids, over, axis, row, zeros = result[name]
-            lost = [o for o in over if o not in position]
-            if lost:
-                ids, over = self._drop(ids, over, lost, axis)
-            labels.append(Label(ids, tuple(position[o] for o in over), axis, zero(zeros), row))
+            if over:
+                lost = [o for o in over if o not in position]
+                if lost:
+                    ids, over = self._drop(ids, over, lost, axis)
+                over = tuple(position[o] for o in over)
+            labels.append(Label(ids, over, axis, zero(zeros), row))
         gone = {}
         for name, (ids, _, axis, row, zeros) in result.items():
             if name not in position:
@@ -295,10 +299,10 @@ class Coupler:
         _, _, _, names, first = labelled[0]
         assert first is not None
         ids, axis, row = first.ids, first.axis, first.row
-        over = tuple(names[d] for d in first.over)
+        over = tuple([names[d] for d in first.over])
         for _, _, _, names, label in labelled[1:]:
             assert label is not None
-            over_other = tuple(names[d] for d in label.over)
+            over_other = tuple([names[d] for d in label.over])
             if ids is not label.ids or over != over_other:
                 # Rows that the other side does not have meet all of its rows, so they are tied.
                 other = label.ids
@@ -450,8 +454,10 @@ class Coupler:
             pieces = []
             for value, part in zip(values, parts, strict=True):
                 ids = np.full(value.shape[dim], FIXED) if part is None else part.ids
-                ids = aligned(ids, part.over if part is not None else (), over)
-                pieces.append(np.broadcast_to(ids, (*sizes, value.shape[dim])))
+                if over:
+                    ids = aligned(ids, part.over if part is not None else (), over)
+                    ids = np.broadcast_to(ids, (*sizes, value.shape[dim]))
+                pieces.append(ids)
             zero = all(v.is_zero(dim) for v, part in zip(values, parts, strict=True) if part is not None)
             axis = self._here(dim)
             own = Label(np.concatenate(pieces, axis=-1), over, axis, zero)

@@ -71,7 +71,7 @@ def interpret(
     program: Program,
     inputs: list[Any],
     units: Units | None = None,
-    seeds: Mapping[str, list[Label | None]] | None = None,
+    seed: Callable[[str], list[Label | None] | None] = lambda name: None,
     known: Callable[[fx.Node], Callable[[], Any] | None] | None = None,
     observe: Callable[[Any, Any, Any, Any], None] | None = None,
 ) -> Run:
@@ -81,7 +81,7 @@ def interpret(
         program: what to run.
         inputs: meta tensors and values.
         units: a fresh union-find, with anchors for a check.
-        seeds: labels for the axes of parameters and buffers, by the tensor's name, for a check.
+        seed: gives the labels of a parameter's or buffer's axes by its name, for a check; None for none.
         known: for a node that need not be run, a function that gives its values (a tree of
             :class:`Value` and numbers) when they are asked for; None for one that does.
         observe: called as ``observe(operator, args, kwargs, out)`` after each ATen call; inside of modules
@@ -90,7 +90,7 @@ def interpret(
     Raises:
         ExampleInputsError: where a node fails on the inputs' shapes; names the node and its source.
     """
-    interpreter = _Interpreter(program, Coupler(units), seeds or {}, known, observe)
+    interpreter = _Interpreter(program, Coupler(units), seed, known, observe)
     with _slow_paths(), torch.no_grad():
         interpreter.run(inputs)
     interpreter.keep_views()
@@ -132,7 +132,7 @@ class _Interpreter(TorchDispatchMode):
         self,
         program: Program,
         coupler: Coupler,
-        seeds: Mapping[str, list[Label | None]],
+        seed: Callable[[str], list[Label | None] | None],
         known: Callable[[fx.Node], Callable[[], Any] | None] | None,
         observe: Callable[[Any, Any, Any, Any], None] | None,
     ) -> None:
@@ -141,7 +141,7 @@ class _Interpreter(TorchDispatchMode):
         self.known = known
         self.program = program
         self.coupler = coupler
-        self.seeds = seeds
+        self.seed = seed
         self.states: dict[str, State] = {}
         self.values: dict[fx.Node, Any] = {}
         self.scalars: dict[fx.Node, tuple[Any, ...]] = {}
@@ -167,7 +167,7 @@ class _Interpreter(TorchDispatchMode):
 
     def _aten(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Make one ATen call, and apply its rule."""
-        if func is torch.ops.aten.as_strided_.default:
+        if func is _AS_STRIDED:
             self.coupler.strides = args[0].stride()
         rule = rule_for(func)
         shortcut = rule.shapes if rule is not None and rule.shapes is not None else SHORTCUTS.get(func)
@@ -176,7 +176,7 @@ class _Interpreter(TorchDispatchMode):
             out = self._shapes_only(func, args, kwargs)
         self._calls += 1
         coupler = self.coupler
-        coupler.operator = func._schema.name.partition("::")[2]
+        coupler.operator = _name(func)
         if rule is None:
             self._unknown(func, args, kwargs)
         else:
@@ -482,7 +482,7 @@ class _Interpreter(TorchDispatchMode):
         meta = self._metas.get(id(original))
         if meta is None:
             meta = self._metas[id(original)] = meta_like(original)
-            axes: list[Label | None] = list(self.seeds.get(name, [None] * original.dim()))
+            axes = self.seed(name) or [None] * original.dim()
             state = State(name, tuple(meta.shape), original, axes)
             self.states[name] = state
             meta._fxprune_value = Value(  # type: ignore[attr-defined]
@@ -575,6 +575,16 @@ def _index(item: Any) -> Any:
         with _disable_current_modes():
             return torch.tensor(item)
     return item
+
+
+_AS_STRIDED = torch.ops.aten.as_strided_.default
+
+
+@functools.cache
+def _name(func: Any) -> str:
+    """The operator's name without its library's."""
+    name: str = func._schema.name
+    return name.partition("::")[2]
 
 
 @functools.cache

@@ -49,7 +49,8 @@ def call_plain(
         return None
 
     def own(name: str) -> torch.Tensor | None:
-        return None if getattr(module, name) is None else tensor(name)
+        held = module._parameters.get(name)
+        return None if held is None and module._buffers.get(name) is None else tensor(name)
 
     def call(operator: Any, *values: Any) -> Any:
         return make(operator, values, {})

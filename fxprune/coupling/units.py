@@ -65,7 +65,7 @@ class Units:
         root = parent[ids]
         while True:
             above = parent[root]
-            if np.array_equal(above, root):
+            if (above == root).all():
                 break
             root = above
         parent[ids] = root
@@ -83,13 +83,14 @@ class Units:
         """
         if a is b:
             return _NONE, False
-        a, b = (x.ravel() for x in np.broadcast_arrays(a, b))
-        fixed = (a == FIXED) != (b == FIXED)
-        met = np.maximum(a, b)[fixed] if fixed.any() else _NONE
+        if a.shape != b.shape:
+            a, b = np.broadcast_arrays(a, b)
+        a, b = a.ravel(), b.ravel()
+        met, collided = _NONE, False
         both = (a != FIXED) & (b != FIXED)
         if not both.all():
+            met = np.maximum(a, b)[(a == FIXED) != (b == FIXED)]
             a, b = a[both], b[both]
-        collided = False
         while True:
             ra, rb = self.find(a), self.find(b)
             differ = ra != rb
@@ -172,6 +173,7 @@ class State:
         tensor: the tensor behind it, None for a constant computed in the graph.
         axes: a label for each axis, None while nothing was met.
         node: the graph node that creates a constant.
+        trainable: a parameter, not a buffer or constant.
     """
 
     name: str
@@ -179,6 +181,10 @@ class State:
     tensor: torch.Tensor | None
     axes: list[Label | None]
     node: fx.Node | None = None
+    trainable: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.trainable = isinstance(self.tensor, torch.nn.Parameter)
 
 
 @dataclass(slots=True, eq=False)
@@ -218,9 +224,12 @@ class Value:
         return self.state.axes[self.dims[dim]] is None and self.shape[dim] > 1
 
     def is_zero(self, dim: int) -> bool:
-        if self.state is not None and self.is_open(dim):
-            return isinstance(self.state.tensor, torch.nn.Parameter)
-        label = self.label(dim)
+        if self.state is None:
+            label = self.labels[dim]  # of an open one, False
+        else:
+            label = self.state.axes[self.dims[dim]]
+            if label is None:
+                return self.state.trainable and self.shape[dim] > 1
         return label is not None and label.zero and not self.storage[0]
 
 

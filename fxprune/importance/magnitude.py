@@ -20,7 +20,7 @@ from ..errors import ImportanceError
 from ..program import Program
 from .base import Entries, Measure, MemberCriterion, Scores
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 """Entries of a weight that are handled at once: few enough to stay in the processor's cache."""
 
 
@@ -87,7 +87,9 @@ def _powers(
         if shape[-1] != 1:
             powers = torch.linalg.vector_norm(chunk, p, -1) ** p
         else:
-            powers = torch.abs(chunk, out=scratch[: chunk.numel()].view(chunk.shape)).pow_(p).squeeze(-1)
+            powers = scratch[: chunk.numel()].view(chunk.shape)
+            powers = torch.mul(chunk, chunk, out=powers) if p == 2 else torch.abs(chunk, out=powers).pow_(p)
+            powers = powers.squeeze(-1)
         for dims, result in zip(kept, results, strict=True):
             gone = [d for d in range(inner) if d not in dims]
             part = (powers.sum(gone) if gone else powers).cpu().numpy()
