@@ -64,7 +64,8 @@ def _powers(
 ) -> Iterator[NDArray[np.float64]]:
     """For each label the sum of ``|w|^p`` over the dimensions that it does not have, in the order of its ids.
 
-    The weight is read once, in chunks of rows; ``scratch`` is memory for one.
+    The weight is read once, in chunks of rows; ``scratch`` is memory for one. Where the last axis of a large
+    weight consists of runs of one unit each (a flattened map), a run's sum stands at its first index.
     """
     tensor = parameter.detach()
     if tensor.dim() == 1:
@@ -75,6 +76,12 @@ def _powers(
     kept = [sorted((*label.over, dim)) for dim, label in labels]
     inner = max(max(dims) for dims in kept) + 1  # dimensions from here on belong to no label
     shape = (*tensor.shape[:inner], math.prod(tensor.shape[inner:]))
+    last = [label for label, dims in zip((own for _, own in labels), kept, strict=True) if inner - 1 in dims]
+    run = 1
+    if shape[-1] == 1 and tensor.numel() > _CHUNK and len(last) == 1 and not last[0].over:
+        edges = np.flatnonzero(np.diff(last[0].ids)) + 1
+        run = math.gcd(shape[-2], *edges.tolist())
+        shape = (*shape[:-2], shape[-2] // run, run)
     row = math.prod(shape[1:])
     rows = max(1, _CHUNK // max(row, 1))
     dtype = torch.promote_types(tensor.dtype, torch.float32)
@@ -99,6 +106,9 @@ def _powers(
                 result += part
         start += chunk.shape[0]
     for (dim, label), dims, result in zip(labels, kept, results, strict=True):
+        if run > 1 and label is last[0]:
+            runs, result = result, np.zeros(label.ids.size)
+            result[::run] = runs
         yield result.transpose([dims.index(d) for d in (*label.over, dim)])
 
 
