@@ -80,7 +80,8 @@ class Masks(Branches):
     """Its shapes depend on values."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x[x[:, 0] > 0]))
+        y = self.a(x)
+        return self.b(y[y[:, 0] > 0])
 
 
 class Twins(nn.Module):

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import CaptureError, ExampleInputsError
 from ..inputs import to_meta
-from ..program import Program, computed_tensors
+from ..program import Program, computed_tensors, named_tensors
 from ..regions import RegionProgram
 from . import dynamo, exported, regions, symbolic
 from .composites import dissolve as dissolve_composites
@@ -77,11 +77,15 @@ def capture(
             ExampleInputsError to have the next rung tried.
 
     Raises:
-        CaptureError: if no rung can; the message holds each rung's reason.
+        CaptureError: if no rung can; the message holds each rung's reason. Also for what is no module, and
+            for parameters that are not yet initialised.
         ExampleInputsError: if the inputs do not fit the signature of ``forward``.
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}.")
+    lazy = next((name for name, tensor in named_tensors(model) if nn.parameter.is_lazy(tensor)), None)
+    if lazy is not None:
+        raise CaptureError(f"{lazy} is uninitialized: run the model once on real inputs, then prune it.")
     if dynamo.takes_tensors(model):
         if dissolve:
             raise CaptureError("what Dynamo left as one function cannot be traced into")

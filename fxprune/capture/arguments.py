@@ -11,9 +11,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..errors import CaptureError, ExampleInputsError
+from ..errors import ExampleInputsError
 from ..nn import Pack
-from ..program import named_tensors
 from ..structure import Structure
 
 LITERALS = (type(None), bool, int, float, str)
@@ -37,12 +36,8 @@ class Arguments:
         """Bind inputs to ``model.forward``.
 
         Raises:
-            CaptureError: if the model has parameters that are not yet initialised.
             ExampleInputsError: if the inputs do not fit the signature.
         """
-        lazy = next((n for n, p in named_tensors(model) if nn.parameter.is_lazy(p)), None)
-        if lazy is not None:
-            raise CaptureError(f"{lazy} is uninitialized: run the model once on real inputs, then prune it.")
         signature = inspect.signature(model.forward)
         try:
             bound = signature.bind(*args, **kwargs)
