@@ -254,6 +254,10 @@ def outcome(model: Network, x: Tensor) -> tuple[fxprune.PruningPlan | None, str,
         pruned = plan.apply(model)
     except FxpruneError as error:
         return None, f"planning: {error}", False
+    frozen = fxprune.analyze(model, x).frozen
+    held = [axis for axis in frozen if "does not foresee" in axis.reason]
+    if held:  # a later rule failed on what the mutated one left
+        return None, f"planning: {held[0]}", False
     try:
         with torch.no_grad():
             got, wanted = pruned(x), masked_by_value(model, pruned)(x)
