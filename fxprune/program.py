@@ -20,6 +20,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from .record import record, replay
+
 
 @dataclass(frozen=True)
 class Skeleton:
@@ -215,10 +217,8 @@ class OwnedModule(fx.GraphModule):
         return module
 
     def __reduce__(self) -> tuple[Any, ...]:
-        self.recompile()
-        rebuild, arguments = super().__reduce__()
         own = {registry: self.__dict__[registry] for registry in _REGISTRIES}
-        return _unpickle, (rebuild, arguments, own, self.meta, self.training, type(self).__name__)
+        return _unpickle, (record(self.graph), own, self.meta, self.training, type(self).__name__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OwnedModule:
         root = nn.Module()
@@ -236,18 +236,12 @@ class OwnedModule(fx.GraphModule):
 
 
 def _unpickle(
-    rebuild: Callable[..., fx.GraphModule],
-    arguments: tuple[Any, ...],
-    own: dict[str, Any],
-    meta: dict[str, Any],
-    training: bool,
-    class_name: str,
+    nodes: list[tuple[Any, ...]], own: dict[str, Any], meta: dict[str, Any], training: bool, class_name: str
 ) -> OwnedModule:
-    root = rebuild(*arguments)
-    graph = root.graph
+    root = nn.Module()
     root.__dict__.update(own)
     root.training = training
-    module = OwnedModule.of(root, graph, class_name)
+    module = OwnedModule.of(root, replay(nodes), class_name)
     module.meta = meta
     return module
 

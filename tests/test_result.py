@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import fxprune
-from fxprune import PruningPlan
+from fxprune import PruningPlan, capture
 
 
 class Vision(nn.Module):
@@ -323,6 +323,36 @@ def test_pickle(name: str, tmp_path: Path) -> None:
         subprocess.run(
             [sys.executable, "-c", script, str(tmp_path / "pickled.bin")], check=True, cwd=root, timeout=120
         )
+
+
+class Tables(nn.Module):
+    """Computes from buffers and numbers alone, by functions of several kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 4, 1)
+        self.register_buffer("table", torch.linspace(0, 1, 6))
+        self.plain = torch.arange(6.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(F.max_pool2d(F.relu(self.a(x)), 1) * torch.outer(self.table.cos(), self.plain))
+        return x.to(torch.float64).add(torch.arange(x.shape[-1])).flip([-1])[..., 1:].float()
+
+
+@pytest.mark.parametrize("rung", ["symbolic tracing", "torch.export"])
+def test_pickles_compute_from_buffers(rung: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a result computes from its buffers is computed anew by what was pickled."""
+    monkeypatch.setattr(capture, "RUNGS", {rung: capture.RUNGS[rung]})
+    x = torch.randn(2, 4, 6, 6)
+    pruned = fxprune.prune(Tables().eval(), x)
+    twin = pickle.loads(pickle.dumps(pruned))
+    assert [str(n) for n in twin.graph.nodes] == [str(n) for n in pruned.graph.nodes]
+    assert torch.equal(twin(x), pruned(x))
+    for model in (pruned, twin):
+        model.get_buffer("table").copy_(torch.randn(6).sort()[0])
+    assert not torch.equal(twin(x), pruned(x))
+    twin.get_buffer("table").copy_(pruned.get_buffer("table"))
+    assert torch.equal(twin(x), pruned(x))
 
 
 @every_model

@@ -148,7 +148,7 @@ class _Tracer(fx.Tracer):
             again = type(self)(self.model, self.arguments, *self.options)
             again.switches = switches
             return again.program()
-        graph._tracer_cls = None  # a tracer of ours cannot be made from nothing, as unpickling would
+        graph._tracer_cls = None  # a copy must not try to make a tracer of ours from nothing
         for node in graph.nodes:
             if function_name(node.target) is None:
                 node.meta.pop("is_wrapped", None)
