@@ -1435,10 +1435,37 @@ def prelu_of_one_slope(net, x):
 
 
 @case(
-    IMAGE, lambda: {"a": conv(3, 8), "n": nn.LocalResponseNorm(3), "b": conv(8, 4)}, exact=None, shrinks=False
+    IMAGE, lambda: {"a": conv(3, 8), "n": nn.LocalResponseNorm(5, 2.0), "b": conv(8, 4)}, "a b", exact=False
 )
 def local_response_norm(net, x):
     return net.b(net.n(net.a(x)))
+
+
+@case(IMAGE, lambda: {"a": conv(3, 8), "n": nn.CrossMapLRN2d(5), "b": conv(8, 4)}, "a b", exact=False)
+def local_response_norm_across_maps(net, x):
+    return net.b(net.n(net.a(x)))
+
+
+@case(SERIES, lambda: {"a": nn.Conv1d(3, 8, 3), "b": nn.Conv1d(8, 4, 3)}, "a b", exact=False)
+def local_response_norm_of_series(net, x):
+    return net.b(F.local_response_norm(net.a(x), 4, alpha=1.0))
+
+
+@case(IMAGE, lambda: {"a": conv(3, 8), "b": conv(8, 4)}, "a b", exact=False)
+def local_response_norm_by_hand(net, x):
+    x = net.a(x)
+    power = F.avg_pool3d(x.pow(2).unsqueeze(1), (3, 1, 1), stride=1, padding=(1, 0, 0)).squeeze(1)
+    return net.b(x / (1 + power).sqrt())
+
+
+@case(VECTOR, lambda: {"a": nn.Linear(6, 16), "b": nn.Linear(14, 4)}, "a b", exact=False)
+def averages_over_neighbouring_hidden_units(net, x):
+    return net.b(F.avg_pool1d(net.a(x), 3, stride=1))
+
+
+@case(VECTOR, lambda: {"a": nn.Linear(6, 16), "b": nn.Linear(5, 4)}, exact=True, shrinks=False)
+def averages_in_steps_over_hidden_units(net, x):
+    return net.b(F.avg_pool1d(net.a(x), 4, stride=3))
 
 
 @case(VECTOR, lambda: {"a": nn.Linear(6, 12), "b": nn.Linear(12, 4)}, "a b", exact=False)
@@ -2310,10 +2337,11 @@ def pixel_shuffle_before_a_flatten(net, x):
     return net.b(F.pixel_shuffle(net.a(x), 2).flatten(1))
 
 
-@case(IMAGE, lambda: {"a": conv(3, 8), "norm": nn.CrossMapLRN2d(3), "b": conv(8, 8), "c": conv(8, 4)}, "b c",
+@case(IMAGE, lambda: {"a": conv(3, 8), "b": conv(8, 8), "c": conv(8, 4)}, "b c",
       frozen={"a.weight[0]": "resize_as_"})  # fmt: skip
-def normalisation_that_resizes(net, x):
-    return net.c(net.b(net.norm(net.a(x))))
+def memory_that_is_resized(net, x):
+    x = net.a(x)
+    return net.c(net.b(x + x.new_empty(0).resize_as_(x).zero_()))
 
 
 @case(VECTOR, lambda: {"a": nn.Linear(6, 12), "softmax": nn.AdaptiveLogSoftmaxWithLoss(12, 10, [4, 7])}, "a")

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..coupler import Coupler
-from ..registry import rule
+from ..registry import module_rule, rule
 from ..units import Event, Label, Value
 
 Args = tuple[Any, ...]
@@ -73,6 +74,20 @@ def group_norm(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
         by_group = Label(cells, (), label.axis)
         c.mark_inexact(by_group, f"normalised in {groups} group{'s' * (groups > 1)} of channels")
     c.put(out[0], labels)
+
+
+def _same_shape(module: nn.Module, args: Args, kwargs: Kwargs) -> torch.Tensor:
+    return torch.empty_like(args[0])
+
+
+@module_rule("torch.nn.modules.normalization.CrossMapLRN2d", _same_shape)
+def local_response_norm(c: Coupler, module: nn.Module, args: Args, kwargs: Kwargs, out: Any) -> None:
+    """``x: (N, C, H, W)``, each channel divided by a norm of those around it; written in place, in parts."""
+    x = c.value(args[0])
+    labels, _ = c.unify([(x, range(4))], range(4), all)
+    if labels[1] is not None:
+        c.mark_inexact(labels[1], "normalised over windows of this axis")
+    c.put(out, labels)
 
 
 @rule("_weight_norm", "_weight_norm_interface")

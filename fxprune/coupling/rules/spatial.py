@@ -9,7 +9,7 @@ import torch
 
 from ..coupler import Coupler
 from ..registry import rule
-from ..units import Label
+from ..units import Event, Label, Value
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -29,12 +29,44 @@ def pooling(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
     x = c.value(args[0])
     n = next((rank for suffix, rank in _RANK.items() if suffix in c.operator), 2)
     lead = len(x.shape) - n
-    for dim in range(lead, len(x.shape)):
-        c.freeze_dim(x, dim, "spatial axis of a pooling or resampling")
+    windows = [_sliding(c, x, lead + d, out, args, n) for d in range(n)]
+    for dim, window in enumerate(windows, lead):
+        if window is None:
+            c.freeze_dim(x, dim, "spatial axis of a pooling or resampling")
     names: list[Any] = [*range(lead), *(("in", d) for d in range(n))]
     labels, _ = c.unify([(x, names)], [*range(lead), *(("out", d) for d in range(n))])
     for result in [out] if isinstance(out, torch.Tensor) else out:
-        c.put(result, labels)
+        c.put(result, [*labels[:lead], *windows])
+
+
+def _sliding(c: Coupler, x: Value, dim: int, out: Any, args: Args, n: int) -> Label | None:
+    """The label after averages over windows that slide along a labelled dimension by steps of 1.
+
+    A local response norm is made of such averages over channels. Each stands for the index at the middle of
+    its window; what is the middle of none has to stay. None where ``dim`` is no such dimension.
+    """
+    label = x.label(dim)
+    if label is None or label.over or not c.operator.startswith("avg_pool"):
+        return None
+    size, stride, padding = (_along(args, place, dim - len(x.shape) + n, n) for place in (1, 2, 3))
+    start = size // 2 - padding
+    end = start + out.shape[dim]
+    if stride != 1 or not 0 <= start < end <= x.shape[dim]:
+        return None
+    c.delicate()
+    for ids in (label.ids[:start], label.ids[end:]):
+        c.frozen.append(Event(ids, label.axis, c.node, "at the margin of windows that slide along this axis"))
+    c.mark_inexact(label, "averaged over windows that slide along this axis")
+    axis = c._here(dim)
+    c.edges.append((label.axis, axis, c.node))
+    return Label(label.ids[start:end], (), axis)
+
+
+def _along(args: Args, place: int, dim: int, n: int) -> int:
+    """What an argument of a pooling over ``n`` dimensions says of one of them; 0 where it is not given."""
+    given = args[place] if len(args) > place else ()
+    numbers = [given] * n if isinstance(given, int) else [*given] * (n if len(given) == 1 else 1)
+    return numbers[dim] if numbers else 0
 
 
 @rule("im2col")
