@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.node import has_side_effect
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from .structure import Structure, flatten
 
@@ -21,6 +23,40 @@ class TrainingFlag(nn.Module):
 
     def forward(self) -> bool:
         return self.training
+
+
+class Apply(nn.Module):
+    """Calls a ``torch.autograd.Function``, so that its gradient stays the one that it defines.
+
+    Attributes:
+        function: the function's class.
+    """
+
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function.apply(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return self.function.__qualname__
+
+
+def stop_gradient(tree: Any) -> Any:
+    """The same values without a gradient: what enters and leaves a block under ``torch.no_grad``."""
+    return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, tree)
+
+
+@has_side_effect
+def keep(kept: Tensor, value: Tensor) -> None:
+    """Keep a tensor for the next call, as a forward does that assigns to one of its buffers."""
+    if kept.shape != value.shape:
+        raise RuntimeError(
+            f"forward replaces a tensor that it keeps, of shape {tuple(kept.shape)}, by one of shape "
+            f"{tuple(value.shape)}; what is kept between calls must not change its shape"
+        )
+    kept.copy_(value)
 
 
 class Unpack(nn.Module):

@@ -84,6 +84,7 @@ def build(body: Body) -> tuple[nn.Module, Tensor]:
         "plain": nn.Conv2d(WIDTH, WIDTH, 1, bias=False),
         "wide": nn.Conv2d(2 * WIDTH, 5, 1),
         "linear": nn.Linear(WIDTH, 6),
+        "state": State(),
     }
     model = Network(body, modules, tokens=False).double().eval()
     with torch.no_grad():
@@ -91,6 +92,66 @@ def build(body: Body) -> tuple[nn.Module, Tensor]:
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
             parameter.copy_(torch.randn_like(parameter) / fan_in**0.5)
     return model, Network.example(tokens=False).double()
+
+
+class Half(torch.autograd.Function):
+    """A gradient that is not that of the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x / x.shape[1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0] * -3
+
+
+class State(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.ones(WIDTH))
+        self.register_buffer("step", torch.zeros(()))
+
+
+def unseen(self: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = self.conv(x)
+        self.state.center.mul_(0.9).add_(y.mean((0, 2, 3)), alpha=0.1)
+    return x + y.sin() - self.state.center[:, None, None]
+
+
+def counted(self: Any, x: Tensor) -> Tensor:
+    self.state.step += 1
+    y = x + self.state.center[:, None, None]
+    self.state.center = 0.9 * self.state.center + x.detach().mean((0, 2, 3))
+    return y + self.state.center[:, None, None] * self.state.step
+
+
+def saved(self: Any, x: Tensor) -> Tensor:
+    y = x * self.state.center[:, None, None]  # kept for the gradient
+    self.state.center = self.state.center + 1
+    return y
+
+
+def written(self: Any, x: Tensor) -> Tensor:
+    x = x.clone()
+    part = x[:, 2:7]
+    part += 1.0
+    part *= 2.0
+    same = x
+    same -= x.detach().mean((2, 3), keepdim=True)
+    size = x.shape[1]
+    size *= 2
+    return x + self.conv(same) / size
+
+
+TRACED: dict[str, Body] = {
+    "an autograd function": lambda self, x: Half.apply(x),
+    "a block under no_grad": unseen,
+    "buffers that are assigned to": counted,
+    "a buffer that a gradient needs as it was": saved,
+    "augmented assignments to views and aliases": written,
+}
 
 
 @pytest.fixture(params=["traced", "exported"])
@@ -134,3 +195,30 @@ def judge(model: nn.Module, x: Tensor, ratio: float) -> None:
 @pytest.mark.parametrize("body", CASES.values(), ids=CASES)
 def test_it_is_right_now(body: Body, ratio: float) -> None:
     judge(*build(body), ratio)
+
+
+@pytest.mark.parametrize("body", TRACED.values(), ids=TRACED)
+def test_tracing_keeps_effects(body: Body) -> None:
+    """Gradients that are stopped or defined, buffers that are assigned to, memory that is written."""
+    judge(*build(body), 0.5)
+
+
+@pytest.mark.parametrize("body", [unseen, counted, written], ids=lambda body: body.__name__)
+def test_exporting_keeps_effects(body: Body, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "RUNGS", {"torch.export": exported.trace})
+    judge(*build(body), 0.5)
+
+
+def test_what_is_lost_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.export traces into autograd functions; neither rung keeps what was not there before."""
+
+    def body(self: Any, x: Tensor) -> Tensor:
+        self.seen = Half.apply(x)
+        return self.seen * 2
+
+    model, x = build(body)
+    assert "what forward leaves in seen is not kept" in fxprune.analyze(model, x).captured.report
+    monkeypatch.setattr(capture, "RUNGS", {"torch.export": exported.trace})
+    report = fxprune.analyze(model, x).captured.report
+    assert "the gradient of Half is that of its forward" in report
+    assert "what forward leaves in seen is not kept" in report

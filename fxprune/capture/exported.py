@@ -30,10 +30,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..errors import CaptureError
-from ..nn import TrainingFlag, Unpack
+from ..nn import TrainingFlag, Unpack, keep
 from ..program import Program, Skeleton, named_tensors
 from ..structure import Structure, flatten
 from .arguments import Arguments, packing
+from .effects import Kept, autograd_functions
 from .symbolic import blame, check_value, restored
 
 _INTERNAL = os.path.dirname(torch.__file__) + os.sep
@@ -70,16 +71,25 @@ def _quiet() -> Iterator[None]:
 class _Flat(nn.Module):
     """The model with its inputs and outputs as flat lists of tensors."""
 
-    def __init__(self, model: nn.Module, rebuild: Callable[..., Any], seen: list[Structure]) -> None:
+    def __init__(
+        self, model: nn.Module, rebuild: Callable[..., Any], seen: list[Structure], left: list[str]
+    ) -> None:
         super().__init__()
         self.model = model
         self.training = model.training
-        self._rebuild, self._seen = rebuild, seen
+        self._rebuild, self._seen, self._left = rebuild, seen, left
 
     def forward(self, *tensors: Any) -> list[Any]:
         _refuse_sizes_from_values(tensors)
         args, kwargs = self._rebuild(tensors)
+        kept, buffers = Kept(self.model), dict(self.model.named_buffers(remove_duplicate=False))
         outputs, structure = flatten(self.model(*args, **kwargs))
+        for name, before, value, write in kept.replaced(torch.Tensor):
+            if before is None or name not in buffers:  # nobody knows whether it was read
+                self._left.append(name)
+            else:  # torch.export sees what is assigned to the outermost module alone
+                keep(before, value)
+                write(before)
         self._seen[:] = [structure]
         return outputs
 
@@ -153,12 +163,18 @@ class _Exporter:
             inputs = _doubled(examples) if doubled else examples
             if inputs is None:
                 continue
+            left: list[str] = []
             shapes = [_free(t) if free else None for t in inputs]
             try:
-                with restored(self.model), _quiet(), warnings.catch_warnings():
+                with (
+                    restored(self.model),
+                    _quiet(),
+                    warnings.catch_warnings(),
+                    autograd_functions(self._function),
+                ):
                     warnings.simplefilter("ignore")
                     exported = torch.export.export(
-                        _Flat(self.model, rebuild, self.output),
+                        _Flat(self.model, rebuild, self.output, left),
                         tuple(inputs),
                         dynamic_shapes={"tensors": tuple(shapes)} if inputs and free else None,
                         strict=False,
@@ -171,11 +187,20 @@ class _Exporter:
                 refusal = refusal or error
                 continue
             if inputs is examples or not any(_fixed(exported)):
+                if left:
+                    self.notes.append(f"what forward leaves in {', '.join(left[:3])} is not kept")
                 return exported
             refusal = refusal or CaptureError("the model fixes the batch size")
         if refusal is None:
             raise CaptureError("there is nothing to export")
         raise CaptureError(f"{type(refusal).__name__}: {_first_lines(refusal)}") from refusal
+
+    def _function(self, function: type, apply: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An autograd function is traced into: what remains is its forward."""
+        note = f"the gradient of {function.__qualname__} is that of its forward, not the one that it defines"
+        if note not in self.notes and not function.__module__.startswith("torch."):
+            self.notes.append(note)
+        return apply(*args, **kwargs)
 
     def _note_fixed(self, exported: torch.export.ExportedProgram) -> None:
         if any(_fixed(exported)):
@@ -262,6 +287,15 @@ class _Exporter:
             at = f" at {where[0]}:{where[1]}" if where else ""
             raise CaptureError(f"the graph holds {name}{at}, which is not rewritten")
         places = [n for n in block.graph.nodes if n.op == "placeholder"]
+        if not enabled:  # nor may what is written there, as statistics are, have a gradient
+            written = {n.args[0] for n in block.graph.nodes if getattr(n.target, "_schema", None) is not None
+                       and n.target._schema.is_mutable}  # fmt: skip
+            inputs = [
+                self.graph.call_function(torch.ops.aten.detach.default, (i,))
+                if isinstance(place.meta.get("val"), torch.Tensor) and place not in written
+                else i
+                for i, place in zip(inputs, places, strict=True)
+            ]
         results = self._copy(block, dict(zip(places, inputs, strict=True)))
         if enabled:
             return results

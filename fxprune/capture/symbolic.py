@@ -33,10 +33,11 @@ from torch.utils import _pytree as pytree
 from ..errors import CaptureError, ExampleInputsError
 from ..inputs import meta_like, to_meta
 from ..leaves import leaf_for
-from ..nn import TrainingFlag
+from ..nn import Apply, TrainingFlag, keep, stop_gradient
 from ..program import Program, Skeleton, clone_module, mutable, named_modules, named_tensors
 from ..structure import TENSORS, flatten
 from .arguments import Arguments, packing
+from .effects import AUGMENTED, Kept, autograd_functions, write_in_place
 
 _SKIPPED = (
     os.path.dirname(torch.__file__) + os.sep,
@@ -108,6 +109,25 @@ _PLAIN = frozenset([type(None), bool, int, float, str, torch.dtype, torch.device
 """Types of values that stand in a graph as they are."""
 
 
+class _Proxy(fx.Proxy):
+    """A proxy that remembers augmented assignments."""
+
+
+def _augmented(name: str) -> Callable[[Any, Any], Any]:
+    function = getattr(operator, name)
+
+    def assign(proxy: fx.Proxy, other: Any) -> Any:
+        result = proxy.tracer.create_proxy("call_function", function, (proxy, other), {})
+        result.node.meta["augmented"] = name
+        return result
+
+    return assign
+
+
+for _method, _name in AUGMENTED.items():
+    setattr(_Proxy, _method, _augmented(_name))
+
+
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
@@ -128,6 +148,9 @@ class _Tracer(fx.Tracer):
         self.tensors = dict(named)
         self.tensor_names = {id(tensor): name for name, tensor in reversed(named)}
         self.tensor_proxies: dict[str, fx.Proxy] = {}
+        self.kept = Kept(model)
+        self.under_no_grad: dict[fx.Node, bool] = {}  # whether a node there may have a gradient all the same
+        self.stops: dict[fx.Node, fx.Node] = {}
 
     def program(self) -> Program:
         """Trace, and collect what the graph refers to.
@@ -137,7 +160,13 @@ class _Tracer(fx.Tracer):
         """
         asked: set[nn.Module] = set()
         try:
-            with restored(self.model), _dynamic_training(self.model, asked), _dynamic_factories(self):
+            with (
+                restored(self.model),
+                _dynamic_training(self.model, asked),
+                _dynamic_factories(self),
+                autograd_functions(self._apply),
+                torch.enable_grad(),  # against which a block under torch.no_grad stands out
+            ):
                 graph = super().trace(self.model)
         except (CaptureError, ExampleInputsError):
             raise
@@ -148,6 +177,7 @@ class _Tracer(fx.Tracer):
             again = type(self)(self.model, self.arguments, *self.options)
             again.switches = switches
             return again.program()
+        write_in_place(graph, self.leaf)
         graph._tracer_cls = None  # a copy must not try to make a tracer of ours from nothing
         for node in graph.nodes:
             if function_name(node.target) is None:
@@ -168,6 +198,9 @@ class _Tracer(fx.Tracer):
             notes=tuple(self.notes),
         )
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     # -- inputs ---------------------------------------------------------------------------------
 
     def create_args_for_root(
@@ -178,7 +211,9 @@ class _Tracer(fx.Tracer):
         keywords = {name: self._input(name, given) for name, given in named.items()}
 
         def call(*values: Any) -> Any:
-            return self._packed(root_fn(*values, **keywords))
+            outputs = root_fn(*values, **keywords)
+            self._keep()
+            return self._packed(outputs)
 
         return call, positional
 
@@ -237,7 +272,7 @@ class _Tracer(fx.Tracer):
         kind = type(a)
         if kind in _PLAIN:
             return a
-        if kind is fx.Proxy or kind is _ShapeProxy:
+        if kind is _Proxy or kind is _ShapeProxy:
             return a.node
         if kind is dict and not a:
             return a
@@ -262,8 +297,63 @@ class _Tracer(fx.Tracer):
             return self.create_node("call_function", OrderedDict, (super().create_arg(a),), {})
         return super().create_arg(a)
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(*args, **kwargs)
+    def _apply(self, function: type, apply: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An autograd function whose arguments are traced stays whole, with the gradient that it defines."""
+        if not any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+            return apply(*args, **kwargs)
+        path = f"_{function.__name__}"
+        while (
+            hasattr(self.model, path) or getattr(self.added.get(path), "function", function) is not function
+        ):
+            path += "_"
+        if path not in self.added:
+            self.added[path] = Apply(function).train(int(self.model.training) != 0)
+        return self.create_proxy("call_module", path, args, kwargs)
+
+    def _keep(self) -> None:
+        """Keep what forward assigned to its buffers, and to other tensors that it had read."""
+        left = []
+        for name, before, value, _ in self.kept.replaced(fx.Proxy):
+            known = self.tensor_names.get(id(before))
+            if known is None:
+                left.append(name)
+                continue
+            for read in [n for n in self.graph.nodes if n.op == "get_attr" and n.target == known]:
+                with self.graph.inserting_after(read):  # forward goes on with the tensor from before
+                    copy = self.graph.call_method("clone", (read,))
+                read.replace_all_uses_with(copy, lambda user, copy=copy: user is not copy)
+                self.evaluated(copy)
+            self.create_proxy(
+                "call_function", keep, (self.create_proxy("get_attr", known, (), {}), value), {}
+            )
+        if left:
+            self.notes.append(f"what forward leaves in {', '.join(left[:3])} is not kept")
+
+    def evaluated(self, node: fx.Node) -> None:
+        """Called for a node that no proxy was asked for."""
+
+    def _stopped(self, node: fx.Node) -> fx.Node:
+        """``node`` without a gradient."""
+        if node not in self.stops:
+            self.stops[node] = new = super().create_node("call_function", stop_gradient, (node,), {})
+            self.under_no_grad[new] = False
+            self.evaluated(new)
+        return self.stops[node]
+
+    def _without_gradient(self, kind: str, arguments: Any) -> Any:
+        """The arguments of a new node as ``torch.no_grad`` leaves them, where it or they stand under one."""
+        inside = not torch.is_grad_enabled()
+        if kind in ("placeholder", "get_attr") or not (inside or self.under_no_grad):
+            return arguments
+        return map_arg(arguments, lambda n: self._stopped(n) if self.under_no_grad.get(n, inside) else n)
+
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any
+    ) -> fx.Node:
+        args, kwargs = self._without_gradient(kind, (args, kwargs))
+        node = super().create_node(kind, target, args, kwargs, *rest, **options)
+        if not torch.is_grad_enabled() and kind not in ("placeholder", "get_attr"):
+            self.under_no_grad[node] = kind == "call_module"
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and _is_skipped(frame.f_code.co_filename):
             frame = frame.f_back
@@ -279,7 +369,7 @@ class _Tracer(fx.Tracer):
         return self.added[path] if path in self.added else self.modules[path]
 
 
-class _ShapeProxy(fx.Proxy):
+class _ShapeProxy(_Proxy):
     """A proxy that knows its value on meta tensors, and answers questions about it."""
 
     tracer: _ShapeTracer
@@ -350,6 +440,9 @@ class _ShapeTracer(_Tracer):
             flag = node.op == "call_module"
             self.values[node] = self.leaf(str(node.target)).training if flag else self._evaluate(node)
         return node
+
+    def evaluated(self, node: fx.Node) -> None:
+        self.values[node] = self._evaluate(node)
 
     def wants_factory(self, dynamic: bool) -> bool:
         return not self.evaluating

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from ..errors import CaptureError, ExampleInputsError, FxpruneError
 from ..inputs import meta_like
 from ..leaves import leaf_for
-from ..nn import Pack
+from ..nn import Apply, Pack
 from ..program import (
     Program,
     clone_module,
@@ -341,6 +341,8 @@ class _Interpreter(TorchDispatchMode):
             packed = original(*args, **kwargs)
             self._packs[id(packed)] = original
             return packed
+        if isinstance(original, Apply):
+            self.coupler.delicate()
         if leaf is None:
 
             def tensor(name: str) -> torch.Tensor:
