@@ -40,14 +40,15 @@ class Kept:
     """Tensors that modules hold as buffers and as plain attributes, before a forward runs."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._tables: list[tuple[str, dict[str, Any], dict[str, torch.Tensor]]] = []
+        self._tables: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
         seen: set[int] = set()
         for path, module in named_modules(model):
             if id(module) not in seen:
                 seen.add(id(module))
+                prefix = f"{path}." if path else ""
                 for table in (module._buffers, module.__dict__):
-                    tensors = {name: t for name, t in table.items() if isinstance(t, torch.Tensor)}
-                    self._tables.append((f"{path}." if path else "", table, tensors))
+                    if table:
+                        self._tables.append((prefix, table, dict(table)))
 
     def replaced(self, kind: type) -> Iterator[tuple[str, torch.Tensor | None, Any, Callable[[Any], None]]]:
         """What forward has put into attributes.
@@ -55,15 +56,16 @@ class Kept:
         Gives the name, the tensor from before (None where there was none), the new value, which is a
         ``kind``, and a function that writes the attribute.
         """
-        for prefix, table, tensors in self._tables:
-            for name, value in list(table.items()):
-                before = tensors.get(name)
-                if isinstance(value, kind) and value is not before:
+        for prefix, table, earlier in self._tables:
+            new = [n for n, v in table.items() if v is not earlier.get(n) and isinstance(v, kind)]
+            for name in new:
+                before = earlier.get(name)
 
-                    def write(new: Any, table: dict[str, Any] = table, name: str = name) -> None:
-                        table[name] = new
+                def write(value: Any, table: dict[str, Any] = table, name: str = name) -> None:
+                    table[name] = value
 
-                    yield f"{prefix}{name}", before, value, write
+                known = before if isinstance(before, torch.Tensor) else None
+                yield f"{prefix}{name}", known, table[name], write
 
 
 AUGMENTED = {
