@@ -351,7 +351,7 @@ def main() -> None:
     )
     parser.add_argument("models", nargs="*", metavar="MODEL", help="torchvision models (default: all 80)")
     parser.add_argument(
-        "--rounds", type=int, default=5, help="runs of each tool, of which the median counts (default: 3)"
+        "--rounds", type=int, default=5, help="runs of each tool, of which the median counts (default: 5)"
     )
     parser.add_argument("--limit", type=float, default=60, help="seconds for each run (default: 60)")
     parser.add_argument(
