@@ -28,12 +28,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate, map_arg
+from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, ExampleInputsError
 from ..inputs import meta_like, to_meta
 from ..leaves import leaf_for
 from ..nn import Apply, TrainingFlag, keep, stop_gradient
+from ..packed import AS_LIST, ON_SHAPES
 from ..program import Program, Skeleton, clone_module, mutable, named_modules, named_tensors
 from ..structure import TENSORS, flatten
 from .arguments import Arguments, packing
@@ -105,6 +107,10 @@ class _Flag(int):
         return int(self) != 0
 
 
+def _is_numbers(given: Any) -> bool:
+    return isinstance(given, list) and bool(given) and all(type(number) is int for number in given)
+
+
 _PLAIN = frozenset([type(None), bool, int, float, str, torch.dtype, torch.device])
 """Types of values that stand in a graph as they are."""
 
@@ -132,11 +138,13 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, model: nn.Module, arguments: Arguments) -> None:
-        super().__init__()
+        super().__init__(autowrap_functions=tuple(ON_SHAPES))
+        self._autowrap_search.append(rnn)
         self.model = model
         self.arguments = arguments
         self.options: tuple[Any, ...] = ()
         self.switches: set[nn.Module] = set()
+        self.lists_as_values = False
         self.constants: dict[str, torch.Tensor] = {}
         self.alive: list[torch.Tensor] = []  # constants whose id must stay theirs
         self.given: dict[str, Any] = {}
@@ -155,8 +163,10 @@ class _Tracer(fx.Tracer):
     def program(self) -> Program:
         """Trace, and collect what the graph refers to.
 
-        A module without tensors or children whose control flow asks for ``self.training`` (stochastic
-        depth, say) becomes a leaf, so that it still switches; for any other, the mode is that of now.
+        Lists of numbers that only say how long packed sequences are may differ from call to call; any other
+        stay those that are given. A module without tensors or children whose control flow asks for
+        ``self.training`` (stochastic depth, say) becomes a leaf, so that it still switches; for others, the
+        mode is that of now.
         """
         asked: set[nn.Module] = set()
         try:
@@ -171,17 +181,28 @@ class _Tracer(fx.Tracer):
         except (CaptureError, ExampleInputsError):
             raise
         except Exception as error:  # whatever a user's forward raises on symbolic values
+            if any(_is_numbers(given) for given in self.given.values()) and not self.lists_as_values:
+                return self._again(self.switches, True)
             raise CaptureError(f"{blame(error)}{type(error).__name__}: {error}") from error
+        lists = [n for n in graph.find_nodes(op="placeholder") if _is_numbers(self.given[str(n.target)])]
+        users = {user.target for node in lists for user in node.users}
+        if not self.lists_as_values and users - {rnn.pack_padded_sequence}:
+            return self._again(self.switches, True)
         switches = {m for m in asked if not [*m.children(), *m.parameters(), *m.buffers()]} - {self.model}
         if switches:
-            again = type(self)(self.model, self.arguments, *self.options)
-            again.switches = switches
-            return again.program()
+            return self._again(switches, self.lists_as_values)
         write_in_place(graph, self.leaf)
         graph._tracer_cls = None  # a copy must not try to make a tracer of ours from nothing
         for node in graph.nodes:
             if function_name(node.target) is None:
                 node.meta.pop("is_wrapped", None)
+            if node.target is rnn.pack_padded_sequence and any(
+                isinstance(a, list) for a in (*node.args, *node.kwargs.values())
+            ):
+                raise CaptureError(
+                    "the lengths of packed sequences are computed as a list, which would stay that of the "
+                    "example; compute them as a tensor"
+                )
         named = self.model.named_modules() if asked else ()
         fixed = sorted(path for path, module in named if module in asked)
         mode = "training" if self.model.training else "evaluation"
@@ -197,6 +218,11 @@ class _Tracer(fx.Tracer):
             extras=self.constants,
             notes=tuple(self.notes),
         )
+
+    def _again(self, switches: set[nn.Module], lists_as_values: bool) -> Program:
+        again = type(self)(self.model, self.arguments, *self.options)
+        again.switches, again.lists_as_values = switches, lists_as_values
+        return again.program()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -233,6 +259,8 @@ class _Tracer(fx.Tracer):
     def _input(self, name: str, given: Any) -> Any:
         leaves, spec = pytree.tree_flatten(given)
         self.given[name] = to_meta(given)
+        if _is_numbers(given) and not self.lists_as_values:
+            return self.create_proxy("placeholder", name, (None,), {})
         if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
             checked = self.create_proxy("placeholder", name, self.arguments.default(name), {})
             self.create_proxy("call_function", check_value, (checked, given, name), {})
@@ -463,12 +491,17 @@ class _ShapeTracer(_Tracer):
         try:
             with torch.no_grad():
                 if node.op == "call_method":
+                    if node.target in ("cpu", "cuda"):
+                        return args[0]
+                    if node.target in AS_LIST and isinstance(args[0], torch.Tensor):
+                        return None
                     return getattr(args[0], str(node.target))(*args[1:], **kwargs)
                 if node.op == "call_function":
                     if getattr(node.target, "__name__", "") in _FACTORIES:
                         kwargs = {**kwargs, "device": "meta"}
                     args, kwargs = mutable(args), mutable(kwargs)
-                    return node.target(*args, **kwargs)  # type: ignore[operator]
+                    target: Any = ON_SHAPES.get(node.target, node.target)
+                    return target(*args, **kwargs)
                 path = str(node.target)
                 if path not in self.clones:
                     self.clones[path] = clone_module(self.leaf(path), lambda _, tensor: self._meta(tensor))

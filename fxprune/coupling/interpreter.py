@@ -20,6 +20,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -28,6 +29,7 @@ from ..errors import CaptureError, ExampleInputsError, FxpruneError
 from ..inputs import meta_like
 from ..leaves import leaf_for
 from ..nn import Apply, Pack
+from ..packed import ON_SHAPES, is_lengths
 from ..program import (
     Program,
     clone_module,
@@ -292,13 +294,15 @@ class _Interpreter(TorchDispatchMode):
         """The outputs of a node that calls something."""
         if node.op == "call_module":
             return self._call(str(node.target), args, kwargs)
+        if is_lengths(node):
+            return None
         inside = node in self._interior or node in self._detours
         with contextlib.nullcontext() if inside else self:
             if node.target is operator.getitem:
                 return args[0][_index(args[1])]
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            target: Any = node.target
+            target: Any = ON_SHAPES.get(node.target, node.target)
             if isinstance(target, FunctionType):  # which may write into a list that it is given
                 args, kwargs = mutable(args), mutable(kwargs)
             with _Whole(self._aten) if target is torch._weight_norm else contextlib.nullcontext():
@@ -473,8 +477,16 @@ class _Interpreter(TorchDispatchMode):
         if isinstance(result, torch.Tensor):
             return self.coupler.peek(result)
         if isinstance(result, (list, tuple, dict)):
-            return pytree.tree_map_only(torch.Tensor, self.coupler.peek, result)
+            return pytree.tree_map(self._described, result, is_leaf=_is_packed)
         return result
+
+    def _described(self, leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return self.coupler.peek(leaf)
+        if _is_packed(leaf):
+            self.coupler.delicate()  # of its values it cannot be built again
+            return tuple(map(self._describe, leaf))
+        return leaf
 
     def _tensor(self, name: str) -> torch.Tensor:
         """The meta stand-in of a parameter or buffer, one for all names that it has."""
@@ -557,6 +569,10 @@ class _Observed(TorchDispatchMode):
     @staticmethod
     def _plain(tensor: torch.Tensor) -> Value:
         return Value(tuple(tensor.shape), [None] * tensor.dim(), dtype=tensor.dtype)
+
+
+def _is_packed(tree: Any) -> bool:
+    return isinstance(tree, PackedSequence)
 
 
 _BY_DIMENSION = frozenset(
