@@ -41,6 +41,7 @@ from ..program import (
 )
 from ..structure import Leaf, flatten
 from .coupler import Coupler
+from .permutations import Permutation, find_permutation, operator_name
 from .plain import call_plain
 from .registry import CUSTOM, rule_for
 from .shapes import SHORTCUTS
@@ -152,7 +153,7 @@ class _Interpreter(TorchDispatchMode):
         self._written: dict[int, tuple[list[bool], fx.Node | None]] = {}
         self._numbers: list[Any] = []
         self._metas: dict[int, torch.Tensor] = {}
-        self._detours: dict[fx.Node, tuple[fx.Node, int, Any]] = {}
+        self._shuffles: dict[fx.Node, Permutation] = {}
         self._interior: set[fx.Node] = set()
         self._literal = False
         self._calls = 0
@@ -261,7 +262,8 @@ class _Interpreter(TorchDispatchMode):
                 kwargs = map_arg(node.kwargs, env.__getitem__)
                 self._numbers, self._calls = [], 0
                 self._literal = node.op != "call_module"  # sizes may stand in the call
-                self._find_detour(node, env)
+                if node not in self._interior:
+                    self._shuffle(node, env)
                 try:
                     result = self._execute(node, args, kwargs)
                 except FxpruneError as error:
@@ -276,8 +278,10 @@ class _Interpreter(TorchDispatchMode):
             env[node] = result
             if self._calls > 1 and node.target is not operator.getitem and node in self.coupler.takes:
                 self.coupler.takes[node] = None  # the node does more than pick
-            if node in self._detours:
-                self._finish_detour(node, env)
+            if node in self._shuffles:
+                shuffle = self._shuffles[node]
+                source = self.coupler.value(env[shuffle.source])
+                self.coupler.put(result, self.coupler.pick(source, shuffle.dim, shuffle.index))
             self.values[node] = self._describe(result)
 
     def keep_views(self) -> None:
@@ -296,7 +300,7 @@ class _Interpreter(TorchDispatchMode):
             return self._call(str(node.target), args, kwargs)
         if is_lengths(node):
             return None
-        inside = node in self._interior or node in self._detours
+        inside = node in self._interior  # of a chain that is labelled as one
         with contextlib.nullcontext() if inside else self:
             if node.target is operator.getitem:
                 return args[0][_index(args[1])]
@@ -307,6 +311,18 @@ class _Interpreter(TorchDispatchMode):
                 args, kwargs = mutable(args), mutable(kwargs)
             with _Whole(self._aten) if target is torch._weight_norm else contextlib.nullcontext():
                 return target(*args, **kwargs)
+
+    def _shuffle(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> None:
+        """Label a chain of movements from this node on as one, where it permutes what may go.
+
+        Where nothing can go from the dimension (tokens), the steps do no harm, and each has labels.
+        """
+        found = find_permutation(node, env)
+        if found is not None:
+            source = self.coupler.peek(env[found.source])
+            if source.label(found.dim) is not None or source.is_open(found.dim):
+                self._interior.update(found.chain)
+                self._shuffles[found.chain[-1]] = found
 
     def _constant(self, node: fx.Node) -> Any:
         """What a node computes from constants and buffers alone; None where it needs anything else.
@@ -414,58 +430,6 @@ class _Interpreter(TorchDispatchMode):
                 for dim in dims:
                     self.coupler.freeze_dim(self.coupler.value(leaves[number]), dim, node.meta["reason"])
 
-    # -- views that amount to a permutation -----------------------------------------------------
-
-    def _find_detour(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> None:
-        """Look ahead from a view for a chain of movements that only permutes one dimension.
-
-        A channel shuffle written as view, transpose, view would tie channels across rows although all it
-        does is to permute them. Such a chain is labelled as one movement from its source to its end. Where
-        nothing can go from the dimension (tokens), the steps do no harm, and each is labelled by itself.
-        """
-        if node in self._interior or node in self._detours:
-            return
-        if not _is_movement(node, _VIEWS) or not isinstance(node.args[0], fx.Node):
-            return
-        # Not env.get, which would pass over _Known.__missing__.
-        source = env[node.args[0]] if node.args[0] in env else None  # noqa: SIM401
-        if not isinstance(source, torch.Tensor) or source.dim() < 2:
-            return
-        chain = [node]
-        while len(chain[-1].users) == 1:
-            (following,) = chain[-1].users
-            if not _is_movement(following, _MOVEMENTS) or following.args[0] is not chain[-1]:
-                break
-            chain.append(following)
-        ends = [i + 1 for i, step in enumerate(chain) if i >= 2 and _is_movement(step, _VIEWS)]
-        if not ends or not any(_is_movement(n, _PERMUTATIONS) for n in chain):
-            return
-        chain = chain[: ends[-1]]
-        found = None
-        try:
-            probe = torch.arange(source.numel()).reshape(source.shape)
-            place: dict[fx.Node, Any] = {node.args[0]: probe}
-            for step in chain:
-                args: Any = map_arg(step.args, lambda n: _ahead(n, place, env))
-                kwargs: Any = map_arg(step.kwargs, lambda n: _ahead(n, place, env))
-                call: Any = getattr(args[0], str(step.target)) if step.op == "call_method" else step.target
-                place[step] = call(*(args[1:] if step.op == "call_method" else args), **kwargs)
-            for end in reversed(ends):
-                found = _permutation(probe, place[chain[end - 1]])
-                if found is not None:
-                    chain = chain[:end]
-                    break
-        except (RuntimeError, TypeError, IndexError, KeyError):
-            pass  # no chain that could be followed
-        value = self.coupler.peek(source)
-        if found is not None and (value.label(found[0]) is not None or value.is_open(found[0])):
-            self._interior.update(chain[:-1])
-            self._detours[chain[-1]] = (node.args[0], *found)
-
-    def _finish_detour(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> None:
-        source, dim, index = self._detours[node]
-        self.coupler.put(env[node], self.coupler.pick(self.coupler.value(env[source]), dim, index))
-
     def _shapes(self, node: fx.Node) -> str:
         """Shapes of the parameters of a module node, for messages."""
         prefix = f"{node.target}." if node.op == "call_module" else None
@@ -537,7 +501,7 @@ def _grouped_sources(graph: fx.Graph) -> dict[fx.Node, int]:
     """Parameters from which the weights of grouped convolutions are computed, and the number of groups."""
     found = {}
     for node in graph.nodes:
-        name = _operator(node) if node.op == "call_function" else ""
+        name = operator_name(node) if node.op == "call_function" else ""
         if not name.startswith("conv") or len(node.args) < 2 or not isinstance(node.args[1], fx.Node):
             continue
         at = 8 if name == "convolution" else 6
@@ -579,10 +543,6 @@ _BY_DIMENSION = frozenset(
     ["cat", "stack", "permute", "transpose", "t", "unsqueeze", "squeeze", "alias", "detach"]
 )
 """Movements whose arguments name dimensions, never sizes."""
-
-_VIEWS = frozenset(["view", "reshape", "flatten", "unflatten", "_unsafe_view"])
-_PERMUTATIONS = frozenset(["transpose", "permute", "movedim", "swapaxes", "swapdims", "moveaxis"])
-_MOVEMENTS = _VIEWS | _PERMUTATIONS | {"contiguous", "clone"}
 
 
 def _index(item: Any) -> Any:
@@ -631,58 +591,6 @@ class _Known(dict[fx.Node, Any]):
             tensor = torch.empty(value.shape, dtype=value.dtype, device="meta")
         tensor._fxprune_value = value  # type: ignore[attr-defined]
         return tensor
-
-
-def _operator(node: fx.Node) -> str:
-    """The name of a function that a node calls, without its namespace."""
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.partition("::")[2] if schema is not None else getattr(node.target, "__name__", "")
-
-
-def _is_movement(node: fx.Node, names: frozenset[str]) -> bool:
-    if node.op == "call_method":
-        return node.target in names
-    if node.op != "call_function":
-        return False
-    return _operator(node) in names and getattr(node.target, "__module__", "").startswith(
-        ("torch", "_operator")
-    )
-
-
-def _ahead(node: fx.Node, place: dict[fx.Node, Any], env: Mapping[fx.Node, Any]) -> Any:
-    """A node's value; a size that is read later in the graph is computed now. Raises KeyError for others."""
-    if node in place:
-        return place[node]
-    if node in env:
-        return env[node]
-    sizes = node.op == "call_method" and node.target == "size"
-    if not sizes and (node.op != "call_function" or node.target not in _NUMBER_OPERATORS):
-        raise KeyError(node)
-    args: Any = map_arg(node.args, lambda n: _ahead(n, place, env))
-    target: Any = node.target
-    place[node] = args[0].size(*args[1:]) if sizes else target(*args)
-    return place[node]
-
-
-_NUMBER_OPERATORS = frozenset(
-    [getattr, operator.getitem, operator.mul, operator.floordiv, operator.add, operator.sub]
-)
-
-
-def _permutation(probe: torch.Tensor, result: Any) -> tuple[int, Any] | None:
-    """The one dimension along which ``result`` permutes ``probe``, and how; None if it is anything else.
-
-    What moves nothing is no permutation: the views in it may still have to be rewritten.
-    """
-    if not isinstance(result, torch.Tensor) or result.shape != probe.shape or torch.equal(result, probe):
-        return None
-    for dim in range(probe.dim()):
-        if probe.shape[dim] > 1:
-            line = result[tuple(slice(None) if d == dim else 0 for d in range(probe.dim()))]
-            index = line // probe.stride(dim) % probe.shape[dim]
-            if torch.equal(probe.index_select(dim, index), result):
-                return dim, index.numpy()
-    return None
 
 
 def _lacks_kernel(error: Exception) -> bool:
