@@ -2461,21 +2461,6 @@ def test_drop_path_captured_in_eval_mode_is_reported() -> None:
     assert dynamic or "training" in report
 
 
-def test_module_named_like_a_keyword() -> None:
-    """A submodule called ``in`` is pruned, or refused with an error of fxprune's own."""
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleDict({"in": nn.Linear(6, 12), "out": nn.Linear(12, 4)})
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layers["out"](self.layers["in"](x))
-
-    with contextlib.suppress(fxprune.FxpruneError):
-        check(Net(), VECTOR)
-
-
 def test_unknown_operator_is_named() -> None:
     """The report of frozen axes names the operator, the source line and the way out."""
     example = CASES["unknown_operator"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from ..errors import CaptureError, ExampleInputsError
 from ..inputs import to_meta
@@ -124,7 +124,8 @@ def _climb(
         try:
             program = trace(model, args, kwargs)
             dissolve_composites(program.graph, program.tensors)
-            _check_names(program)
+            if not isinstance(program, RegionProgram):  # whose code stays that of the model
+                _check_names(program)
             inputs = _inputs(name, program, args, kwargs)
             captured = _captured(name, rung, program, inputs, refusals, tuple(computed_tensors(model)))
             accept(captured)
@@ -186,9 +187,20 @@ def _captured(
     return Captured(program, rung, report, name, inputs, regions.describe(program))
 
 
+_OWN = frozenset(dir(fx.GraphModule({}, fx.Graph()))) - frozenset(dir(nn.Module()))
+"""Names of which ``torch.fx.GraphModule`` makes use itself: ``graph``, ``code``, ``meta`` ..."""
+
+
 def _check_names(program: Program) -> None:
     """Refuse names of modules and tensors that could not stand in the code of a graph module."""
     names = [str(node.target) for node in program.graph.nodes if node.op in ("call_module", "get_attr")]
-    odd = next((n for n in names if any(keyword.iskeyword(part) for part in n.split("."))), None)
-    if odd is not None:
-        raise CaptureError(f"torch.fx cannot write code for {odd!r}, because a Python keyword is part of it.")
+    for name in names:
+        first, *_ = parts = name.split(".")
+        if any(keyword.iskeyword(part) for part in parts):
+            raise CaptureError(
+                f"torch.fx cannot write code for {name!r}, because a Python keyword is part of it."
+            )
+        if first in _OWN:
+            raise CaptureError(
+                f"the model's {first!r} would hide what every torch.fx.GraphModule has of that name."
+            )
