@@ -6,7 +6,6 @@ smaller (``a`` stands for ``a.weight``), so that no case passes because nothing 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections import namedtuple
