@@ -30,6 +30,7 @@ class Leaf:
         attributes: what it remembers of its widths, or None.
         site: ``file:line`` of the registration.
         given: what it was registered with, to tell whether a second registration is the same.
+        runs: whether ``forward`` is tried on shapes before ``outputs``.
     """
 
     module_class: type[nn.Module] | str
@@ -38,6 +39,7 @@ class Leaf:
     attributes: Attributes | None
     site: str
     given: Any
+    runs: bool = True
 
 
 class Registration:

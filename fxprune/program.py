@@ -324,6 +324,7 @@ def assemble(program: Program) -> nn.Module:
             inside_leaf.update({path} - {""})
         elif path in skeleton.aliases:
             place(path, container(skeleton.aliases[path]))
+            inside_leaf.update({path} if skeleton.aliases[path] in inside_leaf else ())
         elif path in program.modules:
             leaf(path)
             inside_leaf.add(path)

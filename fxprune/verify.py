@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from .inputs import normalize
 from .nn import multi_head_attention
 from .passes import Narrowing
 from .passes.base import copy_graph, operator_name
-from .passes.parameters import masked, narrow
+from .passes.parameters import masked, narrow, surviving
 from .planning.plan import PruningPlan
 from .program import Program, describe_source, mutable
 from .regions import RegionProgram
@@ -125,8 +125,8 @@ def verify(
             linked = isinstance(program, RegionProgram) and walk.linked()
             if not inexact and not linked:
                 difference = _whole(original, part, args, kwargs, graph.run.outputs[path], narrowing)
-                worst = max(worst, difference)
                 if difference <= limit:
+                    worst = max(worst, difference)
                     continue
             try:
                 inputs = piece.bind(args, kwargs)
@@ -144,7 +144,7 @@ def verify(
                 )
             worst = max(worst, walk.run(part, inputs))
             compared += walk.compared
-        if not inexact and not linked:
+        if not inexact and not linked and not walk.settled:
             raise VerificationError(
                 f"the outputs differ from the masked original's by {difference:.1e} (relative), though no "
                 f"single node of the graph differs: was {type(part).__name__} changed since it was pruned?"
@@ -264,8 +264,8 @@ def _whole(
             except Exception as error:
                 if module is original:
                     raise ExampleInputsError(
-                        f"the original model does not run on the example inputs: "
-                        f"{type(error).__name__}: {error}"
+                        f"the original model does not run on the example inputs in this precision: "
+                        f"{type(error).__name__}: {error}. Where only another will do, give verify its dtype."
                     ) from error
                 return math.inf  # the walk will say where
     (wanted, structure), (got, other) = (flatten(tree) for tree in outputs)
@@ -322,6 +322,7 @@ class _Walk:
         self.original = original
         self.narrowing, self.inexact, self.limit = narrowing, inexact, limit
         self.compared = 0
+        self.settled = False
 
     def run(self, candidate: fx.GraphModule, inputs: list[Any]) -> float:
         """Largest relative error of a node of ``candidate``; raises VerificationError above the limit."""
@@ -335,7 +336,7 @@ class _Walk:
         for node in got:
             if node.name not in names:
                 continue
-            reference = wanted.advance(node.name)
+            reference = wanted.advance(node.name, self._settle)
             if node.op in ("placeholder", "get_attr"):
                 continue
             expected = self._narrowed(node, reference)
@@ -357,6 +358,35 @@ class _Walk:
                 )
             worst = max(worst, error)
         return worst
+
+    def _settle(self, node: fx.Node, reference: Any) -> Any:
+        """The masked original's value, with zeros where a removed channel is not finite.
+
+        What removed channels carry does not count, since all that reads them multiplies it by zero; but zero
+        times infinity, as where something is divided by a removed parameter, would count.
+        """
+        if node.op in ("placeholder", "get_attr", "output"):
+            return reference
+        values = iter(pytree.tree_leaves(self._tree(node)))
+
+        def settled(leaf: Any) -> Any:
+            value = next(values, None)
+            if (
+                not (isinstance(leaf, torch.Tensor) and isinstance(value, Value) and leaf.is_floating_point())
+                or tuple(leaf.shape) != value.shape
+                or bool(leaf.isfinite().all())
+            ):
+                return leaf
+            labels = [value.label(d) for d in range(len(value.shape))]
+            alive = surviving(leaf.shape, labels, self.narrowing)
+            broken = None if alive is None else ~leaf.isfinite() & ~alive.to(leaf.device)
+            if broken is None or not bool(broken.any()):
+                return leaf
+            self.settled = True
+            return leaf.masked_fill(broken, 0)
+
+        leaves, spec = pytree.tree_flatten(reference)
+        return pytree.tree_unflatten([settled(leaf) for leaf in leaves], spec)
 
     def _used(self, node: fx.Node, *trees: Any) -> list[list[Any]]:
         """The leaves of two trees that some operator reads, and that have been written."""
@@ -450,8 +480,8 @@ class _Stepper:
             yield node
             self._free()
 
-    def advance(self, name: str) -> Any:
-        """Run up to and including the node called ``name``; its value."""
+    def advance(self, name: str, settle: Callable[[fx.Node, Any], Any]) -> Any:
+        """Run up to and including the node called ``name``; its value, which ``settle`` may change."""
         while True:
             try:
                 node = self.step()
@@ -460,7 +490,7 @@ class _Stepper:
                     f"the pruned network has other nodes than the original, or in another order (see node "
                     f"{name}). Give verify the module that plan.apply(model) returned."
                 ) from None
-            value = self.values[node]
+            value = self.values[node] = settle(node, self.values[node])
             self._free()
             if node.name == name:
                 return value

@@ -59,6 +59,7 @@ class Case:
         batch: whether another batch size is possible.
         composite: the operator dissolves before it reaches the rules, unless autograd is out of the way.
         runs: whether the operator has a kernel for the processor, so that the result can be run.
+        single: the operator runs in single precision only.
         parts: what a composite is to agree with, where that is not what it dissolves into.
     """
 
@@ -71,6 +72,7 @@ class Case:
     batch: bool = True
     composite: bool = False
     runs: bool = True
+    single: bool = False
     parts: Body | None = None
 
 
@@ -365,6 +367,13 @@ CASES = [
     Case("argmax", lambda x: x.argmax(2) * x[:, :, 0]),
     Case("argmin", lambda x: x.argmin(2) * x[:, :, 0]),
     Case("argmax", lambda x: x.argmax(1, keepdim=True) * x, shrinks=False),
+    # quantisation ------------------------------------------------------------------------------
+    Case("fake_quantize_per_tensor_affine_cachemask", lambda x: torch.fake_quantize_per_tensor_affine(x, 0.1, 3, 0, 255)),
+    Case("_fake_quantize_per_tensor_affine_cachemask_tensor_qparams", lambda x, s: torch.fake_quantize_per_tensor_affine(x, s, s.int(), 0, 255), buffers=((1,),), single=True),
+    Case("fake_quantize_per_channel_affine_cachemask", lambda x, s: torch.fake_quantize_per_channel_affine(x, s, s.int(), 1, 0, 255), buffers=((12,),), single=True),
+    Case("_fake_quantize_learnable_per_tensor_affine", lambda x, s, z: torch._fake_quantize_learnable_per_tensor_affine(x, s, z, 0, 255), extra=((1,), (1,)), single=True),
+    Case("_fake_quantize_learnable_per_channel_affine", lambda x, s, z: torch._fake_quantize_learnable_per_channel_affine(x, s, z, 1, 0, 255), extra=((12,), (12,)), single=True),
+    Case("_fused_moving_avg_obs_fq_helper", lambda x, on, low, high, s, z: torch.fused_moving_avg_obs_fake_quant(x, on, on, low, high, s, z.int(), 0.1, 0, 255, 1, True), buffers=((1,), *(4 * [(12,)])), single=True),
     # pooling and resampling --------------------------------------------------------------------
     Case("avg_pool1d", lambda x: F.avg_pool1d(x, 2), kind="sequence", composite=True),
     Case("avg_pool2d", lambda x: F.avg_pool2d(x, 2)),
@@ -441,6 +450,11 @@ def test_rule(case: Case, applied: set[str]) -> None:
     elif case.composite:
         assert set(case.operators.split()) <= agree(case)
         return
+    elif case.single:
+        plan = fxprune.plan(model, x)
+        pruned = plan.apply(model)
+        assert pruned.first.out_channels == 6
+        fxprune.verify(model, pruned, plan, x, dtype=torch.float32, tolerance=1e-2)
     else:
         check(model, x, shrinks=case.shrinks, batch_dim=0 if case.batch else None)
     assert set(case.operators.split()) <= applied

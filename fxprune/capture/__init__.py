@@ -8,6 +8,7 @@ Where none can, the last rung captures the largest submodules that one of the ot
 from __future__ import annotations
 
 import keyword
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -107,7 +108,20 @@ def capture(
         rungs = opened
     else:
         rungs = {**RUNGS, "regions": partial(regions.find, whole=whole)}
-    return _climb(model, args, kwargs, rungs, accept)
+    try:
+        return _climb(model, args, kwargs, rungs, accept)
+    except CaptureError as refusal:
+        kinds = {path: type(module) for path, module in model.named_modules()}
+        quantised = [path for path, kind in kinds.items() if _QUANTISED.match(kind.__module__)]
+        if not quantised:
+            raise
+        raise CaptureError(
+            f"{quantised[0]} ({kinds[quantised[0]].__qualname__}) says that the model is quantised: from "
+            f"packed weights nothing can be removed. Next: prune the model before it is converted."
+        ) from refusal
+
+
+_QUANTISED = re.compile(r"torch\.ao\.nn(\.intrinsic)?\.quantized\.")
 
 
 def _climb(

@@ -519,10 +519,11 @@ def is_leaf(module: nn.Module) -> bool:
     """
     if leaf_for(module) is not None:
         return True
-    name = type(module).__module__
-    return name.startswith(("torch.nn.", "torch.ao.nn.", "fxprune.nn")) and not isinstance(
-        module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    )
+    kind = type(module)
+    if kind is nn.Sequential or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return False
+    stub = kind.__module__ == "torch.ao.quantization.stubs" and kind.__qualname__ != "QuantWrapper"
+    return stub or kind.__module__.startswith(("torch.nn.", "torch.ao.nn.", "fxprune.nn"))
 
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "linspace", "eye")

@@ -12,6 +12,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -390,12 +391,21 @@ class _Interpreter(TorchDispatchMode):
                 result = module(*args, **kwargs)
             self._remedy = ""
             return result
+        return self._registered(module, original, args, kwargs)
+
+    def _registered(self, module: torch.nn.Module, original: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        """Call ``module``, the copy on meta of a module with a rule of its own."""
+        leaf = leaf_for(original)
+        assert leaf is not None
+        assert leaf.couple is not None
+        result = None
         try:
             with contextlib.nullcontext() if self.observe is None else _Observed(self.observe):
-                result = module(*args, **kwargs)
+                result = module(*args, **kwargs) if leaf.runs else None
         except Exception as error:  # whatever a user's forward raises on shapes
             if leaf.outputs is None or not _needs_values(error):
                 raise
+        if result is None and leaf.outputs is not None:
             result = leaf.outputs(module, args, kwargs)
         self.coupler.operator = type(original).__qualname__
         leaf.couple(self.coupler, module, args, kwargs, result)
@@ -480,7 +490,18 @@ class _Interpreter(TorchDispatchMode):
         module = self.program.modules[path]
         # What a registered module keeps in dicts and lists must not see meta tensors.
         share = leaf_for(module) is None
-        return clone_module(module, lambda name, _: self._tensor(f"{path}.{name}"), share)
+        copy = clone_module(module, lambda name, _: self._tensor(f"{path}.{name}"), share)
+        for name, inner in copy.named_modules() if share else ():
+            leaf = leaf_for(inner)
+            if leaf is not None and leaf.couple is not None and not leaf.runs:
+                inner.__dict__["forward"] = partial(self._inside, inner, module.get_submodule(name))
+        return copy
+
+    def _inside(self, module: torch.nn.Module, original: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What a module with a rule of its own does within a leaf."""
+        self.coupler.delicate()
+        with _disable_current_modes():
+            return self._registered(module, original, args, kwargs)
 
 
 class _Whole(TorchFunctionMode):

@@ -74,14 +74,14 @@ def rule(*operators: str, shapes: Callable[..., Any] | None = None) -> Callable[
 def module_rule(module_class: str, outputs: Callable[..., Any]) -> Callable[[ModuleApply], ModuleApply]:
     """Register the decorated function for a module class of a library, by its full name.
 
-    Modules of the class stay whole; ``outputs(module, args, kwargs)`` makes meta tensors of the results'
-    shapes where ``forward`` does not run on shapes alone.
+    Modules of the class stay whole, and are not run: ``outputs(module, args, kwargs)`` makes meta tensors of
+    the results' shapes.
     """
 
     def register(couple: ModuleApply) -> ModuleApply:
         code = inspect.unwrap(couple).__code__
         site = f"{code.co_filename}:{code.co_firstlineno}"
-        register_leaf(Leaf(module_class, couple, outputs, None, site, couple), _same)
+        register_leaf(Leaf(module_class, couple, outputs, None, site, couple, runs=False), _same)
         return couple
 
     return register

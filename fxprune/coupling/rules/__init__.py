@@ -10,7 +10,7 @@ Operators tagged ``torch.Tag.pointwise`` share one rule. An operator with no rul
 from __future__ import annotations
 
 from ..registry import Rule, registered, rule_for
-from . import constants, contraction, movement, normalization, pointwise, spatial, vision
+from . import constants, contraction, movement, normalization, pointwise, quantization, spatial, vision
 
 __all__ = [
     "Rule",
@@ -19,6 +19,7 @@ __all__ = [
     "movement",
     "normalization",
     "pointwise",
+    "quantization",
     "registered",
     "rule_for",
     "spatial",
