@@ -520,10 +520,12 @@ def is_leaf(module: nn.Module) -> bool:
     if leaf_for(module) is not None:
         return True
     kind = type(module)
-    if kind is nn.Sequential or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        return False
-    stub = kind.__module__ == "torch.ao.quantization.stubs" and kind.__qualname__ != "QuantWrapper"
-    return stub or kind.__module__.startswith(("torch.nn.", "torch.ao.nn.", "fxprune.nn"))
+    if kind.__module__ == "torch.ao.quantization.stubs":
+        return kind.__qualname__ != "QuantWrapper"
+    if kind.__module__.startswith("torch.ao.nn."):  # also those that inherit from Sequential
+        return True
+    holds = isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+    return kind.__module__.startswith(("torch.nn.", "fxprune.nn")) and not holds
 
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "linspace", "eye")
