@@ -10,12 +10,23 @@ Operators tagged ``torch.Tag.pointwise`` share one rule. An operator with no rul
 from __future__ import annotations
 
 from ..registry import Rule, registered, rule_for
-from . import constants, contraction, movement, normalization, pointwise, quantization, spatial, vision
+from . import (
+    constants,
+    contraction,
+    indexed,
+    movement,
+    normalization,
+    pointwise,
+    quantization,
+    spatial,
+    vision,
+)
 
 __all__ = [
     "Rule",
     "constants",
     "contraction",
+    "indexed",
     "movement",
     "normalization",
     "pointwise",

@@ -135,7 +135,7 @@ def _along(c: Coupler, args: Args, out: torch.Tensor, reason: str) -> None:
 
 @rule("sum", "mean", "amax", "amin", "var", "std", "var_mean", "std_mean", "prod", "norm", "logsumexp", "any",
       "all", "linalg_vector_norm", "max.dim", "min.dim", "max.default", "min.default", "aminmax", "argmax",
-      "argmin")  # fmt: skip
+      "argmin", "nansum", "count_nonzero")  # fmt: skip
 def reduction(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
     """Reduced dimensions vanish or become 1. A sum of zeros at removed indices is exact."""
     x = c.value(args[0])
@@ -145,7 +145,7 @@ def reduction(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
     keepdim = results[0].dim() == rank and rank > 0
     names: list[Any] = list(range(rank))
     kept = [d for d in names if d not in dims]
-    zero = c.operator in ("sum", "mean", "amax", "amin", "max", "min")
+    zero = c.operator in ("sum", "nansum", "count_nonzero", "mean", "amax", "amin", "max", "min")
     labels, gone = c.unify([(x, names)], kept, all if zero else (lambda zeros: False))
     on_use: list[tuple[list[Event], Event]] = []
     numbered: list[tuple[list[Event], Event]] = []
@@ -155,7 +155,7 @@ def reduction(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
             on_use.append((c.frozen, Event(label.ids, label.axis, c.node, "whole rows are reduced over")))
         elif c.operator in ("argmax", "argmin"):
             c.freeze(label, "its indices are the result")
-        elif not (zeroed and c.operator == "sum"):
+        elif not (zeroed and c.operator in ("sum", "nansum", "count_nonzero")):
             event = Event(label.ids, label.axis, c.node, f"reduced over this axis by {c.operator}")
             on_use.append((c.inexact, event))
     if keepdim:
