@@ -1827,6 +1827,19 @@ def lstm_in_a_tagger(net, words):
 
 @case(
     TOKENS,
+    lambda: {"a": nn.Linear(12, 8), "rnn": nn.LSTM(8, 6), "b": nn.Linear(6, 8), "c": nn.Linear(8, 4)},
+    "a rnn.weight_ih_l0 b c", batch_dim=1,
+)  # fmt: skip
+def state_by_its_type(net, x):
+    """Code for several kinds of recurrent layers."""
+    _, state = net.rnn(net.a(x))
+    if isinstance(state, tuple):
+        state, _ = state
+    return net.c(net.b(state[-1]))
+
+
+@case(
+    TOKENS,
     lambda: {
         "a": nn.Linear(12, 8),
         "rnn": nn.GRU(8, 6, num_layers=2, bidirectional=True, batch_first=True),

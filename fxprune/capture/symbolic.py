@@ -116,7 +116,21 @@ _PLAIN = frozenset([type(None), bool, int, float, str, torch.dtype, torch.device
 
 
 class _Proxy(fx.Proxy):
-    """A proxy that remembers augmented assignments."""
+    """A proxy that remembers augmented assignments, and says of what type its value is.
+
+    ``isinstance`` asks for ``__class__``. torch.fx and PyTorch are told what they expect, a proxy.
+    """
+
+    tracer: _Tracer
+
+    @property
+    def __class__(self) -> Any:
+        caller = sys._getframe(1).f_code.co_filename
+        return type(self) if _is_skipped(caller) else self.tracer.type_of(self.node)
+
+    @__class__.setter
+    def __class__(self, new: Any) -> None:
+        raise AttributeError("a proxy stays what it is")
 
 
 def _augmented(name: str) -> Callable[[Any, Any], Any]:
@@ -226,6 +240,15 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+    def type_of(self, node: fx.Node) -> type:
+        """The type of a node's value, where that is known without running the node."""
+        if node.op == "get_attr":
+            return type(self.tensors[str(node.target)])
+        if node.op == "placeholder" and str(node.target) in self.given:
+            given = self.given[str(node.target)]
+            return torch.Tensor if isinstance(given, torch.Tensor) else type(given)
+        raise TypeError("control flow depends on the type of a value that is computed")
 
     # -- inputs ---------------------------------------------------------------------------------
 
@@ -453,6 +476,9 @@ class _ShapeTracer(_Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _ShapeProxy(node, self)
+
+    def type_of(self, node: fx.Node) -> type:
+        return type(self.values[node])
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         if kind == "call_function" and function_name(target) in self.dissolve:
