@@ -210,7 +210,7 @@ MUTANTS = [
     Mutant("rows need not be equally long", attribute(Coupler, "rectangle", lambda self, rows, cells: None),
            heads, projections, tokens=True),
     Mutant("nothing is frozen", attribute(Coupler, "freeze", lambda self, *args: None), lambda self, x: x.relu()),
-    Mutant("unknown operators are pointwise", guess, lambda self, x: self.b(self.a(x.cummax(1)[0])),
+    Mutant("unknown operators are pointwise", guess, lambda self, x: self.b(self.a(x.masked_scatter(x > 0, x.flip(1)))),
            lambda: {"a": nn.Conv2d(12, 12, 1), "b": nn.Conv2d(12, 4, 1)}),
     Mutant("normalisation is exact", attribute(Coupler, "mark_inexact", lambda self, label, reason: None),
            lambda self, x: self.norm(x), lambda: {"norm": nn.LayerNorm(12)}, tokens=True),
