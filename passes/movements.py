@@ -1,8 +1,8 @@
 """Picks that a narrowed graph has to make by number, with an inserted ``index_select``.
 
-Three kinds of nodes: a movement whose order cannot be had from the original operator any more (a roll, a
-strided slice, a channel shuffle, an index list); a chain of views that amounts to such a movement; and a
-constant computed in the graph that meets a narrowed axis.
+Four kinds of nodes: a movement whose order cannot be had from the original operator any more (a roll, a
+strided slice, a channel shuffle, an index list); a chain of views that amounts to such a movement; a
+constant computed in the graph that meets a narrowed axis; and a table that several users narrow differently.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _surviving(narrowing: Narrowing, take: Take) -> np.ndarray[Any, Any]:
 
 @dataclass(frozen=True)
 class NarrowConstants(Pass):
-    """Narrow a constant computed in the graph (arange, rotary table) right where it is made.
+    """Narrow a constant computed in the graph (arange) right where it is made, if all who use it go together.
 
     Constants whose entries are all alike are narrowed by their size (see
     :class:`~fxprune.passes.literals.RewriteLiterals`).
@@ -149,6 +149,119 @@ class NarrowConstants(Pass):
             for user in users:
                 user.replace_input_with(node, last)
         return replace(program, graph=graph, extras=extras)
+
+
+@dataclass(frozen=True)
+class PickFromTables(Pass):
+    """Pick from a table (see :mod:`fxprune.coupling.tables`) what goes with the other operands of a node.
+
+    Where the rows of these (heads) keep other columns each, the table gets the rows, too, by
+    ``take_along_dim``.
+    """
+
+    def requires(self, program: Program, narrowing: Narrowing) -> Sequence[Any]:
+        return [
+            (user.name, table.name, picks)
+            for user, used in narrowing.graph.run.coupler.tables.items()
+            for table in dict.fromkeys(used)
+            if (picks := _picks(narrowing, user, table))
+        ]
+
+    def run(self, program: Program, narrowing: Narrowing, sites: Sequence[Any]) -> Program:
+        graph, nodes = copy_graph(program.graph)
+        extras = dict(program.extras)
+        shared: dict[Any, str] = {}
+        for user, table, picks in sites:
+            last = nodes[table]
+            with graph.inserting_before(nodes[user]):
+                for pick in picks:
+                    last, before = _picked_before(last, pick.dim, program, narrowing)
+                    key = (*pick.key, None if before is None else before.tobytes())
+                    if key in shared:  # as for queries, which meet a cosine and a sine
+                        index = graph.get_attr(shared[key])
+                    else:
+                        positions = pick.index if before is None else before[pick.index]
+                        index = _constant(graph, extras, f"{user}_kept", positions, program)
+                        shared[key] = str(index.target)
+                    for _ in range(pick.unsqueeze):
+                        last = graph.call_method("unsqueeze", (last, 0))
+                    if pick.index.ndim == 1:
+                        last = graph.call_function(torch.index_select, (last, pick.dim, index))
+                    else:
+                        last = graph.call_function(torch.take_along_dim, (last, index, pick.dim))
+            nodes[user].replace_input_with(nodes[table], last)
+            if not nodes[table].users:
+                graph.erase_node(nodes[table])
+        return replace(program, graph=graph, extras=extras)
+
+
+@dataclass(frozen=True)
+class _Pick:
+    """What survives of a table along one dimension.
+
+    Attributes:
+        dim: the dimension, counted from the last, which is -1.
+        index: ``(n,)``, or as many dimensions as the table, where rows differ.
+        unsqueeze: how many dimensions the table lacks for that.
+        key: the same for picks that always agree.
+    """
+
+    dim: int
+    index: np.ndarray[Any, Any]
+    unsqueeze: int
+    key: Any
+
+
+def _picks(narrowing: Narrowing, user: fx.Node, table: fx.Node) -> list[_Pick]:
+    """How a table becomes as narrow as what it meets; first along dimensions that have no rows."""
+    out, value = narrowing.value(user), narrowing.value(table)
+    if out is None or value is None:
+        return []
+    picks = []
+    for dim in range(-len(value.shape), 0):
+        label = out.label(dim + len(out.shape))
+        own = value.label(dim + len(value.shape))
+        if label is None or value.shape[dim] == 1 or not narrowing.narrows(label) or narrowing.narrows(own):
+            continue
+        alive = narrowing.alive(label)
+        for place, row in enumerate(label.over):
+            rows = out.label(row)
+            if rows is not None:
+                alive = alive.compress(narrowing.row(rows), axis=place)
+        counts = alive.sum(axis=-1)
+        if not counts.size or (counts != counts.flat[0]).any():
+            continue  # no rectangle; the shapes will tell
+        index = np.nonzero(alive)[-1].reshape(*counts.shape, int(counts.flat[0]))
+        flat = index.reshape(-1, index.shape[-1])
+        missing = 0
+        if (flat == flat[0]).all():
+            index = flat[0]
+        else:
+            rank = max(len(value.shape), len(out.shape) - min(label.over))
+            missing = rank - len(value.shape)
+            shape = [1] * rank
+            for row in (*label.over, dim):
+                shape[row - (row >= 0) * len(out.shape)] = narrowing.size(out, row)
+            index = index.transpose(np.argsort([*label.over, dim + len(out.shape)])).reshape(shape)
+        key = (narrowing.graph.classes(label.ids).tobytes(), index.shape)
+        picks.append(_Pick(dim, index, missing, key))
+    return sorted(picks, key=lambda pick: pick.index.ndim)
+
+
+def _picked_before(
+    node: fx.Node, dim: int, program: Program, narrowing: Narrowing
+) -> tuple[fx.Node, np.ndarray[Any, Any] | None]:
+    """What a node picks from by a known index along ``dim < 0``, and the index; else the node itself."""
+    value = narrowing.value(node)
+    if value is None or node.target is not torch.index_select or len(node.args) != 3:
+        return node, None
+    source, at, index = node.args
+    tensors = {**program.tensors, **program.extras}
+    known = tensors.get(str(index.target)) if isinstance(index, fx.Node) else None
+    same = isinstance(at, int) and at % len(value.shape) == dim + len(value.shape)
+    if not isinstance(source, fx.Node) or not same or known is None or known.device.type == "meta":
+        return node, None
+    return source, known.cpu().numpy()
 
 
 def _is_constant(value: Value | None, node: fx.Node) -> bool:

@@ -20,7 +20,7 @@ from .base import Narrowing, Pass
 from .constants import KeepConstants
 from .literals import RewriteLiterals
 from .modules import UpdateModules
-from .movements import NarrowConstants, SelectMovements
+from .movements import NarrowConstants, PickFromTables, SelectMovements
 from .parameters import NarrowParameters
 
 PIPELINE: tuple[Pass, ...] = (
@@ -29,6 +29,7 @@ PIPELINE: tuple[Pass, ...] = (
     RewriteLiterals(),
     SelectMovements(),
     NarrowConstants(),
+    PickFromTables(),
 )
 """What follows :class:`NarrowParameters`; the order matters only in that each sees the one before."""
 
@@ -112,8 +113,16 @@ def _check(program: Program, narrowing: Narrowing) -> list[Violation]:
             return None  # given a number that may have changed
         return lambda: pytree.tree_map_only(Value, lambda value: _predicted(narrowing, value, compact), tree)
 
+    whole = graph.run.coupler.whole
+    for user, tables in graph.run.coupler.tables.items():
+        for value in filter(None, map(narrowing.value, tables)):
+            for label in filter(narrowing.narrows, map(value.label, range(len(value.shape)))):
+                if label is not None and np.isin(label.ids, whole).any():
+                    return [Violation(user.name, "picks from a table that became narrower itself")]
     try:
-        run = interpret(program, graph.inputs, Units(anchors=int(compact.max())), seed, known)
+        units = Units(anchors=int(compact.max()))
+        units.loosen(compact[whole])
+        run = interpret(program, graph.inputs, units, seed, known)
     except (ExampleInputsError, CaptureError, RuleError) as error:
         node = getattr(error, "node", None)
         return [Violation(node.name if node is not None else "", str(error))]
@@ -164,6 +173,7 @@ def _compact(narrowing: Narrowing) -> Any:
     arrays = {id(label.ids): label.ids.ravel() for label in labels}
     if arrays:
         known[roots[np.concatenate(list(arrays.values()))]] = True
+    known[roots[graph.run.coupler.whole]] = True
     known[0] = False
     numbers = np.cumsum(known)
     return np.where(known[roots], numbers[roots], 0)
@@ -221,6 +231,17 @@ def _compare(run: Run, narrowing: Narrowing, compact: Any) -> list[Violation]:
     return sorted(found, key=lambda violation: order.get(violation.node, len(order)))
 
 
+def _alike(value: Value, dim: int, narrowing: Narrowing, compact: Any) -> bool:
+    """Whether the rows that survive along a dimension hold the same units (heads that share one key head)."""
+    for label in map(value.label, range(len(value.shape))):
+        if label is not None and dim in label.over:
+            left = _survivors(narrowing, value.label, label, compact)
+            if left is not None and dim in left.over:
+                first = left.ids.take([0], axis=left.over.index(dim))
+                return bool((left.ids == first).all())
+    return False
+
+
 def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     """Equal operators and numbers, to the last bit or so."""
     return len(a) == len(b) and all(
@@ -244,6 +265,8 @@ def _differs(old: Value, new: Value, run: Run, narrowing: Narrowing, compact: An
         if not wanted.any():
             continue
         if new.is_open(dim):
+            continue
+        if other is None and _alike(old, dim, narrowing, compact):
             continue
         if other is None:
             return f"lost track of dimension {dim}"

@@ -179,6 +179,18 @@ class Padded(nn.Module):
         return self.last(torch.roll(y + self.shift.expand(1, 10, 4, 4), 3, 1))
 
 
+class Shared(nn.Module):
+    """Two heads of 6 columns times one table, of which each head then needs its own columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 12), nn.Linear(12, 5)
+        self.register_buffer("rates", torch.linspace(0, 1, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((self.first(x).view(-1, 6, 2, 6) * self.rates.cos()).flatten(2))
+
+
 class Unknown(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -235,6 +247,9 @@ GOLDENS = [
     ),
     Golden("multihead_attention", Multihead, TOKENS, "The module is replaced by one with an explicit scale."),
     Golden("computed_constant", Rotary, TOKENS, "What arange makes is narrowed by an inserted index_select."),
+    Golden(
+        "shared_table", Shared, TOKENS, "A table that serves two heads stays; each picks its own columns."
+    ),
     Golden("hidden_constant", HiddenConstant, TOKENS, "C ** -0.5 keeps the original C."),
     Golden(
         "functional_norm", FunctionalNorm, TOKENS, "The literal shape of F.layer_norm follows; it is inexact."

@@ -6,14 +6,28 @@ index algebra is done by numpy on arrays of unit numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import fx
 
-from .units import FIXED, Axis, Event, Ids, Label, Open, Rectangle, State, Take, Units, Value, aligned
+from .units import (
+    FIXED,
+    Axis,
+    Event,
+    Ids,
+    Label,
+    Meeting,
+    Open,
+    Rectangle,
+    State,
+    Take,
+    Units,
+    Value,
+    aligned,
+)
 
 ZeroRule = Callable[[list[bool]], bool]
 """From "operand i is zero at removed indices" to "the result is"."""
@@ -41,6 +55,12 @@ class Coupler:
         """Nodes whose effect on labelled dimensions depends on sizes or positions."""
         self.takes: dict[fx.Node, Take | None] = {}
         """Nodes that pick indices other than by a plain slice; None where one node picks twice."""
+        self.meetings: dict[fx.Node, list[Meeting]] = {}
+        """Tables that were met, by node; decided on when the whole graph is known."""
+        self.tables: dict[fx.Node, list[fx.Node]] = {}
+        """Nodes that pick from a table what goes with their other operands, and the nodes that make it."""
+        self.whole: Ids = np.empty(0, dtype=np.int64)
+        """Units of tables that are not narrowed themselves."""
 
     def delicate(self) -> None:
         """Say that the current node treats labelled dimensions by size or position.
@@ -109,7 +129,12 @@ class Coupler:
         """Give every open dimension units of its own."""
         for dim in range(len(value.shape)):
             if value.is_open(dim):
-                self.adopt(value, dim, self.units.fresh(value.shape[dim]), ())
+                self.own(value, dim)
+
+    def own(self, value: Value, dim: int) -> Label:
+        """Label an open axis with units of its own."""
+        loose = value.state is not None and not value.state.trainable
+        return self.adopt(value, dim, self.units.fresh(value.shape[dim], loose=loose), ())
 
     def adopt(
         self, value: Value, dim: int, ids: Ids, over: tuple[int, ...], axis: Axis | None = None
@@ -130,6 +155,8 @@ class Coupler:
         own = Axis(state.name, value.dims[dim])
         label = Label(ids, tuple(value.dims[d] for d in over), own, zero=state.trainable)
         state.axes[value.dims[dim]] = label
+        if state.trainable:
+            self.units.tighten(ids)
         if axis is not None:
             self.edges.append((axis, own, self.node))
         return label
@@ -177,7 +204,7 @@ class Coupler:
             if isinstance(met, Open):
                 met.close()
                 return
-            self.adopt(value, dim, self.units.fresh(value.shape[dim]), ())
+            self.own(value, dim)
         label = value.label(dim)
         if label is not None:
             self.freeze(label, reason, remedy)
@@ -206,6 +233,7 @@ class Coupler:
         operands: Sequence[tuple[Value, Sequence[Any]]],
         out: Sequence[Any],
         zero: ZeroRule = all,
+        apart: Collection[int] = (),
     ) -> tuple[list[Label | None], dict[Any, tuple[Label, bool]]]:
         """Couple dimensions that carry the same index name, as in an einsum.
 
@@ -213,6 +241,7 @@ class Coupler:
             operands: values with an index name for each dimension. Dimensions of size 1 broadcast.
             out: index names of the result.
             zero: how zeros at removed indices carry over.
+            apart: numbers of operands that are only noted where they are tables (see :mod:`.tables`).
 
         Returns:
             Labels of the result (``over`` its dimensions), and for every labelled index name that is not
@@ -240,7 +269,7 @@ class Coupler:
                 used = [(*use[:4], use[1].label(use[2])) for use in used]
                 if any(use[4] is None and not use[1].is_open(use[2]) for use in used):
                     plain.add(name)
-            met = self._meet(used, name in plain)
+            met = self._meet(used, name in plain, apart)
             if isinstance(met, Open):
                 if name in position:
                     still_open[name] = met
@@ -270,7 +299,7 @@ class Coupler:
                 gone[name] = (Label(ids, (), axis, False, row), any(zeros))
         return labels, gone
 
-    def _meet(self, used: list[_Use], plain: bool) -> Any:
+    def _meet(self, used: list[_Use], plain: bool, apart: Collection[int]) -> Any:
         """Couple the uses of one index name: ``(units, index names they are over, axis, row)``.
 
         The :class:`Open` that they share where all uses are still open, None where the units stay because
@@ -282,6 +311,13 @@ class Coupler:
                 self.freeze_dim(value, dim, reason)
             return None
         labelled = [use for use in used if use[4] is not None]
+        tables: list[_Use] = []
+        if apart and labelled and len(used) > 1:
+            tables = [use for use in used if use[0] in apart and self.is_table(use[1], use[2])]
+            met = [use for use in labelled if tables and not self.is_table(use[1], use[2])]
+            tables = tables if met else []
+            if tables:
+                used, labelled = [use for use in used if use not in tables], met
         if not labelled:
             first_state = next((use for use in used if use[1].state is not None), None)
             if first_state is None:
@@ -292,7 +328,9 @@ class Coupler:
                     first_open.join(another)
                 return first_open
             place, value, dim, names, _ = first_state
-            adopted = self.adopt(value, dim, self.units.fresh(value.shape[dim]), ())
+            states = [use[1].state for use in used if use[1].state is not None]
+            loose = not any(state.trainable for state in states)
+            adopted = self.adopt(value, dim, self.units.fresh(value.shape[dim], loose=loose), ())
             labelled = [(place, value, dim, names, adopted)]
         if len(labelled) > 1:
             labelled.sort(key=lambda use: len(use[4].over) if use[4] is not None else 0)
@@ -321,7 +359,34 @@ class Coupler:
                     if lost:
                         ids, over = self._drop(ids, over, lost, axis)
                 self.adopt(value, dim, ids, tuple(list(names).index(o) for o in over), axis)
+        for use in tables:
+            self._note(use, ids, over, axis)
         return ids, over, axis, row
+
+    def is_table(self, value: Value, dim: int) -> bool:
+        """Whether a dimension belongs to a buffer or constant, or to what is computed from such."""
+        if value.state is None and not self.units.any_loose:
+            return False
+        label = value.label(dim)
+        if label is None:
+            return value.state is not None and not value.state.trainable and value.is_open(dim)
+        return self.units.loose(label.ids)
+
+    def _note(self, use: _Use, ids: Ids, over: tuple[Any, ...], axis: Axis) -> None:
+        """Remember that a table met units ``ids``, ``over`` these index names."""
+        _, table, dim, names, label = use
+        if label is None:
+            rows = tuple(o for o in over if o in names and table.shape[list(names).index(o)] > 1)
+            sizes = [table.shape[list(names).index(o)] for o in rows]
+            own = self.units.fresh(*sizes, table.shape[dim], loose=True)
+            label = self.adopt(table, dim, own, tuple(list(names).index(o) for o in rows))
+            label = table.label(dim) or label
+        over_own = tuple(names[d] for d in label.over)
+        both = (*over, *(o for o in over_own if o not in over))
+        units, met = aligned(label.ids, over_own, both), aligned(ids, over, both)
+        if self.node is not None:
+            noted = self.meetings.setdefault(self.node, [])
+            noted.append(Meeting(table, units, met, label.axis, axis))
 
     def _drop(
         self, ids: Ids, over: tuple[Any, ...], lost: Sequence[Any], axis: Axis
@@ -368,7 +433,7 @@ class Coupler:
         if value.state is not None:
             self.materialize(value)
         elif value.is_open(dim):
-            self.adopt(value, dim, self.units.fresh(value.shape[dim]), ())
+            self.own(value, dim)
         labels: list[Label | None] = []
         for own in range(len(value.shape)):
             label = value.label(own)
@@ -441,7 +506,7 @@ class Coupler:
         """Labels after concatenating along ``dim``; other dimensions are coupled."""
         for value in values:
             if value.is_open(dim):
-                self.adopt(value, dim, self.units.fresh(value.shape[dim]), ())
+                self.own(value, dim)
         rank = len(values[0].shape)
         names = [[i if i != dim else ("part", k) for i in range(rank)] for k in range(len(values))]
         others = [i for i in range(rank) if i != dim]
@@ -492,7 +557,7 @@ class Coupler:
         for ins, outs in groups:
             spread = [d for d in ins if value.is_open(d)]
             if len(spread) == 1 and len(ins) + len(outs) > 2 and not any(old[d] is not None for d in ins):
-                old[spread[0]] = self.adopt(value, spread[0], self.units.fresh(value.shape[spread[0]]), ())
+                old[spread[0]] = self.own(value, spread[0])
             inside = [d for d in ins if old[d] is not None]
             for d in ins:
                 if value.is_open(d) and len(ins) == len(outs) == 1:
@@ -590,9 +655,9 @@ class Coupler:
         """A unit for each row of ``cells``; rows of the same cells (a batch of heads) are one row."""
         flat = cells.reshape(-1, cells.shape[-1])
         if len(set(self.units.find(flat[:, 0]).tolist())) == flat.shape[0]:
-            return self.units.fresh(*cells.shape[:-1])
+            return self.units.fresh(*cells.shape[:-1], loose=self.units.loose(cells))
         _, kind = np.unique(self.units.find(flat), axis=0, return_inverse=True)
-        rows = self.units.fresh(int(kind.max()) + 1)
+        rows = self.units.fresh(int(kind.max()) + 1, loose=self.units.loose(cells))
         return cast(Ids, rows[kind.reshape(-1)].reshape(cells.shape[:-1]))
 
     def _rows(self, value: Value, label: Label) -> Ids:

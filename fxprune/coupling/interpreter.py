@@ -46,6 +46,7 @@ from .permutations import Permutation, find_permutation, operator_name
 from .plain import call_plain
 from .registry import CUSTOM, rule_for
 from .shapes import SHORTCUTS
+from .tables import settle
 from .units import Label, State, Units, Value
 
 from . import rules as _rules  # noqa: F401  isort: skip  (registers the rules)
@@ -98,6 +99,8 @@ def interpret(
     with _slow_paths(), torch.no_grad():
         interpreter.run(inputs)
     interpreter.keep_views()
+    if units is None:
+        settle(interpreter.coupler, interpreter.source)
     return Run(
         interpreter.coupler,
         interpreter.states,
@@ -158,6 +161,7 @@ class _Interpreter(TorchDispatchMode):
         self._interior: set[fx.Node] = set()
         self._literal = False
         self._calls = 0
+        self._composite: set[fx.Node] = set()
         self._remedy = ""
         self._modules: dict[str, torch.nn.Module] = {}
 
@@ -279,6 +283,8 @@ class _Interpreter(TorchDispatchMode):
             env[node] = result
             if self._calls > 1 and node.target is not operator.getitem and node in self.coupler.takes:
                 self.coupler.takes[node] = None  # the node does more than pick
+            if self._calls > 1 and node in self.coupler.meetings:
+                self._composite.add(node)
             if node in self._shuffles:
                 shuffle = self._shuffles[node]
                 source = self.coupler.value(env[shuffle.source])
@@ -295,6 +301,12 @@ class _Interpreter(TorchDispatchMode):
                 if writer is not None and order[writer] > order[node]:
                     self.coupler.takes[node] = None
 
+    def source(self, node: fx.Node, value: Value) -> fx.Node | None:
+        """The input of ``node`` that is ``value``, where the node is one operator of it and others."""
+        if node.op == "call_module" or node in self._composite:
+            return None
+        return next((n for n in node.all_input_nodes if self.values.get(n) is value), None)
+
     def _execute(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """The outputs of a node that calls something."""
         if node.op == "call_module":
@@ -310,7 +322,7 @@ class _Interpreter(TorchDispatchMode):
             target: Any = ON_SHAPES.get(node.target, node.target)
             if isinstance(target, FunctionType):  # which may write into a list that it is given
                 args, kwargs = mutable(args), mutable(kwargs)
-            with _Whole(self._aten) if target is torch._weight_norm else contextlib.nullcontext():
+            with _Whole(self._aten) if target in _WHOLE else contextlib.nullcontext():
                 return target(*args, **kwargs)
 
     def _shuffle(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> None:
@@ -505,17 +517,30 @@ class _Interpreter(TorchDispatchMode):
 
 
 class _Whole(TorchFunctionMode):
-    """Keeps weight norms whole, which dissolve into a reduction for all but the first and last dimension."""
+    """Keeps functions whole in which something is lost when they dissolve.
+
+    A weight norm becomes a reduction for all but the first and last dimension; an index whose values are
+    known is expanded.
+    """
 
     def __init__(self, make: Callable[[Any, Any, Any], Any]) -> None:
         super().__init__()
         self.make = make
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._weight_norm and args[2] != -1:  # one norm of all is a reduction indeed
+        kept = _WHOLE.get(func)
+        if func is torch._weight_norm and args[2] == -1:  # one norm of all is a reduction indeed
+            kept = None
+        if kept is not None:
             with _disable_current_modes():
-                return self.make(torch.ops.aten._weight_norm.default, args, kwargs or {})
+                return self.make(kept, args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+
+_WHOLE: dict[Any, Any] = {
+    torch._weight_norm: torch.ops.aten._weight_norm.default,
+    torch.take_along_dim: torch.ops.aten.take_along_dim.default,
+}
 
 
 def _grouped_sources(graph: fx.Graph) -> dict[fx.Node, int]:

@@ -50,14 +50,43 @@ class Units:
         self.anchors = anchors
         self.count = anchors + 1
         self._parent: Ids = np.arange(max(4096, 2 * self.count), dtype=np.int64)
+        self._loose = np.zeros(self._parent.size, dtype=bool)
+        self.any_loose = False
 
-    def fresh(self, *shape: int) -> Ids:
-        """New units, as an array of the given shape."""
+    def fresh(self, *shape: int, loose: bool = False) -> Ids:
+        """New units, as an array of the given shape; for ``loose`` see :meth:`loosen`."""
         start, self.count = self.count, self.count + int(np.prod(shape))
         if self.count > self._parent.size:
             more = np.arange(self._parent.size, 2 * self.count, dtype=np.int64)
             self._parent = np.concatenate([self._parent, more])
-        return np.arange(start, self.count, dtype=np.int64).reshape(shape)
+            self._loose = np.concatenate([self._loose, np.zeros(more.size, dtype=bool)])
+        ids = np.arange(start, self.count, dtype=np.int64).reshape(shape)
+        if loose:
+            self.loosen(ids)
+        return ids
+
+    def loosen(self, ids: Ids) -> None:
+        """Say that these units are those of buffers and constants alone, until they meet others."""
+        self._loose[ids] = True
+        self._loose[FIXED] = False
+        self.any_loose |= bool(ids.size)
+
+    def tighten(self, ids: Ids) -> None:
+        """Say that these units are a parameter's as well."""
+        if self.any_loose:
+            self._loose[self.find(ids)] = False
+
+    def loose(self, ids: Ids) -> bool:
+        """Whether all of these units, but for :data:`FIXED`, are those of buffers and constants alone."""
+        if not self.any_loose:
+            return False
+        mask = self._loose[self.find(ids)]
+        return bool(mask.any()) and bool((mask | (ids == FIXED)).all())
+
+    def all_loose(self) -> NDArray[np.bool_]:
+        """For each unit whether it is loose."""
+        mask: NDArray[np.bool_] = self._loose[self.roots()]
+        return mask
 
     def find(self, ids: Ids) -> Ids:
         """The representative (smallest member) of each unit's class; shape as ``ids``."""
@@ -105,6 +134,9 @@ class Units:
                 self._parent[high[keep]] = low[keep]
                 break
             np.minimum.at(self._parent, high, low)  # one that meets several goes to the least of them
+            if self.any_loose and not self.anchors:
+                np.logical_and.at(self._loose, low, self._loose[high])
+                np.logical_and.at(self._loose, high, self._loose[low])
         return met, collided
 
 
@@ -271,6 +303,27 @@ class Event:
     def at(self) -> str:
         """Name of the node, for people."""
         return self.node.name if self.node is not None else "?"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Meeting:
+    """A table that met narrower-to-be units in a pointwise operator, and was not merged with them yet.
+
+    A table is a buffer or a constant, or what is computed from such. See :mod:`.tables`.
+
+    Attributes:
+        table: one of the operands.
+        units: units of the table along one dimension; broadcasts against ``met``.
+        met: units of the other operands along that dimension.
+        axis: where the units of the table come from.
+        met_axis: where the others come from.
+    """
+
+    table: Value
+    units: Ids
+    met: Ids
+    axis: Axis
+    met_axis: Axis
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -234,6 +235,37 @@ def _pick(c: Coupler, value: Value, dim: int, index: torch.Tensor, out: torch.Te
             f"index {int(known.max())} is out of range for a dimension of size {value.shape[dim]}"
         )
     c.put(out, c.pick(value, dim, known.cpu().numpy() % value.shape[dim]))
+
+
+@rule("take_along_dim")
+def take_along_dim(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
+    """Entries along one dimension, picked by an index that broadcasts along the others.
+
+    From a table, what becomes narrower is the index, where it is a buffer.
+    """
+    value, index = c.value(args[0]), c.value(args[1])
+    dim = args[2] if len(args) > 2 else kwargs.get("dim")
+    if dim is None:  # both are flattened
+        c.freeze_value(value, "looked up by index")
+        c.freeze_value(index, "used as an index")
+        return
+    names: list[Any] = list(range(out.dim()))
+    dim = names[dim]
+    c.freeze_dim(value, dim, "looked up by index")
+    operands = [(value, [name if name != dim else "looked up" for name in names])]
+    if index.state is not None and not index.state.trainable and c.is_table(value, dim):
+        operands.append((index, names))
+        if all(index.is_open(d) or index.shape[d] == 1 for d in names):
+            c.delicate()
+            ids = c.units.fresh(math.prod(index.shape), loose=True)
+            flat = Value((ids.size,), [Label(ids, (), c._here(dim))])
+            for d, label in enumerate(c.reshape(flat, index.shape)):
+                if label is not None:
+                    c.adopt(index, d, label.ids, label.over)
+    else:
+        c.freeze_value(index, "used as an index")
+    labels, _ = c.unify(operands, names)
+    c.put(out, labels)
 
 
 @rule("cat", "concat")

@@ -61,8 +61,9 @@ def pointwise(c: Coupler, args: tuple[Any, ...], kwargs: dict[str, Any], out: An
         _alone(c, values[0], zero, results)
         return
     operands = [(value, range(rank - len(value.shape), rank)) for value in values]
-    labels, _ = c.unify(operands, range(rank), zero)
     in_place = any(result is tensors[0] for result in results) if tensors else False
+    apart = range(in_place, len(operands)) if "out" not in kwargs else ()
+    labels, _ = c.unify(operands, range(rank), zero, apart)
     if in_place and not all(label is None or label.zero for label in labels):
         values[0].storage[0] = True
     for result in results:
