@@ -22,8 +22,8 @@ from fxprune.errors import CaptureError
 
 
 def tensor_only(x: Any) -> None:
-    """What many models ask of their inputs, and what no symbolic value answers."""
-    if not isinstance(x, Tensor):
+    """Asks for what no symbolic value answers."""
+    if not issubclass(type(x), Tensor):
         raise TypeError("not a tensor")
 
 
@@ -219,6 +219,22 @@ def test_nested_inputs() -> None:
     assert pruned(*inputs)["y"].shape == (2, 3)
     with pytest.raises(ValueError, match="'pair' was a tree"):
         pruned({"x": inputs[0]["x"], "by": 3.0}, plus)
+
+
+class Traced(Nested):
+    """The same by symbolic tracing."""
+
+    def forward(self, pair: dict[str, Any], plus: tuple[Tensor, Any]) -> dict[str, Tensor]:
+        return {"y": self.b(torch.relu(self.a(pair["x"] + plus[0] * pair["by"])))}
+
+
+def test_numbers_inside_of_inputs_are_those_of_the_capture() -> None:
+    """Symbolic tracing burns them in, too, and says so."""
+    x, plus = torch.randn(2, 4), (torch.randn(2, 4), None)
+    pruned = fxprune.prune(Traced(), ({"x": x, "by": 2.0}, plus))
+    assert pruned({"x": x, "by": 2.0}, plus)["y"].shape == (2, 3)
+    with pytest.raises(ValueError, match=r"'pair' was 2\.0 when .* got 3\.0"):
+        pruned({"x": x, "by": 3.0}, plus)
 
 
 class Mutating(nn.Module):

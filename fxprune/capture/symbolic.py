@@ -38,7 +38,7 @@ from ..nn import Apply, TrainingFlag, keep, stop_gradient
 from ..packed import AS_LIST, ON_SHAPES
 from ..program import Program, Skeleton, clone_module, mutable, named_modules, named_tensors
 from ..structure import TENSORS, flatten
-from .arguments import Arguments, packing
+from .arguments import LITERALS, Arguments, packing
 from .effects import AUGMENTED, Kept, autograd_functions, write_in_place
 
 _SKIPPED = (
@@ -296,6 +296,8 @@ class _Tracer(fx.Tracer):
             item = proxy
             for key in path:
                 item = item[getattr(key, "idx", getattr(key, "key", None))]
+            if isinstance(leaf, LITERALS):
+                self.create_proxy("call_function", check_value, (item, leaf, name), {})
             items.append(item if isinstance(leaf, torch.Tensor) else leaf)
         return pytree.tree_unflatten(items, spec)
 
