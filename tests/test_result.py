@@ -673,6 +673,8 @@ def test_explain() -> None:
         assert axis in str(explanation)
     assert explanation.frozen is None
     assert explanation.groups
+    lines = str(explanation).splitlines()
+    assert len(set(lines)) == len(lines)
     assert str(graph.explain("stem.0.weight", -4)) == str(explanation)
     end = graph.explain("head.weight", 0)
     assert end.frozen is not None

@@ -87,9 +87,9 @@ class Explanation:
             lines.append(
                 f"  frozen: {self.frozen.reason} at {self.frozen.node} {self.frozen.source}".rstrip()
             )
-        for axis, path in self.paths.items():
-            lines.append(f"  {axis} goes with it")
-            lines += [f"    {link}" for link in path]
+        steps = {link: None for path in self.paths.values() for link in path}  # many paths begin alike
+        lines += [f"  {link}" for link in steps]
+        lines += [f"  {axis} goes with it" for axis, path in self.paths.items() if not path]
         return "\n".join(lines)
 
 
