@@ -355,6 +355,11 @@ def mutable(tree: Any) -> Any:
     return tree
 
 
+def is_assertion(node: fx.Node, args: Any) -> bool:
+    """Whether a node asserts something of the values of a tensor, which are not known on shapes alone."""
+    return node.target is torch._assert and bool(args) and isinstance(args[0], torch.Tensor)
+
+
 def writes(node: fx.Node) -> bool:
     """Whether a node may write into what it is given."""
     schema = getattr(node.target, "_schema", None)

@@ -381,4 +381,17 @@ def _heads(node: fx.Node, narrowing: Narrowing) -> Call | None:
     return node.args, {**node.kwargs, **new}
 
 
+@_edits("_assert")
+def _assertion(node: fx.Node, narrowing: Narrowing) -> Call | None:
+    """What was true of the original sizes, whatever the batch, need not be true of the narrowed ones."""
+    condition = _argument(node, 0, "condition")
+    if not isinstance(condition, fx.Node) or narrowing.tree(condition.name) is not True:
+        return None
+    known: dict[str, tuple[str, ...]] = {}
+    kinds = [k for n in condition.all_input_nodes for k in origins(n, narrowing, known) or ("free",)]
+    if "narrowed" not in kinds or "free" in kinds:
+        return None
+    return _with(node, 0, "condition", True)
+
+
 __all__ = ["RewriteLiterals"]

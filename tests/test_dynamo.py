@@ -455,3 +455,29 @@ def test_modules_of_exported_programs() -> None:
     assert fxprune.verify(module, pruned, plan, x).exact
     torch.testing.assert_close(pruned(x)["logits"], masked(model, plan.masks(module))(x)["logits"])
     assert pruned.get_parameter("conv.weight").shape == (4, 3, 3, 3)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out, self.last = nn.Linear(5, 12), nn.Linear(20, 8), nn.Linear(8, 3)
+        self.rnn = nn.LSTM(12, 10, num_layers=2, bidirectional=True, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.out(self.rnn(self.into(x))[0]).relu())
+
+
+def test_recurrent_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo breaks the graph at them unless it is told not to; then they narrow like any other."""
+    model, x = Recurrent().eval(), torch.randn(2, 4, 5)
+    fast, seen = compiled(model)
+    assert fast(x).shape == (2, 4, 3)
+    assert len(seen) == 2
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)
+    fast, seen = compiled(model)
+    got = fast(x)
+    (run,) = seen
+    torch.testing.assert_close(got, masked(model, run.masks)(x))
+    assert run.pruned.get_parameter("into.weight").shape == (6, 5)
+    assert run.pruned.get_parameter("out.weight").shape[0] == 4

@@ -1825,6 +1825,18 @@ def lstm_in_a_tagger(net, words):
     return net.c(torch.relu(net.b(x)))
 
 
+@case(IMAGE, lambda: {"a": conv(3, 12), "b": conv(12, 8), "c": conv(8, 4)}, "a b c")
+def assertions(net, x):
+    """On sizes that become smaller, on free ones, and on values."""
+    x = net.a(x)
+    torch._assert(x.shape[1] == 12, "twelve channels")
+    torch._assert(x.shape[1] % 4 == 0, "in quarters")
+    torch._assert(x.shape[0] % 2 == 0, "an even batch")
+    x = net.b(x)
+    torch._assert((x.abs() < 1e9).all(), "no overflow")
+    return net.c(x)
+
+
 @case(
     TOKENS,
     lambda: {"a": nn.Linear(12, 8), "rnn": nn.LSTM(8, 6), "b": nn.Linear(6, 8), "c": nn.Linear(8, 4)},

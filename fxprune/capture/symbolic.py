@@ -36,7 +36,7 @@ from ..inputs import meta_like, to_meta
 from ..leaves import leaf_for
 from ..nn import Apply, TrainingFlag, keep, stop_gradient
 from ..packed import AS_LIST, ON_SHAPES
-from ..program import Program, Skeleton, clone_module, mutable, named_modules, named_tensors
+from ..program import Program, Skeleton, clone_module, is_assertion, mutable, named_modules, named_tensors
 from ..structure import TENSORS, flatten
 from .arguments import LITERALS, Arguments, packing
 from .effects import AUGMENTED, Kept, autograd_functions, write_in_place
@@ -524,6 +524,8 @@ class _ShapeTracer(_Tracer):
                     if node.target in AS_LIST and isinstance(args[0], torch.Tensor):
                         return None
                     return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                if is_assertion(node, args):
+                    return None
                 if node.op == "call_function":
                     if getattr(node.target, "__name__", "") in _FACTORIES:
                         kwargs = {**kwargs, "device": "meta"}

@@ -36,6 +36,7 @@ from ..program import (
     clone_module,
     computed_tensors,
     describe_source,
+    is_assertion,
     mutable,
     named_tensors,
     writes,
@@ -311,7 +312,7 @@ class _Interpreter(TorchDispatchMode):
         """The outputs of a node that calls something."""
         if node.op == "call_module":
             return self._call(str(node.target), args, kwargs)
-        if is_lengths(node):
+        if is_lengths(node) or is_assertion(node, args):
             return None
         inside = node in self._interior  # of a chain that is labelled as one
         with contextlib.nullcontext() if inside else self:
