@@ -44,6 +44,7 @@ class Coupler:
         self.units = units or Units()
         self.node: fx.Node | None = None
         self.operator = ""
+        self.remedy = ""  # for what has to stay where the current node computes a weight
         self.strides: tuple[int, ...] = ()
         """Strides that the first argument had before an in-place operator changed them."""
         self.edges: list[tuple[Axis, Axis, fx.Node | None]] = []

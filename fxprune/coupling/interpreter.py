@@ -163,7 +163,6 @@ class _Interpreter(TorchDispatchMode):
         self._literal = False
         self._calls = 0
         self._composite: set[fx.Node] = set()
-        self._remedy = ""
         self._modules: dict[str, torch.nn.Module] = {}
 
     # -- ATen calls -----------------------------------------------------------------------------
@@ -228,7 +227,7 @@ class _Interpreter(TorchDispatchMode):
             ) from error
 
     def _unknown(self, func: Any, args: Any, kwargs: Any) -> None:
-        remedy = self._remedy or f"fxprune.register_rule({func}, ...) says how it couples"
+        remedy = self.coupler.remedy or f"fxprune.register_rule({func}, ...) says how it couples"
         self._freeze(args, kwargs, f"used by {func}, an operator without a rule", remedy)
 
     def _freeze(self, args: Any, kwargs: Any, reason: str, remedy: str) -> None:
@@ -399,10 +398,10 @@ class _Interpreter(TorchDispatchMode):
                 for name, own in named_tensors(original):
                     if own.dim() == len(original.kernel_size) + 2:
                         self._by_group(self._tensor(f"{path}.{name}"), original.groups)
-            self._remedy = f"remove the parametrization of {path}.{names[0]} before pruning"
+            self.coupler.remedy = f"remove the parametrization of {path}.{names[0]} before pruning"
             with self, _Whole(self._aten):
                 result = module(*args, **kwargs)
-            self._remedy = ""
+            self.coupler.remedy = ""
             return result
         return self._registered(module, original, args, kwargs)
 

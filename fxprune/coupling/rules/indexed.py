@@ -47,7 +47,7 @@ def _pass(
         value = c.value(tensor)
         for dim, name in enumerate(names):
             if name not in shared:
-                c.freeze_dim(value, dim, reason)
+                c.freeze_dim(value, dim, reason, c.remedy)
         values.append((value, [name if name in shared else (place, dim) for dim, name in enumerate(names)]))
     for place, (result, names) in enumerate(results):
         own = [name if name in shared else ("result", place, dim) for dim, name in enumerate(names)]
