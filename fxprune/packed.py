@@ -1,13 +1,16 @@
-"""Packed sequences on shapes alone.
+"""Functions whose results have sizes that depend on values, on shapes alone.
 
 How long the sequences of a batch are is a matter of values. What is known of ``pack_padded_sequence`` and
 ``pad_packed_sequence`` from shapes is enough to follow the features: here, all sequences are as long as
-the longest.
+the longest. Of boxes, all may be left.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -47,6 +50,25 @@ def _pad(
 ON_SHAPES: dict[Any, Callable[..., Any]] = {rnn.pack_padded_sequence: _pack, rnn.pad_packed_sequence: _pad}
 """What to call in place of these functions where only shapes are known."""
 
+
+def kept_whole() -> tuple[tuple[Callable[..., Any], ...], tuple[ModuleType, ...]]:
+    """Functions that tracing does not enter, and modules in which code may look them up."""
+    found = {name: sys.modules[name] for name in _VISION if name in sys.modules}
+    if len(found) == len(_VISION):
+        boxes: Any = found[_VISION[-1]]
+        ON_SHAPES.setdefault(boxes.nms, boxes.nms)
+        ON_SHAPES.setdefault(boxes.batched_nms, partial(_suppress, boxes.nms))
+    return tuple(ON_SHAPES), (rnn, *found.values())
+
+
+def _suppress(
+    nms: Callable[..., Tensor], boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float
+) -> Tensor:
+    """``boxes: (N, 4)``, ``scores, idxs: (N)``: the numbers of those that are kept."""
+    return nms(boxes + idxs[:, None], scores, iou_threshold)
+
+
+_VISION = ("torchvision.ops", "torchvision.ops.boxes")
 AS_LIST = frozenset(["tolist", "numpy"])
 
 

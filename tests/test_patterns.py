@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from oracle import check
 from torch import Tensor, library, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
+from torchvision import ops
 
 import fxprune
 from fxprune.nn import TrainingFlag
@@ -1823,6 +1825,27 @@ def transformer(net, x, y):
 def lstm_in_a_tagger(net, words):
     x, _ = net.rnn(net.words(words))
     return net.c(torch.relu(net.b(x)))
+
+
+def one_map() -> Layers:
+    return {
+        "a": conv(3, 12),
+        "b": conv(12, 8),
+        "box": conv(8, 4, 1),
+        "score": conv(8, 1, 1),
+        "c": nn.Linear(8, 4),
+    }
+
+
+@case(IMAGE[:1], one_map, "a b c", batch_dim=None)
+def suppressed_boxes(net, x):
+    """How many are left is a matter of values; the channels of what is picked are not."""
+    x = net.b(torch.relu(net.a(x)))
+    corner, size = net.box(x)[0].flatten(1).t().chunk(2, 1)
+    boxes, scores = torch.cat([corner, corner + size.abs()], 1), net.score(x).flatten()
+    kept = ops.batched_nms(boxes, scores, (scores > 0).long(), 0.5)[:20]
+    features = x[0].flatten(1).t()
+    return boxes[torchvision.ops.nms(boxes, scores, 0.5)], net.c(features[kept]), net.c(features[scores > 0])
 
 
 @case(IMAGE, lambda: {"a": conv(3, 12), "b": conv(12, 8), "c": conv(8, 4)}, "a b c")

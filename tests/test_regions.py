@@ -472,11 +472,12 @@ def test_layers_alone() -> None:
 class Boxes(nn.Module):
     """Two maps, a pool of boxes that are chosen by value, a head: the pattern of a two-stage detector."""
 
-    def __init__(self) -> None:
+    def __init__(self, looks: bool) -> None:
         super().__init__()
         from torchvision.ops import MultiScaleRoIAlign
 
         torch.manual_seed(0)
+        self.looks = looks
         self.body = Pyramid()
         self.pool = MultiScaleRoIAlign(["p", "q"], 3, 2)
         self.head = nn.Sequential(nn.Flatten(), nn.Linear(72, 10), nn.ReLU(), nn.Linear(10, 4))
@@ -484,6 +485,8 @@ class Boxes(nn.Module):
 
     def forward(self, x: Tensor, boxes: Tensor) -> Tensor:
         kept = [boxes[boxes[:, 2] > boxes[:, 0]]]
+        if self.looks and bool((kept[0] < 0).any()):
+            raise ValueError("boxes begin at 0")
         return self.head(self.pool(self.body(x), kept, [(x.shape[2] * 8, x.shape[3] * 8)]))
 
 
@@ -501,15 +504,16 @@ class Pyramid(nn.Module):
         return OrderedDict(p=p, q=q, r=F.max_pool2d(q, 2))
 
 
-def test_pooled_boxes() -> None:
+@pytest.mark.parametrize("looks", [True, False], ids=["by regions", "as a whole"])
+def test_pooled_boxes(looks: bool) -> None:
     """torchvision's pool of regions of interest passes channels on, wherever the boxes lie."""
-    model = Boxes().eval()
+    model = Boxes(looks).eval()
     boxes = torch.tensor([[4.0, 4, 40, 50], [0, 0, 400, 380], [9, 9, 3, 3], [10, 20, 60, 60]])
     plan = fxprune.plan(model, (X, boxes))
     pruned = plan.apply(model)
-    assert "pool" in plan.regions
+    assert ("pool" in plan.regions) is looks
     assert (pruned.body.p.weight.shape[0], pruned.body.q.weight.shape[0]) == (4, 4)
-    assert pruned.head[1].weight.shape == (5, 36)
+    assert pruned.get_submodule("head.1").weight.shape == (5, 36)
     assert fxprune.verify(model, pruned, plan, (X, boxes)).exact
     reference = masked(model, graph_for(plan, model), plan).double()
     pruned = pruned.double()

@@ -478,6 +478,8 @@ CASES = [
     Case("torchvision.roi_pool", lambda x: ops.roi_pool(x, ROIS.type_as(x), 2), batch=False),
     Case("torchvision.ps_roi_align", lambda x: ops.ps_roi_align(x, ROIS.type_as(x), 2), batch=False),
     Case("torchvision.ps_roi_pool", lambda x: ops.ps_roi_pool(x, ROIS.type_as(x), (1, 3)), batch=False),
+    Case("index", lambda x: x.permute(0, 2, 3, 1)[x[:, 0] > -9].mean(0, keepdim=True), batch=False),
+    Case("nonzero index", lambda x: x.flatten(2)[..., (x[0, 0].flatten() > -9).nonzero()[:, 0]]),
     Case("torchvision.nms", lambda x: x[torch.ops.torchvision.nms(ROIS[:, 1:].type_as(x), x[:, 0, 0, 0], 0.3)], batch=False),
     Case("torchvision.deform_conv2d", lambda x, w, o: ops.deform_conv2d(x, o, w), extra=((8, 12, 3, 3), (2, 18, 2, 2)), batch=False),
     Case("torchvision.deform_conv2d", lambda x, w, o, m, b: ops.deform_conv2d(x, o, w, b, mask=m), extra=((8, 12, 3, 3), (2, 18, 2, 2), (2, 9, 2, 2), (8,)), batch=False),

@@ -35,7 +35,7 @@ from ..errors import CaptureError, ExampleInputsError
 from ..inputs import meta_like, to_meta
 from ..leaves import leaf_for
 from ..nn import Apply, TrainingFlag, keep, stop_gradient
-from ..packed import AS_LIST, ON_SHAPES
+from ..packed import AS_LIST, ON_SHAPES, kept_whole
 from ..program import Program, Skeleton, clone_module, is_assertion, mutable, named_modules, named_tensors
 from ..structure import TENSORS, flatten
 from .arguments import LITERALS, Arguments, packing
@@ -152,8 +152,9 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, model: nn.Module, arguments: Arguments) -> None:
-        super().__init__(autowrap_functions=tuple(ON_SHAPES))
-        self._autowrap_search.append(rnn)
+        functions, modules = kept_whole()
+        super().__init__(autowrap_functions=functions)
+        self._autowrap_search += modules
         self.model = model
         self.arguments = arguments
         self.options: tuple[Any, ...] = ()

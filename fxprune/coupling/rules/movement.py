@@ -191,25 +191,36 @@ def index_select(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> N
     _pick(c, value, _dim(value, args[1]), args[2], out)
 
 
-@rule("index", "_unsafe_index")
+def _all_picked(args: Args, kwargs: Kwargs) -> torch.Tensor | None:
+    """Where masks choose, all may be chosen; None for any other index."""
+    indices: list[Any] = []
+    for index in args[1]:
+        masks = index is not None and index.dtype == torch.bool
+        whole = torch.empty(index.numel(), dtype=torch.int64, device="meta") if masks else index
+        indices += [whole] * (index.dim() if masks else 1)
+    if len(indices) == len(args[1]) and all(a is b for a, b in zip(indices, args[1], strict=True)):
+        return None
+    return torch.ops.aten.index.Tensor(args[0], indices)
+
+
+@rule("index", "_unsafe_index", shapes=_all_picked)
 def index(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     """Indexing with tensors. Only one index along a known permutation can be followed."""
     value, indices = c.value(args[0]), list(args[1])
-    used = [d for d, i in enumerate(indices) if i is not None]
-    for d in used:
-        c.freeze_value(c.value(indices[d]), "used as an index")
-    if len(used) == 1 and indices[used[0]].dim() == 1 and indices[used[0]].dtype != torch.bool:
-        _pick(c, value, used[0], indices[used[0]], out)
+    used: list[int] = []
+    place = 0
+    for given in indices:
+        width = given.dim() if given is not None and given.dtype == torch.bool else 1
+        if given is not None:
+            c.freeze_value(c.value(given), "used as an index")
+            used += range(place, place + width)
+        place += width
+    single = [given for given in indices if given is not None]
+    if len(single) == 1 and single[0].dim() == 1 and single[0].dtype != torch.bool:
+        _pick(c, value, used[0], single[0], out)
         return
-    shift = 0
     for d in used:
-        count = indices[d].dim() if indices[d].dtype == torch.bool else 1
-        for k in range(count):
-            c.freeze_dim(value, d + shift + k, "looked up by index")
-        shift += count - 1
-    if any(indices[d].dtype == torch.bool for d in used):
-        c.freeze_value(value, "looked up by a mask")
-        return
+        c.freeze_dim(value, d, "looked up by index")
     kept = [d for d in range(len(value.shape)) if d not in used]
     width = out.dim() - len(kept)
     at = used[0] if used[-1] - used[0] + 1 == len(used) else 0
@@ -218,6 +229,16 @@ def index(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     result = [*before, *(("index", k) for k in range(width)), *(d for d in kept if d >= at)]
     labels, _ = c.unify([(value, names)], result)
     c.put(out, labels)
+
+
+def _all_places(args: Args, kwargs: Kwargs) -> torch.Tensor:
+    return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64, device="meta")
+
+
+@rule("nonzero", shapes=_all_places)
+def nonzero(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
+    """``x -> (places, dimensions of x)``: where it is not zero."""
+    c.freeze_value(c.value(args[0]), "the places of its entries are the result")
 
 
 def _pick(c: Coupler, value: Value, dim: int, index: torch.Tensor, out: torch.Tensor) -> None:
