@@ -394,9 +394,7 @@ class Routed(nn.Module):
         return self.head(x + out[back] * weight)
 
 
-@pytest.mark.skipif(
-    torch.__version__ < "2.15", reason="torch's grouped product has no fake kernel for float32"
-)
+@pytest.mark.skipif(torch.__version__ < "2.15", reason="grouped products of float32 have no fake kernel")
 def test_experts_narrow_in_hidden_units_and_stream() -> None:
     graph = fxprune.analyze(Routed(), torch.randn(8, 4))
     members = {str(member.axis) for group in graph for member in group.members}
