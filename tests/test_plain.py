@@ -28,7 +28,10 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not aten.empty.memory_format:
-            self.calls.append((func, describe(args), kwargs or {}))
+            same = (
+                aten._unsafe_view.default if func is aten.view.default else func
+            )  # torch 2.14 makes the other
+            self.calls.append((same, describe(args), kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -41,7 +44,8 @@ def direct(module: nn.Module, x: Tensor) -> tuple[Any, Calls]:
     calls: Calls = []
 
     def make(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        calls.append((operator, describe(args), kwargs))
+        same = aten._unsafe_view.default if operator is aten.view.default else operator
+        calls.append((same, describe(args), kwargs))
         return operator(*args, **kwargs)
 
     tensors: dict[str, Any] = {**module._parameters, **module._buffers}
