@@ -30,7 +30,7 @@ class Recorder(TorchDispatchMode):
         if func is not aten.empty.memory_format:
             same = (
                 aten._unsafe_view.default if func is aten.view.default else func
-            )  # torch 2.14 makes the other
+            )  # as in 2.14
             self.calls.append((same, describe(args), kwargs or {}))
         return func(*args, **(kwargs or {}))
 
