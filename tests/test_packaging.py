@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 if sys.version_info >= (3, 11):
     import tomllib
-else:  # pip carries the parser that Python 3.10 lacks
-    tomllib = import_module("pip._vendor.tomli")
+else:  # pytest brings the parser that Python 3.10 lacks
+    tomllib = import_module("tomli")
 
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
