@@ -1860,6 +1860,13 @@ def assertions(net, x):
     return net.c(x)
 
 
+@case(VECTOR, lambda: {"a": nn.Linear(6, 8), "b": nn.Linear(8, 4)}, "a b")
+def power_by_function(net, x):
+    """``torch.pow`` has a form whose first argument is a number: what is traced is no tensor."""
+    x = net.a(x)
+    return net.b(x + 0.1 * torch.pow(x, 3.0))
+
+
 @case(
     TOKENS,
     lambda: {"a": nn.Linear(12, 8), "rnn": nn.LSTM(8, 6), "b": nn.Linear(6, 8), "c": nn.Linear(8, 4)},

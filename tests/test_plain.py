@@ -28,9 +28,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not aten.empty.memory_format:
-            same = (
-                aten._unsafe_view.default if func is aten.view.default else func
-            )  # as in 2.14
+            same = aten._unsafe_view.default if func is aten.view.default else func  # as in 2.14
             self.calls.append((same, describe(args), kwargs or {}))
         return func(*args, **(kwargs or {}))
 

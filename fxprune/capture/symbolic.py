@@ -116,21 +116,7 @@ _PLAIN = frozenset([type(None), bool, int, float, str, torch.dtype, torch.device
 
 
 class _Proxy(fx.Proxy):
-    """A proxy that remembers augmented assignments, and says of what type its value is.
-
-    ``isinstance`` asks for ``__class__``. torch.fx and PyTorch are told what they expect, a proxy.
-    """
-
-    tracer: _Tracer
-
-    @property
-    def __class__(self) -> Any:
-        caller = sys._getframe(1).f_code.co_filename
-        return type(self) if _is_skipped(caller) else self.tracer.type_of(self.node)
-
-    @__class__.setter
-    def __class__(self, new: Any) -> None:
-        raise AttributeError("a proxy stays what it is")
+    """A proxy that remembers augmented assignments."""
 
 
 def _augmented(name: str) -> Callable[[Any, Any], Any]:
@@ -189,6 +175,7 @@ class _Tracer(fx.Tracer):
                 restored(self.model),
                 _dynamic_training(self.model, asked),
                 _dynamic_factories(self),
+                _types_of_values(self),
                 autograd_functions(self._apply),
                 torch.enable_grad(),  # against which a block under torch.no_grad stands out
             ):
@@ -589,6 +576,33 @@ def _dynamic_factories(tracer: _Tracer) -> Iterator[None]:
     finally:
         for name, original in originals.items():
             setattr(torch, name, original)
+
+
+@contextlib.contextmanager
+def _types_of_values(tracer: _Tracer) -> Iterator[None]:
+    """While it lasts, ``isinstance`` in the files of the model's classes asks for the type of a value.
+
+    A proxy cannot say so itself: PyTorch would take it for a tensor, and read memory that it does not have.
+    """
+    files = {c.__module__ for kind in set(map(type, tracer.modules.values())) for c in kind.__mro__}
+    tables = [vars(sys.modules[file]) for file in files if file.partition(".")[0] not in ("torch", "builtins")
+              and file in sys.modules]  # fmt: skip
+    before = [(table, table.get("isinstance", table)) for table in tables]
+
+    def of_value(value: Any, kinds: Any) -> bool:
+        plain = isinstance(value, kinds)
+        return plain or (isinstance(value, _Proxy) and issubclass(tracer.type_of(value.node), kinds))
+
+    for table, _ in before:
+        table["isinstance"] = of_value
+    try:
+        yield
+    finally:
+        for table, own in before:
+            if own is table:  # it had none
+                del table["isinstance"]
+            else:
+                table["isinstance"] = own
 
 
 @contextlib.contextmanager
