@@ -446,3 +446,25 @@ def test_sizes_from_values_end_an_export_at_once() -> None:
     with pytest.raises(CaptureError, match=r"nonzero.* depend on values"):
         fxprune.analyze(Picking(), torch.randn(2, 3))
     assert len(reached) < 2  # when it is run to find regions
+
+
+class Fractional(nn.Module):
+    """The exported graph draws the places of windows channel by channel, by a call of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tensor_only(x)
+        return self.b(F.fractional_max_pool2d(self.a(x), 2, output_size=3))
+
+
+def test_random_numbers_of_channels() -> None:
+    """They are as many as there are channels left."""
+    model, x = Fractional(), torch.randn(2, 3, 4, 4)
+    plan = fxprune.plan(model, x)
+    pruned = plan.apply(model)
+    assert pruned.get_parameter("a.weight").shape[0] == 4
+    assert pruned(x).shape == (2, 4, 3, 3)
+    assert fxprune.verify(model, pruned, plan, x).exact

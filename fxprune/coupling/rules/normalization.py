@@ -167,6 +167,25 @@ def reduction(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
             c.peek(result).on_use = events
 
 
+@rule("mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits")
+def loss(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
+    """A pointwise function of two tensors and of weights, then a mean, a sum or neither."""
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    rank = max(tensor.dim() for tensor in tensors)
+    names = list(range(rank))
+    keeps = "cross" not in c.operator
+    zero = all if keeps else (lambda zeros: False)
+    operands = [(c.value(tensor), names[rank - tensor.dim() :]) for tensor in tensors]
+    labels, gone = c.unify(operands, names if out.dim() else [], zero)
+    c.put(out, labels)
+    sums = kwargs.get("reduction", next((a for a in args if type(a) is int), 1)) == 2
+    exact = sums and keeps and all(value.is_zero(d) for value, _ in operands for d in range(len(value.shape)))
+    if gone and not exact:
+        reason = f"reduced over this axis by {c.operator}"
+        events = [Event(label.ids, label.axis, c.node, reason) for label, _ in gone.values()]
+        c.peek(out).on_use = [(c.inexact, event) for event in events]
+
+
 def _spread(labels: list[Label | None], kept: list[int], rank: int) -> list[Label | None]:
     spread: list[Label | None] = [None] * rank
     for dim, label in zip(kept, labels, strict=True):

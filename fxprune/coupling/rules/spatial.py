@@ -20,7 +20,7 @@ _RANK = {"1d": 1, "2d": 2, "3d": 3}
 @rule(
     "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d",
     "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-    "adaptive_max_pool2d", "adaptive_max_pool3d", "fractional_max_pool2d", "max_pool1d", "max_pool2d",
+    "adaptive_max_pool2d", "adaptive_max_pool3d", "max_pool1d", "max_pool2d",
     "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
     "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d",
     "_upsample_bilinear2d_aa", "upsample_bicubic2d", "_upsample_bicubic2d_aa", "upsample_trilinear3d",
@@ -37,6 +37,22 @@ def pooling(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
     labels, _ = c.unify([(x, names)], [*range(lead), *(("out", d) for d in range(n))])
     for result in [out] if isinstance(out, torch.Tensor) else out:
         c.put(result, [*labels[:lead], *windows])
+
+
+@rule("fractional_max_pool2d", "fractional_max_pool3d")
+def fractional_pooling(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
+    """``x: (*, C, spatial)`` in windows that ``args[3]: (N, C, dimensions)``, random numbers, draws."""
+    x, samples = c.value(args[0]), c.value(args[3])
+    n = _RANK[c.operator[-2:]]
+    lead = len(x.shape) - n
+    for dim in range(lead, len(x.shape)):
+        c.freeze_dim(x, dim, "spatial axis of a pooling or resampling")
+    names: list[Any] = [*range(lead), *(("in", d) for d in range(n))]
+    drawn = (samples, ["samples", lead - 1, "numbers"])
+    result = [*range(lead), *(("out", d) for d in range(n))]
+    labels, _ = c.unify([(x, names), drawn], result, lambda zeros: zeros[0])
+    for pooled in out:
+        c.put(pooled, labels)
 
 
 def _sliding(c: Coupler, x: Value, dim: int, out: Any, args: Args, n: int) -> Label | None:
