@@ -50,8 +50,10 @@ class UpdateModules(Pass):
                 for key, tensor in [*module._parameters.items(), *module._buffers.items()]
                 if tensor is not None
             }
-            if "weight" not in shapes and isinstance(module, _WEIGHTED):
-                shapes |= _computed(module, full, program)
+            own = ["weight"] if isinstance(module, _WEIGHTED) else getattr(module, "_flat_weights_names", [])
+            missing = [key for key in own if key not in shapes]
+            if missing:
+                shapes |= _computed(module, full, program, missing)
             inputs, outputs = _ends(narrowing, call) if not name else (None, None)
             new = dict(_attributes(module, shapes, inputs, outputs))
             if isinstance(module, nn.GroupNorm) and not name:
@@ -85,14 +87,14 @@ class UpdateModules(Pass):
 _WEIGHTED = (_ConvNd, nn.Linear, nn.Embedding)
 
 
-def _computed(module: nn.Module, path: str, program: Program) -> dict[str, Shape]:
-    """The narrowed shape of a weight that a parametrization or a hook computes from others."""
+def _computed(module: nn.Module, path: str, program: Program, names: list[str]) -> dict[str, Shape]:
+    """The narrowed shapes of weights that a parametrization or a hook computes from others."""
     copy = clone_module(module, lambda name, _: meta_like(program.tensors[f"{path}.{name}"]))
     with torch.no_grad():
-        for hook in () if is_parametrized(copy, "weight") else copy._forward_pre_hooks.values():
+        for hook in () if is_parametrized(copy, names[0]) else copy._forward_pre_hooks.values():
             hook(copy, ())
-        weight = getattr(copy, "weight", None)
-    return {"weight": tuple(weight.shape)} if isinstance(weight, torch.Tensor) else {}
+        found = {name: getattr(copy, name, None) for name in names}
+    return {name: tuple(weight.shape) for name, weight in found.items() if isinstance(weight, torch.Tensor)}
 
 
 def _ends(narrowing: Narrowing, call: fx.Node) -> tuple[Shape | None, Shape | None]:

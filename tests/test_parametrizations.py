@@ -163,3 +163,30 @@ def test_what_cannot_be_followed_is_held_with_the_way_out() -> None:
     assert entry.remedy == "remove the parametrization of 0.weight before pruning"
     parametrize.remove_parametrizations(model[0], "weight")
     check(model, x, narrows=["0.weight"])
+
+
+class Recurrent(nn.Module):
+    """The weight between steps is computed, as AWD-LSTM has it."""
+
+    def __init__(self, wrap: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(10, 4)
+        self.rnn = wrap(nn.LSTM(12, 10, batch_first=True), "weight_hh_l0")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.rnn(self.a(x))[0])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("wrap", "exact"),
+    [
+        (parametrizations.weight_norm, False),
+        (nn.utils.weight_norm, False),
+        (lambda layer, name: prune.random_unstructured(layer, name, 0.3), True),
+    ],
+    ids=["parametrization", "hook", "mask"],
+)
+def test_computed_weights_of_recurrent_layers(wrap: Callable[..., nn.Module], exact: bool) -> None:
+    """Hidden units narrow through what the weights are computed from."""
+    check(Recurrent(wrap), torch.randn(2, 5, 6), narrows=["a.weight", "rnn.weight_ih_l0"], exact=exact)
