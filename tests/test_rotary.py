@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
+from fxprune import capture
 
 WIDTH, HEADS, SHARED, COLUMNS, LENGTH = 24, 4, 2, 8, 5
 PICKS = frozenset([torch.take_along_dim, torch.index_select])
@@ -32,7 +33,6 @@ class Layer(nn.Module):
     """Attention whose queries and keys are turned; two query heads share a key head."""
 
     columns = COLUMNS
-    strict = False
 
     def __init__(self, shared: int) -> None:
         super().__init__()
@@ -45,18 +45,12 @@ class Layer(nn.Module):
         return x * cos + halves(x) * sin
 
     def forward(self, x: Tensor, tables: Any) -> Tensor:
-        if self.strict and not isinstance(x, Tensor):  # no symbolic value, so that torch.export is needed
-            raise TypeError
         b, n, _ = x.shape
         q = self.q(x).view(b, n, HEADS, -1).transpose(1, 2)
         k, v = (layer(x).view(b, n, self.shared, -1).transpose(1, 2) for layer in (self.k, self.v))
         q, k = self.turn(q, tables), self.turn(k, tables)
         k, v = (t.repeat_interleave(HEADS // self.shared, dim=1) for t in (k, v))
         return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class Exported(Layer):
-    strict = True
 
 
 class Partial(Layer):
@@ -174,7 +168,6 @@ class StoredPolar(Net):
 
 NETS = {
     "computed": lambda: Net(),
-    "exported": lambda: Net(Exported),
     "one key head each": lambda: Net(shared=HEADS),
     "partial": lambda: Net(Partial),
     "interleaved": lambda: Neighbours(Interleaved),
@@ -208,17 +201,26 @@ def test_heads_and_columns(name: str) -> None:
             assert len(group.rows) == heads
     assert [len(rows) for rows in graph.rows] == [heads, heads]
     for ratio, share in ((0.5, 0), (0, 0.5), (0.4, 0.5))[0 if name == "computed" else 2 :]:
-        if name == "exported":  # takes a second each time
-            plan = fxprune.plan(model, X, ratio=ratio, heads=share)
-            pruned = plan.apply(model)
-        else:
-            narrows = ["layers.1.q.weight", "layers.1.k.weight", "layers.1.o.weight"]
-            plan, pruned = check(model, X, ratio=ratio, heads=share, exact=True, narrows=narrows)
-            assert plan.check(model) == ()
+        narrows = ["layers.1.q.weight", "layers.1.k.weight", "layers.1.o.weight"]
+        plan, pruned = check(model, X, ratio=ratio, heads=share, exact=True, narrows=narrows)
+        assert plan.check(model) == ()
         assert not plan.held, plan.notes
         buffers = dict(pruned.named_buffers())
         assert all(torch.equal(buffer, buffers[own]) for own, buffer in model.named_buffers())
         judge(model, pruned)
+
+
+@pytest.mark.parametrize("name", ["computed", "partial", "interleaved", "complex"])
+def test_exported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where torch.export captures."""
+    monkeypatch.setattr(capture, "RUNGS", {"torch.export": capture.RUNGS["torch.export"]})
+    model = NETS[name]()
+    plan = fxprune.plan(model, X, ratio=0.4, heads=0.5)
+    assert not plan.held, plan.notes
+    pruned = plan.apply(model)
+    keys = pruned.get_parameter("layers.1.k.weight")
+    assert keys.shape[0] < model.layers[1].k.weight.shape[0] // 2
+    judge(model, pruned)
 
 
 def test_columns_differ() -> None:
