@@ -133,6 +133,18 @@ class Narrowing:
             mask = mask[int(rows.argmax())][None]
         return mask[0]
 
+    def along(self, value: Value, dim: int) -> Mask:
+        """For each row that survives, and each index of a dimension, whether it does, ``(*rows, size)``."""
+        label = value.label(dim)
+        if label is None:
+            return np.ones(value.shape[dim], dtype=bool)
+        alive = self.alive(label)
+        for place, row in enumerate(label.over):
+            rows = value.label(row)
+            if rows is not None:
+                alive = alive.compress(self.row(rows), axis=place)
+        return alive
+
     def size(self, value: Value, dim: int) -> int:
         """Extent of a dimension after narrowing."""
         label = value.label(dim)

@@ -220,14 +220,11 @@ def _picks(narrowing: Narrowing, user: fx.Node, table: fx.Node) -> list[_Pick]:
     picks = []
     for dim in range(-len(value.shape), 0):
         label = out.label(dim + len(out.shape))
-        own = value.label(dim + len(value.shape))
-        if label is None or value.shape[dim] == 1 or not narrowing.narrows(label) or narrowing.narrows(own):
+        if label is None or value.shape[dim] == 1 or not narrowing.narrows(label):
             continue
-        alive = narrowing.alive(label)
-        for place, row in enumerate(label.over):
-            rows = out.label(row)
-            if rows is not None:
-                alive = alive.compress(narrowing.row(rows), axis=place)
+        alive = narrowing.along(out, dim + len(out.shape))
+        if alive.all() or not narrowing.along(value, dim + len(value.shape)).all():
+            continue
         counts = alive.sum(axis=-1)
         if not counts.size or (counts != counts.flat[0]).any():
             continue  # no rectangle; the shapes will tell
@@ -243,7 +240,8 @@ def _picks(narrowing: Narrowing, user: fx.Node, table: fx.Node) -> list[_Pick]:
             for row in (*label.over, dim):
                 shape[row - (row >= 0) * len(out.shape)] = narrowing.size(out, row)
             index = index.transpose(np.argsort([*label.over, dim + len(out.shape)])).reshape(shape)
-        key = (narrowing.graph.classes(label.ids).tobytes(), index.shape)
+        along = [label, *(rows for row in label.over if (rows := out.label(row)) is not None)]
+        key = (*(narrowing.graph.classes(own.ids).tobytes() for own in along), index.shape)
         picks.append(_Pick(dim, index, missing, key))
     return sorted(picks, key=lambda pick: pick.index.ndim)
 

@@ -116,8 +116,10 @@ def _check(program: Program, narrowing: Narrowing) -> list[Violation]:
     whole = graph.run.coupler.whole
     for user, tables in graph.run.coupler.tables.items():
         for value in filter(None, map(narrowing.value, tables)):
-            for label in filter(narrowing.narrows, map(value.label, range(len(value.shape)))):
-                if label is not None and np.isin(label.ids, whole).any():
+            for dim in range(len(value.shape)):
+                label = value.label(dim)
+                picked = label is not None and np.isin(label.ids, whole).any()
+                if picked and not narrowing.along(value, dim).all():
                     return [Violation(user.name, "picks from a table that became narrower itself")]
     try:
         units = Units(anchors=int(compact.max()))

@@ -210,6 +210,14 @@ class Coupler:
         if label is not None:
             self.freeze(label, reason, remedy)
 
+    def keep(self, value: Value, dim: int, reason: str) -> None:
+        """Keep all indices of a dimension, also in rows that go as a whole."""
+        if value.is_open(dim):
+            self.own(value, dim)
+        label = value.label(dim)
+        if label is not None:
+            self.frozen.append(Event(label.ids, label.axis, self.node, reason))
+
     def freeze_value(self, value: Value, reason: str, remedy: str = "") -> None:
         for dim in range(len(value.shape)):
             self.freeze_dim(value, dim, reason, remedy)

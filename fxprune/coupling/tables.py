@@ -16,6 +16,7 @@ import numpy as np
 from torch import fx
 
 from .coupler import Coupler
+from .groups import Mask
 from .units import FIXED, Ids, Meeting, Units, Value
 
 
@@ -27,16 +28,33 @@ def settle(coupler: Coupler, source: Callable[[fx.Node, Value], fx.Node | None])
         source: the node whose output a table is, by the node that uses it; None where the user has it from
             elsewhere, or does more with it than to meet it.
     """
-    units = coupler.units
-    if not units.any_loose:
+    if not coupler.units.any_loose:
         return
+    for rows in (False, True) if coupler.meetings else ():  # which rows go together follows from their cells
+        _settle(coupler, source, rows)
+    coupler.whole = np.flatnonzero(coupler.units.all_loose())
+
+
+def _settle(coupler: Coupler, source: Callable[[fx.Node, Value], fx.Node | None], rows: bool) -> None:
+    """:func:`settle` for the meetings of rows, or for all others."""
+    units = coupler.units
     roots, loose = units.roots(), units.all_loose()
-    met = [(node, meeting) for node, noted in coupler.meetings.items() for meeting in noted]
+    same, is_row = _alike(coupler, roots)
+    stays = np.zeros(units.count, dtype=bool)
+    for event in coupler.frozen:
+        stays[roots[event.ids]] = True
+    met = [
+        (node, meeting)
+        for node, noted in coupler.meetings.items()
+        for meeting in noted
+        if is_row[roots[meeting.units]].any() == rows
+    ]
     for part in _parts(roots, [meeting for _, meeting in met]):
         sources = [source(met[number][0], met[number][1].table) for number in part]
         meetings = [met[number][1] for number in part]
         hard = not all((loose[m.units] | (m.units == FIXED)).all() for m in meetings)
-        if hard or None in sources or not _ties(roots, meetings):
+        alone = not any(stays[roots[m.units]].any() for m in meetings) and not _ties(roots, same, meetings)
+        if hard or None in sources or alone:
             for number in part:
                 coupler.node, meeting = met[number]
                 coupler.merge(meeting.met, meeting.units, meeting.met_axis, meeting.axis)
@@ -46,7 +64,6 @@ def settle(coupler: Coupler, source: Callable[[fx.Node, Value], fx.Node | None])
             user = met[number][0]
             coupler.by_size.add(user)
             coupler.tables.setdefault(user, []).append(node)
-    coupler.whole = np.flatnonzero(units.all_loose())
 
 
 def _parts(roots: Ids, meetings: list[Meeting]) -> list[list[int]]:
@@ -62,14 +79,33 @@ def _parts(roots: Ids, meetings: list[Meeting]) -> list[list[int]]:
     return list(parts.values())
 
 
-def _ties(roots: Ids, meetings: list[Meeting]) -> bool:
+def _alike(coupler: Coupler, roots: Ids) -> tuple[Ids, Mask]:
+    """For each class its number, and whether it is one of rows.
+
+    Rows that go together, as the heads of two views of one stream, have one number.
+    """
+    blocks = Units()
+    blocks.fresh(roots.size)
+    for rectangle in coupler.rectangles:
+        blocks.merge(roots[rectangle.rows][:, None], roots[rectangle.cells])
+    same, is_row = np.arange(roots.size), np.zeros(roots.size, dtype=bool)
+    if coupler.rectangles:
+        rows = np.unique(roots[np.concatenate([rectangle.rows for rectangle in coupler.rectangles])])
+        _, first, number = np.unique(blocks.find(rows), return_index=True, return_inverse=True)
+        same[rows] = rows[first[number]]
+        is_row[rows] = True
+    return same, is_row
+
+
+def _ties(roots: Ids, same: Ids, meetings: list[Meeting]) -> bool:
     """Whether merging the tables would merge others that are not."""
     trial = Units()
     trial.fresh(roots.size)
     others = set()
     for meeting in meetings:
-        trial.merge(roots[meeting.met] + 1, roots[meeting.units] + 1)  # unit 0 is not merged
-        others |= set(roots[meeting.met.ravel()].tolist())
+        met = same[roots[meeting.met]]
+        trial.merge(met + 1, same[roots[meeting.units]] + 1)  # unit 0 is not merged
+        others |= set(met.ravel().tolist())
     classes = np.fromiter(others, dtype=np.int64)
     return np.unique(trial.find(classes + 1)).size < classes.size
 

@@ -272,9 +272,18 @@ def take_along_dim(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) ->
         return
     names: list[Any] = list(range(out.dim()))
     dim = names[dim]
-    c.freeze_dim(value, dim, "looked up by index")
+    from_table = index.state is not None and not index.state.trainable and c.is_table(value, dim)
+    if c.units.anchors and index.state is not None:  # in a check, what is labelled was picked from a table
+        from_table |= any(label is not None for label in index.state.axes)
+    if not from_table:
+        c.freeze_dim(value, dim, "looked up by index")
+        for d in names:
+            if index.label(d) is not None:
+                c.freeze_dim(index, d, "used as an index")
+    else:
+        c.keep(value, dim, "looked up by index")
     operands = [(value, [name if name != dim else "looked up" for name in names])]
-    if index.state is not None and not index.state.trainable and c.is_table(value, dim):
+    if from_table:
         operands.append((index, names))
         if all(index.is_open(d) or index.shape[d] == 1 for d in names):
             c.delicate()
@@ -283,8 +292,6 @@ def take_along_dim(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) ->
             for d, label in enumerate(c.reshape(flat, index.shape)):
                 if label is not None:
                     c.adopt(index, d, label.ids, label.over)
-    else:
-        c.freeze_value(index, "used as an index")
     labels, _ = c.unify(operands, names)
     c.put(out, labels)
 
