@@ -6,6 +6,7 @@ takes a node of one operator and returns its new ``(args, kwargs)``, or None to 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,7 +44,7 @@ class RewriteLiterals(Pass):
             if edited is None:
                 continue
             with graph.inserting_before(node):
-                args, kwargs = map_aggregate(edited, lambda item: _scaled(item, graph))
+                args, kwargs = map_aggregate(edited, lambda item: _number(item, graph))
             node.args, node.kwargs = args, kwargs
             name, overload = operator_name(node), isinstance(node.target, torch._ops.OpOverload)
             if name in _AS_SPLIT or (overload and name == "split"):  # parts of unequal width are a split
@@ -62,11 +63,24 @@ class _Scaled:
     old: int
 
 
-def _scaled(item: Any, graph: fx.Graph) -> Any:
-    """A node for a :class:`_Scaled` number; anything else as it is."""
-    if not isinstance(item, _Scaled):
-        return item
-    return scale(graph, item.node, item.new, item.old)
+@dataclass(frozen=True)
+class _Entry:
+    """One of the sizes that ``node`` computes."""
+
+    node: fx.Node
+    place: int
+
+    def varies(self, narrowing: Narrowing) -> bool:
+        """Whether it may be another one in each run."""
+        kinds = origins(self.node, narrowing, {})
+        return kinds is None or kinds[self.place] == "free"
+
+
+def _number(item: Any, graph: fx.Graph) -> Any:
+    """A node for a :class:`_Scaled` number or an :class:`_Entry`; anything else as it is."""
+    if isinstance(item, _Entry):
+        return graph.call_function(operator.getitem, (item.node, item.place))
+    return scale(graph, item.node, item.new, item.old) if isinstance(item, _Scaled) else item
 
 
 def _edited(node: fx.Node, narrowing: Narrowing) -> Call | None:
@@ -102,6 +116,8 @@ def _sizes(old: Sequence[Any], value: Value, narrowing: Narrowing, first: int = 
     new = list(old)
     for place, size in enumerate(old):
         label = value.label(first + place)
+        if isinstance(size, _Entry) and size.varies(narrowing):
+            continue
         if label is not None and size != -1 and narrowing.narrows(label):
             new[place] = wanted = narrowing.size(value, first + place)
             if isinstance(size, fx.Node) and "free" in (origins(size, narrowing, {}) or ()):
@@ -119,12 +135,29 @@ def _view(node: fx.Node, narrowing: Narrowing) -> Call | None:
     packed = len(node.args) == 2 and isinstance(node.args[1], (list, tuple))
     named = next((key for key in ("shape", "size") if key in node.kwargs), None)
     sizes = node.kwargs[named] if named else (node.args[1] if packed else node.args[1:])
+    whole = sizes[0] if isinstance(sizes, (list, tuple)) and len(sizes) == 1 else sizes
+    if isinstance(whole, fx.Node) and isinstance(narrowing.tree(whole.name), tuple):
+        if computed(whole, narrowing, {}) == narrowing.shape(value):
+            return None  # follows by itself
+        sizes = _entries(whole, narrowing)
     if not isinstance(sizes, (list, tuple)) or len(sizes) != len(value.shape):
-        return None  # a torch.Size or a dtype: follows by itself
+        return None  # a dtype
     new = _sizes(sizes, value, narrowing)
     if named:
         return node.args, {**node.kwargs, named: tuple(new)}
     return ((node.args[0], tuple(new)) if packed else (node.args[0], *new)), dict(node.kwargs)
+
+
+def _entries(sizes: Any, narrowing: Narrowing) -> list[Any]:
+    """The entries of a shape that is put together in the graph: ``x.size()[:-1] + (192,)``."""
+    if not isinstance(sizes, fx.Node):
+        return list(sizes)
+    name = operator_name(sizes)
+    if name == "add":
+        return _entries(sizes.args[0], narrowing) + _entries(sizes.args[1], narrowing)
+    if name == "getitem" and isinstance(sizes.args[1], slice):
+        return _entries(sizes.args[0], narrowing)[sizes.args[1]]
+    return [_Entry(sizes, place) for place in range(len(narrowing.tree(sizes.name)))]
 
 
 @_edits("unflatten")

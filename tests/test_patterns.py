@@ -1860,6 +1860,17 @@ def assertions(net, x):
     return net.c(x)
 
 
+@case(TOKENS, lambda: {"a": nn.Linear(12, 8), "b": nn.Linear(8, 4), "w": nn.Parameter(torch.randn(8, 16)),
+                       "v": nn.Parameter(torch.randn(16, 8))}, "a b w v")  # fmt: skip
+def sizes_with_a_number_put_in(net, x):
+    """``x.size()[:-1] + (16,)`` is a shape as a whole, of which one entry changes."""
+    x = net.a(x)
+    whole = x.size()[:-1] + (net.w.shape[1],)  # noqa: RUF005
+    literal = x.shape[:-1] + (16,)  # noqa: RUF005
+    y = torch.mm(x.view(-1, x.size(-1)), net.w).view(whole).relu().reshape(literal)
+    return net.b(torch.mm(y.view(-1, 16), net.v).view(x.size()[:-1] + (8,)))  # noqa: RUF005
+
+
 @case(VECTOR, lambda: {"a": nn.Linear(6, 8), "b": nn.Linear(8, 4)}, "a b")
 def power_by_function(net, x):
     """``torch.pow`` has a form whose first argument is a number: what is traced is no tensor."""
