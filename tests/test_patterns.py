@@ -23,6 +23,7 @@ from torch.nn.utils import prune
 from torchvision import ops
 
 import fxprune
+from fxprune import capture
 from fxprune.nn import TrainingFlag
 
 
@@ -1871,6 +1872,17 @@ def sizes_with_a_number_put_in(net, x):
     return net.b(torch.mm(y.view(-1, 16), net.v).view(x.size()[:-1] + (8,)))  # noqa: RUF005
 
 
+@case(IMAGE, lambda: {"a": conv(3, 8), "b": conv(8, 4)}, "a b")
+def type_and_device_of_what_is_traced(net, x):
+    """Both are asked for in control flow; the other branches cannot run."""
+    x = net.a(x)
+    if not torch.is_tensor(x):
+        x = torch.tensor([x])
+    if x.device.type != "cpu" or not x.is_cpu or x.shape[1] == 0:
+        x = x.int()
+    return net.b(x + torch.zeros(1, dtype=x.dtype, device=x.device))
+
+
 @case(VECTOR, lambda: {"a": nn.Linear(6, 8), "b": nn.Linear(8, 4)}, "a b")
 def power_by_function(net, x):
     """``torch.pow`` has a form whose first argument is a number: what is traced is no tensor."""
@@ -2524,6 +2536,14 @@ def test_drop_path_captured_in_eval_mode_is_reported() -> None:
     dynamic = any(not torch.equal(samples[0], other) for other in samples[1:])
     report = fxprune.analyze(example.build().eval(), example.inputs).captured.report
     assert dynamic or "training" in report
+
+
+def test_tracing_sees_types_and_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control flow on them is that of the model itself, though nothing but shapes is computed."""
+    rung = "symbolic tracing with known shapes"
+    monkeypatch.setattr(capture, "RUNGS", {rung: capture.RUNGS[rung]})
+    example = CASES["type_and_device_of_what_is_traced"]
+    check(example.build(), example.inputs, narrows=["a.weight", "b.weight"])
 
 
 def test_unknown_operator_is_named() -> None:

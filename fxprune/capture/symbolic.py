@@ -447,8 +447,10 @@ class _ShapeProxy(_Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, item), {})
 
     def __getattr__(self, name: str) -> Any:
-        if isinstance(self.value, torch.Tensor) and name in ("ndim", "is_cuda", "requires_grad"):
+        if isinstance(self.value, torch.Tensor) and name in ("ndim", "requires_grad"):
             return getattr(self.value, name)
+        if isinstance(self.value, torch.Tensor) and name in ("is_cuda", "is_cpu", "is_meta"):
+            return self.tracer.device.type == name.removeprefix("is_")
         if name in ("shape", "device", "dtype", "T", "mT", "H"):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return super().__getattr__(name)
@@ -463,6 +465,7 @@ class _ShapeTracer(_Tracer):
         self.metas: dict[int, torch.Tensor] = {}
         self.evaluating = False
         self.clones: dict[str, nn.Module] = {}
+        self.device = next((tensor.device for tensor in self.tensors.values()), torch.device("cpu"))
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _ShapeProxy(node, self)
@@ -503,6 +506,11 @@ class _ShapeTracer(_Tracer):
             return None
         args: Any = map_arg(node.args, self.values.__getitem__)
         kwargs: Any = map_arg(node.kwargs, self.values.__getitem__)
+        if node.target is getattr:  # control flow must see the model's device
+            tensor = isinstance(args[0], torch.Tensor)
+            return self.device if tensor and args[1] == "device" else getattr(*args)
+        if getattr(node.target, "__module__", "") != "_operator":  # what is computed is on no device
+            args, kwargs = pytree.tree_map_only(torch.device, lambda _: torch.device("meta"), (args, kwargs))
         self.evaluating = True
         try:
             with torch.no_grad():
@@ -580,7 +588,8 @@ def _dynamic_factories(tracer: _Tracer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _types_of_values(tracer: _Tracer) -> Iterator[None]:
-    """While it lasts, ``isinstance`` in the files of the model's classes asks for the type of a value.
+    """While it lasts, ``torch.is_tensor`` asks for the type of a value, and so does ``isinstance`` in the
+    files of the model's classes.
 
     A proxy cannot say so itself: PyTorch would take it for a tensor, and read memory that it does not have.
     """
@@ -593,11 +602,14 @@ def _types_of_values(tracer: _Tracer) -> Iterator[None]:
         plain = isinstance(value, kinds)
         return plain or (isinstance(value, _Proxy) and issubclass(tracer.type_of(value.node), kinds))
 
+    is_tensor = torch.is_tensor
+    torch.is_tensor = lambda obj: of_value(obj, torch.Tensor)  # type: ignore[assignment]
     for table, _ in before:
         table["isinstance"] = of_value
     try:
         yield
     finally:
+        torch.is_tensor = is_tensor
         for table, own in before:
             if own is table:  # it had none
                 del table["isinstance"]
