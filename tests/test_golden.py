@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 import fxprune
 from fxprune.api import graph_for
+from fxprune.passes.base import copy_graph
 
 HERE = Path(__file__).parent / "golden"
 WIDTHS = (
@@ -373,3 +374,16 @@ def _show(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return str(value)
+
+
+def test_names_of_erased_nodes_are_not_given_again() -> None:
+    """A result is compared with its original node by node, by their names."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    first = graph.call_function(torch.relu, (x,))
+    graph.output(graph.call_function(torch.relu, (x,)))
+    graph.erase_node(first)
+    for _ in range(2):
+        graph, nodes = copy_graph(graph)
+        with graph.inserting_before(nodes["relu_1"]):
+            assert graph.call_function(torch.relu, (nodes["x"],)).name not in ("relu", "relu_1")
