@@ -467,16 +467,16 @@ class Recurrent(nn.Module):
         return self.last(self.out(self.rnn(self.into(x))[0]).relu())
 
 
-def test_recurrent_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recurrent_layers() -> None:
     """Dynamo breaks the graph at them unless it is told not to; then they narrow like any other."""
     model, x = Recurrent().eval(), torch.randn(2, 4, 5)
     fast, seen = compiled(model)
     assert fast(x).shape == (2, 4, 3)
     assert len(seen) == 2
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)
-    fast, seen = compiled(model)
-    got = fast(x)
+    with torch._dynamo.config.patch(allow_rnn=True):
+        fast, seen = compiled(model)
+        got = fast(x)
     (run,) = seen
     torch.testing.assert_close(got, masked(model, run.masks)(x))
     assert run.pruned.get_parameter("into.weight").shape == (6, 5)
