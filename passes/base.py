@@ -72,7 +72,8 @@ class Narrowing:
 
     def __init__(self, graph: CouplingGraph, removed: Mapping[str, Sequence[int]]) -> None:
         self.graph = graph
-        self._alive: Mask = graph.alive(removed)
+        roots = graph.classes(np.arange(graph.run.coupler.units.count))
+        self._alive: Mask = graph.alive(removed)[roots]  # by unit
         self._kept: dict[tuple[int, tuple[int, ...]], Kept | None] = {}
         self._masks: dict[int, tuple[Ids, Mask, bool]] = {}
         self._sizes: dict[int, int] = {}
@@ -88,7 +89,7 @@ class Narrowing:
         """For each index of ``label.ids`` whether it survives."""
         known = self._masks.get(id(label.ids))
         if known is None:
-            mask: Mask = self._alive[self.graph.classes(label.ids)]
+            mask: Mask = self._alive[label.ids]
             # The array is kept along with its mask, so that its id stays taken.
             known = self._masks[id(label.ids)] = (label.ids, mask, not bool(mask.all()))
         return known[1]
@@ -104,7 +105,7 @@ class Narrowing:
 
     def survive(self, ids: Ids) -> Mask:
         """For each of these units whether it survives."""
-        return self._alive[self.graph.classes(ids)]
+        return self._alive[ids]
 
     def mixed(self, ids: Ids) -> bool:
         """Whether some row of ``ids``, ``(*rows, columns)``, survives in part."""

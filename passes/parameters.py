@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,9 @@ from .base import Kept, Narrowing, Pass
 
 _CHUNK = 1 << 19
 """Entries of a tensor that are moved at once."""
+
+_LARGE, _ALIGNMENT = 1 << 22, 64
+"""Bytes from which on NumPy asks for large pages, and the alignment of PyTorch's own memory."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,21 @@ def _gather(data: torch.Tensor, axis: int, kept: Kept) -> torch.Tensor:
     index = torch.from_numpy(kept.index.transpose(np.argsort(order)).reshape(shape)).to(data.device)
     sizes = list(data.shape)
     sizes[axis] = kept.index.shape[-1]
-    return data.gather(axis, index.expand(sizes))
+    return torch.gather(data, axis, index.expand(sizes), out=_memory(sizes, data))
+
+
+def _memory(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """A new tensor of this shape, with the dtype and on the device of ``like``.
+
+    For large arrays NumPy asks Linux for large pages, PyTorch does not; most of the time that it takes to
+    write a large tensor goes into page faults.
+    """
+    size = math.prod(shape) * like.element_size()
+    if size < _LARGE or like.device.type != "cpu" or type(like) is not torch.Tensor:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    array = np.empty(size + _ALIGNMENT, dtype=np.uint8)
+    start = -array.__array_interface__["data"][0] % _ALIGNMENT
+    return torch.from_numpy(array[start : start + size]).view(like.dtype).view(*shape)
 
 
 def _pick(data: torch.Tensor, flat: dict[int, Kept]) -> torch.Tensor:
@@ -165,7 +183,7 @@ def _pick(data: torch.Tensor, flat: dict[int, Kept]) -> torch.Tensor:
     rows = max(1, _CHUNK * shape[0] // data.numel()) if others and first == 0 else len(chosen)
     for axis, index in axes.items():
         shape[axis] = len(index)
-    new = torch.empty(shape, dtype=data.dtype, device=data.device)
+    new = _memory(shape, data)
     for start in range(0, len(chosen), rows):
         part, target = view, new.narrow(first, start, min(rows, len(chosen) - start))
         *picks, (last, index) = (first, chosen[start : start + rows]), *others

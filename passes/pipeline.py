@@ -170,12 +170,13 @@ def _compact(narrowing: Narrowing) -> Any:
             single.merge(roots[rectangle.rows[rows]], roots[rectangle.cells[rows][survive[rows]]])
     if single.count > 1:
         roots = single.find(roots)
-    known = np.zeros(roots.size, dtype=bool)
+    on_state = np.zeros(roots.size, dtype=bool)
     labels = (label for state in graph.states.values() for label in state.axes if label is not None)
-    arrays = {id(label.ids): label.ids.ravel() for label in labels}
-    if arrays:
-        known[roots[np.concatenate(list(arrays.values()))]] = True
-    known[roots[graph.run.coupler.whole]] = True
+    for ids in {id(label.ids): label.ids for label in labels}.values():
+        on_state[ids] = True
+    on_state[graph.run.coupler.whole] = True
+    known = np.zeros(roots.size, dtype=bool)
+    known[roots[on_state]] = True
     known[0] = False
     numbers = np.cumsum(known)
     return np.where(known[roots], numbers[roots], 0)

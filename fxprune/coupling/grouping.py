@@ -109,27 +109,28 @@ def _appearance(
 
     Classes that lie equally often on the same axes have the same number, the sum of random numbers of axes.
     """
-    rng = np.random.default_rng(0)
+    labelled = [
+        (label.ids, trainable[state.name]) for state in states for label in state.axes if label is not None
+    ]
+    random = np.random.default_rng(0).integers(1, 2**63, len(labelled)).tolist()
     arrays: dict[int, Ids] = {}
     keys: dict[int, int] = defaultdict(int)
     members: dict[int, bool] = defaultdict(bool)
-    for state in states:
-        labels = [label for label in state.axes if label is not None]
-        for label, key in zip(labels, rng.integers(1, 2**63, len(labels)).tolist(), strict=True):
-            number = id(label.ids)
-            arrays[number] = label.ids
-            keys[number] += key
-            members[number] |= trainable[state.name]
+    for (ids, member), key in zip(labelled, random, strict=True):
+        arrays[id(ids)] = ids
+        keys[id(ids)] += key
+        members[id(ids)] |= member
     signature = np.zeros(roots.size, dtype=np.uint64)
     present = np.zeros(roots.size, dtype=bool)
     order = np.full(roots.size, np.iinfo(np.int64).max)
-    if arrays:
-        classes = roots[np.concatenate([ids.ravel() for ids in arrays.values()])]
-        sizes = [ids.size for ids in arrays.values()]
-        each = np.array([keys[number] % 2**64 for number in arrays], dtype=np.uint64)
-        np.add.at(signature, classes, np.repeat(each, sizes))
-        present[classes[np.repeat([members[number] for number in arrays], sizes)]] = True
-        order[classes[::-1]] = np.arange(classes.size)[::-1]  # of several, the last to be written counts
+    end = sum(ids.size for ids in arrays.values())
+    for number, ids in reversed(arrays.items()):  # of several places, the last to be written counts
+        classes = roots[ids.ravel()]
+        np.add.at(signature, classes, np.uint64(keys[number] % 2**64))
+        if members[number]:
+            present[classes] = True
+        order[classes[::-1]] = np.arange(end - 1, end - 1 - classes.size, -1)
+        end -= classes.size
     return signature, present, order
 
 
@@ -213,19 +214,21 @@ def _collect(
         own.sort(key=lambda band: min(int(order[atom].min()) for atom in band))
         components.append((units, own))
     components.sort(key=lambda item: int(order[item[0][0]]))
-    group_of = np.full(roots.size, -1, dtype=np.int64)
+    group_of = np.full(roots.size, len(components))  # the last stands for none
     position = np.full(roots.size, -1, dtype=np.int64)
     for number, (units, _) in enumerate(components):
         group_of[units] = number
         position[units] = np.arange(units.size)
+    group_of_unit = group_of[roots]
     axes: dict[int, list[tuple[State, int]]] = defaultdict(list)
     touched: dict[int, list[int]] = {}
     for state in states:
         for dim, label in enumerate(state.axes):
             if label is not None:
                 if id(label.ids) not in touched:
-                    found = group_of[roots[label.ids.ravel()]]
-                    touched[id(label.ids)] = list(dict.fromkeys(found[found >= 0].tolist()))
+                    found = np.zeros(len(components) + 1, dtype=bool)
+                    found[group_of_unit[label.ids]] = True
+                    touched[id(label.ids)] = np.flatnonzero(found[:-1]).tolist()
                 for number in touched[id(label.ids)]:
                     axes[number].append((state, dim))
 

@@ -20,7 +20,7 @@ from ..errors import ImportanceError
 from ..program import Program
 from .base import Entries, Measure, MemberCriterion, Scores
 
-_CHUNK = 1 << 18
+_CHUNK = 1 << 20
 """Entries of a weight that are handled at once: few enough to stay in the processor's cache."""
 
 
@@ -32,13 +32,12 @@ def magnitude(graph: CouplingGraph, p: float) -> NDArray[np.float64]:
     filter it is the criterion of Li et al. (ICLR 2017, https://arxiv.org/abs/1608.08710). Buffers do
     not count.
     """
-    axes = [(label.ids.ravel(), powers.ravel()) for _, label, powers in _axes(graph, p)]
     count = graph.run.coupler.units.count
-    if not axes:
-        return np.zeros(count)
-    ids, powers = (np.concatenate(parts) for parts in zip(*axes, strict=True))
-    total = np.bincount(graph.classes(ids), powers, count)
-    return total.astype(np.float64) ** (1 / p)
+    by_unit = np.zeros(count)
+    for _, label, powers in _axes(graph, p):
+        np.add.at(by_unit, label.ids.ravel(), powers.ravel())
+    by_class = np.bincount(graph.classes(np.arange(count)), by_unit, count)
+    return by_class ** (1 / p)
 
 
 def _axes(graph: CouplingGraph, p: float) -> Iterator[tuple[Axis, Label, NDArray[np.float64]]]:
@@ -64,8 +63,8 @@ def _powers(
 ) -> Iterator[NDArray[np.float64]]:
     """For each label the sum of ``|w|^p`` over the dimensions that it does not have, in the order of its ids.
 
-    The weight is read once, in chunks of rows; ``scratch`` is memory for one. Where the last axis of a large
-    weight consists of runs of one unit each (a flattened map), a run's sum stands at its first index.
+    The weight is read once, in chunks of rows; ``scratch`` is memory for one. Dimensions at the end that have
+    no label (a kernel) count as part of the last that has one, as long rows are summed up fastest.
     """
     tensor = parameter.detach()
     if tensor.dim() == 1:
@@ -76,12 +75,9 @@ def _powers(
     kept = [sorted((*label.over, dim)) for dim, label in labels]
     inner = max(max(dims) for dims in kept) + 1  # dimensions from here on belong to no label
     shape = (*tensor.shape[:inner], math.prod(tensor.shape[inner:]))
-    last = [label for label, dims in zip((own for _, own in labels), kept, strict=True) if inner - 1 in dims]
-    run = 1
-    if shape[-1] == 1 and tensor.numel() > _CHUNK and len(last) == 1 and not last[0].over:
-        edges = np.flatnonzero(np.diff(last[0].ids)) + 1
-        run = math.gcd(shape[-2], *edges.tolist())
-        shape = (*shape[:-2], shape[-2] // run, run)
+    long = inner > 1 and all(len(dims) < inner for dims in kept)
+    if long:
+        shape = (*shape[:-2], shape[-2] * shape[-1])
     row = math.prod(shape[1:])
     rows = max(1, _CHUNK // max(row, 1))
     dtype = torch.promote_types(tensor.dtype, torch.float32)
@@ -91,24 +87,18 @@ def _powers(
     start = 0
     for chunk in tensor.reshape(shape).split(rows):
         chunk = chunk.to(dtype)
-        if shape[-1] != 1:
-            powers = torch.linalg.vector_norm(chunk, p, -1) ** p
-        else:
-            powers = scratch[: chunk.numel()].view(chunk.shape)
-            powers = torch.mul(chunk, chunk, out=powers) if p == 2 else torch.abs(chunk, out=powers).pow_(p)
-            powers = powers.squeeze(-1)
+        powers = scratch[: chunk.numel()].view(chunk.shape)
+        powers = torch.mul(chunk, chunk, out=powers) if p == 2 else torch.abs(chunk, out=powers).pow_(p)
         for dims, result in zip(kept, results, strict=True):
-            gone = [d for d in range(inner) if d not in dims]
-            part = (powers.sum(gone) if gone else powers).cpu().numpy()
+            part = powers.sum([d for d in range(len(shape)) if d not in dims]).cpu().numpy()
             if dims[0] == 0:
                 result[start : start + chunk.shape[0]] = part
             else:
                 result += part
         start += chunk.shape[0]
     for (dim, label), dims, result in zip(labels, kept, results, strict=True):
-        if run > 1 and label is last[0]:
-            runs, result = result, np.zeros(label.ids.size)
-            result[::run] = runs
+        if long and dims[-1] == inner - 1:
+            result = result.reshape(*result.shape[:-1], tensor.shape[inner - 1], -1).sum(-1)
         yield result.transpose([dims.index(d) for d in (*label.over, dim)])
 
 
