@@ -45,7 +45,7 @@ def form_groups(
     signature, present, order = _appearance(states, trainable, roots)
     while True:
         prunable = present & ~frozen & ~is_row
-        bands, broken = _balance(open_rectangles, roots, prunable, signature)
+        bands, broken = _balance(open_rectangles, roots, prunable, signature, order)
         if not broken:
             break
         for rectangle in broken:
@@ -135,43 +135,44 @@ def _appearance(
 
 
 def _balance(
-    rectangles: Sequence[Rectangle], roots: Ids, prunable: Mask, signature: Any
+    rectangles: Sequence[Rectangle], roots: Ids, prunable: Mask, signature: Any, order: Ids
 ) -> tuple[list[Band], list[Rectangle]]:
-    """Atoms linked into balanced sets, and rectangles whose rows cannot be matched."""
+    """Atoms (in order) linked into balanced sets, and rectangles whose rows cannot be matched."""
     rng = np.random.default_rng(1)
     place = signature.copy()
+    index = np.zeros(roots.size, dtype=np.int64)
     constraints = []
     for rectangle in rectangles:
         cells = roots[rectangle.cells]
         n_rows = cells.shape[0]
-        inside = np.unique(cells[prunable[cells]])
+        rows, columns = np.nonzero(prunable[cells])
+        found = cells[rows, columns]
+        inside = _distinct(found, roots.size)
         if not inside.size:
             continue
-        index = np.full(int(inside[-1]) + 1, -1)
         index[inside] = np.arange(inside.size)
         counts = np.zeros((inside.size, n_rows), dtype=np.int64)
-        rows, columns = np.nonzero(prunable[cells])
-        np.add.at(counts, (index[cells[rows, columns]], rows), 1)
+        np.add.at(counts, (index[found], rows), 1)
         uneven = (counts != counts[:, :1]).any(axis=1)
         if not uneven.any():
             continue  # every unit lies equally often in every row: balanced by itself
         keys = rng.integers(1, 2**62, size=n_rows, dtype=np.uint64)
         with np.errstate(over="ignore"):
-            place[inside[uneven]] += (counts[uneven].astype(np.uint64) * keys).sum(axis=1, dtype=np.uint64)
+            place[inside[uneven]] += counts[uneven].astype(np.uint64) @ keys
         constraints.append((rectangle, inside[uneven], counts[uneven]))
     classes = np.flatnonzero(prunable)
-    _, inverse = np.unique(place[classes], return_inverse=True)
-    by_atom = np.argsort(inverse, kind="stable")
-    atoms = np.split(classes[by_atom], np.flatnonzero(np.diff(inverse[by_atom])) + 1) if classes.size else []
-    links = Units()
-    links.fresh(len(atoms))
+    classes = classes[np.argsort(order[classes])]
+    classes = classes[np.argsort(place[classes], kind="stable")]
+    starts = np.flatnonzero(np.diff(place[classes], prepend=~place[classes[:1]]))
+    size = np.diff(starts, append=classes.size)
+    first = classes[starts]
+    atoms = [classes[start : start + n] for start, n in zip(starts.tolist(), size.tolist(), strict=True)]
     atom_of = np.full(roots.size, -1)
-    atom_of[classes] = inverse
-    first = np.array([atom[0] for atom in atoms], dtype=np.int64)
-    size = np.array([atom.size for atom in atoms], dtype=np.int64)
+    atom_of[classes] = np.repeat(np.arange(len(atoms)), size)
+    lead, follow = [], []
     broken = []
     for rectangle, inside, counts in constraints:
-        numbers = np.unique(atom_of[inside])
+        numbers = _distinct(atom_of[inside], len(atoms))
         unit_counts = counts[np.searchsorted(inside, first[numbers])]
         which, rows = np.nonzero(unit_counts)
         held = numbers[which]
@@ -184,12 +185,22 @@ def _balance(
         if any(shape != shapes[0] for shape in shapes):
             broken.append(rectangle)
             continue
-        linked = np.array([[atom[2] for atom in row] for row in by_row]) + 1  # unit 0 is not merged
-        links.merge(linked[:1], linked)
+        lead += [atom[2] for atom in by_row[0]] * len(by_row)
+        follow += [atom[2] for row in by_row for atom in row]
+    links = Units()
+    links.fresh(len(atoms))
+    links.merge(np.array(lead, dtype=np.int64) + 1, np.array(follow, dtype=np.int64) + 1)  # 0 is not merged
     together: dict[int, list[Ids]] = defaultdict(list)
     for part, number in zip(atoms, links.roots()[1:].tolist(), strict=True):
         together[number].append(part)
     return [tuple(band) for band in together.values()], broken
+
+
+def _distinct(numbers: Ids, bound: int) -> Ids:
+    """The different numbers among these, which are less than ``bound``, in order."""
+    seen = np.zeros(bound, dtype=bool)
+    seen[numbers] = True
+    return np.flatnonzero(seen)
 
 
 def _collect(
@@ -206,12 +217,12 @@ def _collect(
     """Join balanced sets that share member axes into groups."""
     together: dict[int, list[Band]] = defaultdict(list)
     for band, number in zip(bands, _share_axes(bands, signature), strict=True):
-        together[number].append(band)
+        together[number].append(tuple(sorted(band, key=lambda atom: int(order[atom[0]]))))
     components = []
     for own in together.values():
         units = np.concatenate([atom for band in own for atom in band])
         units = units[np.argsort(order[units], kind="stable")]
-        own.sort(key=lambda band: min(int(order[atom].min()) for atom in band))
+        own.sort(key=lambda band: int(order[band[0][0]]))
         components.append((units, own))
     components.sort(key=lambda item: int(order[item[0][0]]))
     group_of = np.full(roots.size, len(components))  # the last stands for none
@@ -226,9 +237,7 @@ def _collect(
         for dim, label in enumerate(state.axes):
             if label is not None:
                 if id(label.ids) not in touched:
-                    found = np.zeros(len(components) + 1, dtype=bool)
-                    found[group_of_unit[label.ids]] = True
-                    touched[id(label.ids)] = np.flatnonzero(found[:-1]).tolist()
+                    touched[id(label.ids)] = _distinct(group_of_unit[label.ids], len(components) + 1).tolist()
                 for number in touched[id(label.ids)]:
                     axes[number].append((state, dim))
 
@@ -256,10 +265,7 @@ def _collect(
         taken[name] += 1
         if taken[name] > 1:  # an axis may hold the units of several groups
             name = f"{name}:{taken[name]}"
-        balance = tuple(
-            tuple(np.sort(position[atom]) for atom in sorted(band, key=lambda a: int(order[a].min())))
-            for band in own
-        )
+        balance = tuple(tuple(position[atom] for atom in band) for band in own)
         number_of = int(inexact[units].min())
         event = reasons[number_of] if number_of < len(reasons) else None
         because = f"{event.reason} at {event.at}" if event is not None else ""

@@ -37,7 +37,7 @@ def magnitude(graph: CouplingGraph, p: float) -> NDArray[np.float64]:
     for _, label, powers in _axes(graph, p):
         np.add.at(by_unit, label.ids.ravel(), powers.ravel())
     by_class = np.bincount(graph.classes(np.arange(count)), by_unit, count)
-    return by_class ** (1 / p)
+    return np.float_power(by_class, 1 / p)
 
 
 def _axes(graph: CouplingGraph, p: float) -> Iterator[tuple[Axis, Label, NDArray[np.float64]]]:
