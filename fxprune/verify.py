@@ -30,7 +30,7 @@ from .passes.base import copy_graph, operator_name
 from .passes.parameters import masked, narrow, surviving
 from .planning.plan import PruningPlan
 from .program import Program, describe_source, mutable
-from .regions import RegionProgram
+from .regions import RegionModule, RegionProgram
 from .structure import Leaf, flatten
 
 
@@ -104,7 +104,9 @@ def verify(
     originals = _masked(program, narrowing, dtype).pieces()
     candidate = copy.deepcopy(pruned)._apply(lambda tensor: tensor.to(_wide(tensor.dtype, dtype))).eval()
     for inner in candidate.modules():
-        if isinstance(inner, fx.GraphModule):
+        if isinstance(inner, RegionModule):
+            RegionModule.take_over(inner, _recast(inner.graph, dtype))
+        elif isinstance(inner, fx.GraphModule):
             inner.graph = _recast(inner.graph, dtype)
     inexact = {
         event.node.name: None

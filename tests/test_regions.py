@@ -545,3 +545,43 @@ def test_names_that_a_graph_module_cannot_have(name: str) -> None:
     assert type(pruned) is Named
     assert pruned.out.weight.shape == (3, 3)
     fxprune.verify(model, pruned, plan, x)
+
+
+class Router(nn.Module):
+    """Chooses in float32, whatever the model computes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        shares = self.out(self.hidden(x).relu()).float().softmax(-1)
+        return torch.topk(shares.to(x.dtype), 2, -1)
+
+
+class Experts(nn.Module):
+    """Tokens are handed to those experts that some router chose for them, one expert after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.router = Router()
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6)) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares, chosen = self.router(x)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            token, place = torch.where(chosen == number)
+            if token.numel():
+                out.index_add_(0, token, expert(x[token]) * shares[token, place, None])
+        return out
+
+
+def test_regions_with_a_type_written_down() -> None:
+    """``float()`` inside of a region is that of the comparison, in the result as in the original."""
+    inputs = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
+    narrows = "router.hidden.weight experts.0.0.weight experts.3.2.weight"
+    judge(Experts(), inputs, narrows)
