@@ -261,7 +261,8 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, Tensor
     "sam_image_encoder": (
         "SamVisionModel",
         {**LAYERS, "hidden_size": 64, "mlp_dim": 128, "image_size": 64, "patch_size": 8,
-         "output_channels": 32, "window_size": 4, "global_attn_indexes": [1]},
+         "output_channels": 32, "window_size": 4, "global_attn_indexes": [1],
+         "initializer_range": 0.02},  # by default 1e-10
         image(64),
     ),
     "segformer": (
