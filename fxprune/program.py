@@ -8,6 +8,7 @@ and weights are touched once, when the final module is assembled.
 from __future__ import annotations
 
 import copy
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.operator_schemas import get_signature_for_torch_op
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -358,6 +360,31 @@ def mutable(tree: Any) -> Any:
 def is_assertion(node: fx.Node, args: Any) -> bool:
     """Whether a node asserts something of the values of a tensor, which are not known on shapes alone."""
     return node.target is torch._assert and bool(args) and isinstance(args[0], torch.Tensor)
+
+
+def by_position(
+    kind: str,
+    target: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    module: Callable[[str], nn.Module],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call as the rest of fxprune looks for it: ``chunk(x, chunks=2)`` for ``chunk(input=x, chunks=2)``.
+
+    So for the first argument of functions and of modules (``module`` gives them by path), and for
+    ``x.size(dim=1)``.
+    """
+    first = "dim" if kind == "call_method" and target == "size" else None
+    if kind == "call_function" and not args:
+        signatures = get_signature_for_torch_op(target) or ()
+        names = [next(iter(signature.parameters), None) for signature in signatures]
+        first = next((name for name in names if name in kwargs), None)
+    elif kind == "call_module" and not args:
+        parameters = inspect.signature(module(target).forward).parameters.values()
+        first = next((p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD), None)
+    if first is None or first not in kwargs:
+        return args, dict(kwargs)
+    return (*args, kwargs[first]), {name: value for name, value in kwargs.items() if name != first}
 
 
 def writes(node: fx.Node) -> bool:

@@ -361,8 +361,8 @@ def _layer_norm(node: fx.Node, narrowing: Narrowing) -> Call | None:
 )
 def _conv(node: fx.Node, narrowing: Narrowing) -> Call | None:
     """The groups of a functional convolution: its channels by those of one group."""
-    x, weight, out = narrowing.value(node.args[0]), narrowing.value(node.args[1]), narrowing.value(node)
-    name = operator_name(node)
+    x, weight = narrowing.value(node.args[0]), narrowing.value(_argument(node, 1, "weight"))
+    out, name = narrowing.value(node), operator_name(node)
     at = 8 if name == "convolution" else 6
     groups = _argument(node, at, "groups", 1)
     if x is None or weight is None or out is None or not isinstance(groups, int) or groups == 1:

@@ -248,6 +248,25 @@ def test_functions_of_several_modules() -> None:
     torch.testing.assert_close(got, decoder(F.relu(encoder(x)) * gain * keep))
 
 
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(4, 4, 3)
+        self.w = nn.Parameter(torch.randn(8, 4, 3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.conv2d(input=self.a(x), weight=self.w, groups=2)
+        return self.b(torch.chunk(input=x, chunks=2, dim=1)[1])
+
+
+def test_arguments_by_keyword() -> None:
+    model, x = Keywords().eval(), torch.randn(2, 3, 8, 8)
+    fast, seen = compiled(model, ratio=0.5)
+    got = fast(x)
+    torch.testing.assert_close(got, masked(model, seen[0].masks)(x))
+    assert seen[0].pruned.get_parameter("w").shape == (4, 2, 3, 3)
+
+
 def test_tied_weights_stay_tied() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

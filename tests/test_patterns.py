@@ -182,6 +182,22 @@ def test_tracing_sees_types_and_devices(monkeypatch: pytest.MonkeyPatch) -> None
     check(example.build(), example.inputs, narrows=["a.weight", "b.weight"])
 
 
+def test_layer_in_a_plain_list_is_named() -> None:
+    """Its weights are in no state dict; the report says what to do about it."""
+
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.between = conv(3, 8), conv(8, 4), [conv(8, 8)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.between[0](self.a(x)))
+
+    graph = fxprune.analyze(Listed(), IMAGE)
+    assert "calls a Conv2d that is no submodule of Listed" in graph.captured.report
+    assert "nn.ModuleList" in graph.captured.report
+
+
 def test_unknown_operator_is_named() -> None:
     """The report of frozen axes names the operator, the source line and the way out."""
     example = CASES["unknown_operator"]

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 
 from ..errors import CaptureError
-from ..program import Program, Skeleton, named_tensors
+from ..program import Program, Skeleton, by_position, named_tensors
 from .exported import source_line
 
 __all__ = ["named_inputs", "takes_tensors", "trace"]
@@ -221,7 +221,11 @@ def _copy(
         elif node.target is torch.Size:  # of numbers, which may have to change one by one
             env[node] = tuple(map_arg(node.args[0], env.__getitem__))
         else:
-            env[node] = graph.node_copy(node, env.__getitem__)
+            env[node] = new = graph.node_copy(node, env.__getitem__)
+            if new.kwargs:
+                new.args, new.kwargs = by_position(
+                    new.op, node.target, new.args, new.kwargs, model.get_submodule
+                )
             env[node].meta = {"source": source} if source else {}
             seen = node.meta.get("example_value")
             if isinstance(seen, torch.SymFloat) and seen.node.has_hint():

@@ -36,7 +36,16 @@ from ..inputs import meta_like, to_meta
 from ..leaves import leaf_for
 from ..nn import Apply, TrainingFlag, keep, stop_gradient
 from ..packed import AS_LIST, ON_SHAPES, kept_whole
-from ..program import Program, Skeleton, clone_module, is_assertion, mutable, named_modules, named_tensors
+from ..program import (
+    Program,
+    Skeleton,
+    by_position,
+    clone_module,
+    is_assertion,
+    mutable,
+    named_modules,
+    named_tensors,
+)
 from ..structure import TENSORS, flatten
 from .arguments import LITERALS, Arguments, packing
 from .effects import AUGMENTED, Kept, autograd_functions, write_in_place
@@ -292,8 +301,20 @@ class _Tracer(fx.Tracer):
     # -- modules and tensors --------------------------------------------------------------------
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """As torch.fx does it, without a record of the calling modules in each node."""
-        path = self.path_of_module(m)
+        """As torch.fx does it, without a record of the calling modules in each node.
+
+        A module that forward makes itself, ``nn.Softmax(-1)(x)``, is dissolved.
+        """
+        try:
+            path = self.path_of_module(m)
+        except NameError:
+            if any(True for _ in named_tensors(m)):
+                kind, model = type(m).__name__, type(self.model).__name__
+                raise CaptureError(
+                    f"forward calls a {kind} that is no submodule of {model}, so that its weights belong to "
+                    f"no one. Assign it to an attribute, or put it in an nn.ModuleList."
+                ) from None
+            return forward(*args, **kwargs)
         if self.is_leaf_module(m, path):
             return self.create_proxy("call_module", path, args, kwargs)
         return forward(*args, **kwargs)
@@ -392,6 +413,8 @@ class _Tracer(fx.Tracer):
         self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any
     ) -> fx.Node:
         args, kwargs = self._without_gradient(kind, (args, kwargs))
+        if kwargs:
+            args, kwargs = by_position(kind, target, args, kwargs, self.leaf)
         node = super().create_node(kind, target, args, kwargs, *rest, **options)
         if not torch.is_grad_enabled() and kind not in ("placeholder", "get_attr"):
             self.under_no_grad[node] = kind == "call_module"
@@ -402,9 +425,9 @@ class _Tracer(fx.Tracer):
             node.meta["source"] = (frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
         return node
 
-    def wants_factory(self, dynamic: bool) -> bool:
-        """Whether a call of ``torch.zeros`` or the like becomes a node."""
-        return dynamic
+    def wants_factory(self) -> bool:
+        """Whether a call of ``torch.zeros`` or the like on numbers alone becomes a node."""
+        return False
 
     def leaf(self, path: str) -> nn.Module:
         return self.added[path] if path in self.added else self.modules[path]
@@ -491,7 +514,7 @@ class _ShapeTracer(_Tracer):
     def evaluated(self, node: fx.Node) -> None:
         self.values[node] = self._evaluate(node)
 
-    def wants_factory(self, dynamic: bool) -> bool:
+    def wants_factory(self) -> bool:
         return not self.evaluating
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -555,23 +578,24 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "linspace", "eye")
+_LIMITS = ("finfo", "iinfo")
 
 
 @contextlib.contextmanager
 def _dynamic_factories(tracer: _Tracer) -> Iterator[None]:
-    """While it lasts, ``torch.zeros(proxy, 4)`` and the like become nodes.
+    """While it lasts, ``torch.zeros(proxy, 4)``, ``torch.finfo(proxy)`` and the like become nodes.
 
     The arguments of these functions are parsed without regard to proxies. With shapes known, all calls
     become nodes, so that a tensor made by one can be assigned to in slices.
     """
     import torch._dynamo  # its tables are made at import, and must hold the functions themselves
 
-    originals = {name: getattr(torch, name) for name in _FACTORIES}
+    originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_LIMITS)}
 
     def dynamic(original: Callable[..., Any]) -> Callable[..., Any]:
         def make(*args: Any, **kwargs: Any) -> Any:
-            leaves = pytree.tree_leaves((args, kwargs))
-            if tracer.wants_factory(any(isinstance(leaf, fx.Proxy) for leaf in leaves)):
+            traced = any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs)))
+            if traced or (original.__name__ in _FACTORIES and tracer.wants_factory()):
                 return tracer.create_proxy("call_function", original, args, kwargs)
             return original(*args, **kwargs)
 

@@ -253,3 +253,12 @@ def sine_code_behind_a_normalisation(net, x):
 def memory_that_is_resized(net, x):
     x = net.a(x)
     return net.c(net.b(x + x.new_empty(0).resize_as_(x).zero_()))
+
+
+@case(VECTOR, two_linears(), "a b")
+def limits_of_a_type(net, x):
+    """As in masks of attention: the type is the result's own."""
+    x = net.a(x)
+    return net.b(torch.where(x > 0, x, torch.finfo(x.dtype).tiny)) * (
+        x.shape[0] < torch.iinfo(torch.int8).max
+    )

@@ -15,6 +15,7 @@ from .cases import (
     case,
     conv,
     parameter,
+    two_convs,
     two_linears,
 )
 
@@ -301,3 +302,9 @@ def layers_masked_by_torch_prune(net, x):
 def adaptive_softmax(net, x):
     """One of its layers has no inputs at all."""
     return net.softmax.log_prob(net.a(x))
+
+
+@case(IMAGE, two_convs(), "a b")
+def modules_made_in_forward(net, x):
+    x = nn.Dropout(0.0)(nn.LeakyReLU(0.2)(net.a(x)))
+    return nn.Softmax(dim=1)(net.b(nn.MaxPool2d(2)(x)))
