@@ -474,6 +474,8 @@ class _ShapeProxy(_Proxy):
             return getattr(self.value, name)
         if isinstance(self.value, torch.Tensor) and name in ("is_cuda", "is_cpu", "is_meta"):
             return self.tracer.device.type == name.removeprefix("is_")
+        if isinstance(self.value, torch.device) and name == "type":  # autocast takes no proxy
+            return self.value.type
         if name in ("shape", "device", "dtype", "T", "mT", "H"):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return super().__getattr__(name)

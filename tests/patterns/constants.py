@@ -262,3 +262,12 @@ def limits_of_a_type(net, x):
     return net.b(torch.where(x > 0, x, torch.finfo(x.dtype).tiny)) * (
         x.shape[0] < torch.iinfo(torch.int8).max
     )
+
+
+@case(VECTOR, two_linears(), "a b")
+def precision_by_the_type_of_the_device(net, x):
+    x = net.a(x)
+    if x.device.type != "meta":
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            x = x.tanh()
+    return net.b(x)
