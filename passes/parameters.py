@@ -148,7 +148,7 @@ def _memory(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     """A new tensor of this shape, with the dtype and on the device of ``like``.
 
     For large arrays NumPy asks Linux for large pages, PyTorch does not; most of the time that it takes to
-    write a large tensor goes into page faults.
+    write a large tensor goes into page faults. The storage of such a tensor cannot be resized in place.
     """
     size = math.prod(shape) * like.element_size()
     if size < _LARGE or like.device.type != "cpu" or type(like) is not torch.Tensor:
