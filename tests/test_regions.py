@@ -585,3 +585,25 @@ def test_regions_with_a_type_written_down() -> None:
     inputs = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
     narrows = "router.hidden.weight experts.0.0.weight experts.3.2.weight"
     judge(Experts(), inputs, narrows)
+
+
+class Scripted(nn.Module):
+    """A layer in the middle was compiled by TorchScript."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        self.script = torch.jit.script(nn.Conv2d(4, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.script(input=self.a(x))
+
+
+def test_compiled_layers() -> None:
+    """They cannot be looked into; what is around them is narrowed."""
+    model = Scripted().eval()
+    assert "compiled by TorchScript" in fxprune.analyze(model, X).captured.report
+    pruned = fxprune.prune(model, X, ratio=0.5)
+    assert pruned.get_parameter("a.0.weight").shape == (4, 3, 3, 3)
+    assert pruned(X).shape == model(X).shape

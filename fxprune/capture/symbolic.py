@@ -305,6 +305,11 @@ class _Tracer(fx.Tracer):
 
         A module that forward makes itself, ``nn.Softmax(-1)(x)``, is dissolved.
         """
+        if isinstance(m, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{type(m).__name__} was compiled by TorchScript, which hides what it computes. Use the "
+                f"module that it was made from."
+            )
         try:
             path = self.path_of_module(m)
         except NameError:
