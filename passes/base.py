@@ -122,7 +122,7 @@ class Narrowing:
     def repeats(self, label: Label) -> bool:
         """Whether a unit occurs more than once along the dimension, as in a batch of rows ``(B H, N, D)``."""
         if id(label.ids) not in self._repeats:
-            row = self.graph.classes(label.ids.reshape(-1, label.ids.shape[-1])[0])
+            row = label.ids.reshape(-1, label.ids.shape[-1])[0]  # ones that were tied later do not count
             self._repeats[id(label.ids)] = len(set(row.tolist())) < row.size
         return self._repeats[id(label.ids)]
 

@@ -109,8 +109,9 @@ def _check(program: Program, narrowing: Narrowing) -> list[Violation]:
         values = [leaf for leaf in leaves if isinstance(leaf, Value)]
         if not values or any(value.state is not None for value in values):
             return None
-        if any(isinstance(narrowing.tree(n.name), (int, float, tuple)) for n in node.all_input_nodes):
-            return None  # given a number that may have changed
+        given = [narrowing.tree(n.name) for n in node.all_input_nodes]
+        if any(value is None or isinstance(value, (int, float, tuple)) for value in given):
+            return None  # given a number that may have changed, or what a pass has inserted
         return lambda: pytree.tree_map_only(Value, lambda value: _predicted(narrowing, value, compact), tree)
 
     whole = graph.run.coupler.whole

@@ -227,6 +227,9 @@ MUTANTS = [
     Mutant("shuffles stay", without("SelectMovements"), shuffled),
     Mutant("rolls stay", without("SelectMovements"), lambda self, x: x.roll(5, 1)),
     Mutant("strided slices stay", without("SelectMovements"), lambda self, x: x[:, 1::3]),
+    Mutant("every size is that of a batch of rows", attribute(base.Narrowing, "repeats", lambda self, label: True),
+           lambda self, x: F.conv2d(x, self.conv.weight, groups=x.shape[1]),
+           lambda: {"conv": nn.Conv2d(12, 12, 1, groups=12)}),
     Mutant("movements pick the wrong survivors", attribute(movements, "_surviving", unnarrowed), shuffled),
     Mutant("modules keep their widths", without("UpdateModules"),
            lambda self, x: self.conv(x), lambda: {"conv": nn.Conv2d(12, 12, 3, groups=12)}),
@@ -289,3 +292,13 @@ def test_mutants_are_noticed(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) ->
     held = set(plan.held) - set(sound.held)
     assert held or wrong, "the mutation changes nothing"
     assert held or not wrong, "wrong, and nobody objects"
+
+
+def test_what_is_given_inserted_numbers_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass computes the groups of a convolution anew, and wrongly: planning notices, without ``verify``."""
+    mutant = next(mutant for mutant in MUTANTS if mutant.name == "every size is that of a batch of rows")
+    mutant.patch(monkeypatch)
+    model, x = build(mutant)
+    pruned = fxprune.prune(model, x, ratio=0.5)
+    assert pruned(x).shape == model(x).shape
+    assert "conv2d" in pruned.meta["fxprune"].held

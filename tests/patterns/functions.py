@@ -85,6 +85,13 @@ def functional_depthwise_conv_by_size(net, x):
     return net.b(F.conv2d(x, net.w, None, 1, 1, 1, x.shape[1]))
 
 
+@case(IMAGE, lambda: {"a": conv(3, 8), "w": parameter(8, 1, 3, 3), "b": conv(4, 4)}, "a w b")
+def functional_depthwise_conv_by_size_of_halves_that_are_tied(net, x):
+    x = net.a(x)
+    value, gate = F.conv2d(x, net.w, padding=1, groups=x.shape[1]).chunk(2, 1)
+    return net.b(value * gate)
+
+
 @case(IMAGE, lambda: {"a": conv(3, 8), "w": parameter(8, 4, 3, 3), "b": conv(8, 4)}, "a w b")
 def functional_grouped_conv(net, x):
     return net.b(F.conv2d(net.a(x), net.w, padding=1, groups=2))
