@@ -350,7 +350,7 @@ def mutable(tree: Any) -> Any:
     """Plain lists and dicts in place of torch.fx's immutable ones."""
     if isinstance(tree, list):
         return [mutable(item) for item in tree]
-    if isinstance(tree, tuple) and not hasattr(tree, "_fields"):
+    if type(tree) is tuple:  # named ones stay what they are
         return tuple(mutable(item) for item in tree)
     if isinstance(tree, dict):
         return {key: mutable(item) for key, item in tree.items()}

@@ -309,3 +309,9 @@ def sum_after_a_threshold(net, x):
 def standardised_weight(net, x):
     weight = F.batch_norm(net.b.weight.reshape(1, 8, -1), None, None, training=True)
     return net.c(F.conv2d(net.a(x), weight.reshape_as(net.b.weight), net.b.bias, padding=1))
+
+
+@case(VECTOR, lambda: {"a": nn.Linear(6, 12), "b": nn.Linear(12, 4)}, "a b", exact=False)
+def less_the_largest_by_name(net, x):
+    x = net.a(x)
+    return net.b(x - torch.max(x, dim=-1, keepdim=True).values)

@@ -13,6 +13,7 @@ from .cases import (
     Layers,
     case,
     conv,
+    parameter,
     two_linears,
 )
 
@@ -256,3 +257,10 @@ def gates_in_slices_of_one(net, x):
         x = layer(x)
         total = total + x * gates[:, level : level + 1]
     return net.b(total)
+
+
+@case(TOKENS, lambda: {"t": parameter(1, 0, 4), "a": nn.Linear(12, 16), "b": nn.Linear(16, 4)}, "a b")
+def cat_with_no_tokens(net, x):
+    x = net.a(x)
+    x = net.b(torch.cat([x, x[:, :0]], dim=1))
+    return torch.cat([net.t.expand(x.shape[0], -1, -1), x], dim=1)

@@ -299,7 +299,7 @@ def take_along_dim(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) ->
 @rule("cat", "concat")
 def cat(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
-    values = [c.value(t) for t in args[0] if t.dim() == out.dim() and (t.shape[dim] or not out.shape[dim])]
+    values = [c.value(t) for t in args[0] if t.dim() == out.dim()]  # others are empty, and left out
     c.put(out, c.cat(values, dim))
 
 
