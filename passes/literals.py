@@ -184,6 +184,46 @@ def _factory(node: fx.Node, narrowing: Narrowing) -> Call | None:
     return (*node.args[:at], *new, *node.args[at + count :]), dict(node.kwargs)
 
 
+@_edits("repeat", "tile")
+def _repeat(node: fx.Node, narrowing: Narrowing) -> Call | None:
+    """How often: one entry that stands for all channels, as often as some are left."""
+    source, value = narrowing.value(node.args[0]), narrowing.value(node)
+    if source is None or value is None:
+        return None
+    name = next((key for key in ("repeats", "dims") if key in node.kwargs), None)
+    packed = name is None and isinstance(node.args[1], (list, tuple))
+    times = node.kwargs[name] if name else node.args[1] if packed else node.args[1:]
+    if not isinstance(times, (list, tuple)):
+        return None
+    new = list(times)
+    for place in range(-len(new), 0):
+        new[place] = _times(times[place], source, value, place, narrowing)
+    if name is not None:
+        return node.args, {**node.kwargs, name: tuple(new)}
+    return (node.args[0], tuple(new)) if packed else (node.args[0], *new), dict(node.kwargs)
+
+
+@_edits("repeat_interleave")
+def _repeat_interleave(node: fx.Node, narrowing: Narrowing) -> Call | None:
+    source, value = narrowing.value(node.args[0]), narrowing.value(node)
+    dim, total = _argument(node, 2, "dim"), _argument(node, 3, "output_size")
+    if source is None or value is None or not isinstance(dim, int):
+        return None
+    place = dim % len(value.shape) - len(value.shape)
+    times = _times(_argument(node, 1, "repeats"), source, value, place, narrowing)
+    args, kwargs = _with(node, 1, "repeats", times)
+    if isinstance(total, int):
+        kwargs["output_size"] = narrowing.size(value, place)
+    return args[:3], kwargs
+
+
+def _times(times: Any, source: Value, value: Value, place: int, narrowing: Narrowing) -> Any:
+    """The number that says how often a dimension, counted from the last, is repeated."""
+    old = narrowing.size(source, place) if len(source.shape) >= -place else 1
+    new = narrowing.size(value, place)
+    return new // old if isinstance(times, int) and old and new % old == 0 else times
+
+
 @_edits("split", "split_with_sizes", "tensor_split", *_AS_SPLIT, "split_copy",
         "split_with_sizes_copy")  # fmt: skip
 def _split(node: fx.Node, narrowing: Narrowing) -> Call | None:

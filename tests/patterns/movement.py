@@ -12,6 +12,7 @@ from .cases import (
     VECTOR,
     case,
     conv,
+    parameter,
     random,
     two_convs,
     two_linears,
@@ -216,3 +217,43 @@ def one_window_that_is_the_whole_map(net, x):
 @case(IMAGE, lambda: {"a": conv(3, 16), "b": nn.Linear(4 * 16 * 16, 4)}, "a b")
 def pixel_shuffle_before_a_flatten(net, x):
     return net.b(F.pixel_shuffle(net.a(x), 2).flatten(1))
+
+
+@case(IMAGE, lambda: {"a": conv(3, 8), "g": conv(3, 1), "b": conv(8, 4)}, "a b")
+def one_map_repeated_for_all_channels(net, x):
+    return net.b(net.a(x) * net.g(x).repeat(1, 8, 1, 1))
+
+
+@case(IMAGE, lambda: {"a": conv(3, 8), "g": conv(3, 1), "b": conv(8, 4)}, "a b")
+def one_map_repeated_by_size(net, x):
+    y = net.a(x)
+    n, c, _, _ = y.shape
+    return net.b((y * net.g(x).repeat(1, c, 1, 1)).reshape(n, c, *x.shape[2:]))
+
+
+@case(IMAGE, lambda: {"a": conv(3, 8), "g": conv(3, 1), "b": conv(8, 4)}, "a b")
+def one_map_tiled_for_all_channels(net, x):
+    return net.b(net.a(x) * torch.tile(input=net.g(x), dims=(8, 1, 1)))
+
+
+@case(IMAGE, lambda: {"a": conv(3, 8), "g": conv(3, 1), "b": conv(8, 4)}, "a b")
+def one_map_interleaved_for_all_channels(net, x):
+    return net.b(net.a(x) * net.g(x).repeat_interleave(8, dim=1))
+
+
+@case(IMAGE, lambda: {"a": conv(3, 8), "g": conv(3, 4), "b": conv(8, 4)}, "a g b")
+def maps_interleaved_with_the_size_of_the_result(net, x):
+    return net.b(net.a(x) * torch.repeat_interleave(net.g(x), repeats=2, dim=1, output_size=8))
+
+
+@case(IMAGE, lambda: {"a": conv(3, 8), "g": conv(3, 1), "b": conv(8, 4)}, "a b")
+def repeated_map_of_which_channels_are_written(net, x):
+    y = net.g(x).repeat(1, 8, 1, 1)
+    y[:, 2:5] += 1.0
+    return net.b(net.a(x) * y)
+
+
+@case(IMAGE, lambda: {"a": conv(3, 8), "k": parameter(1, 1, 3, 3), "b": conv(8, 4)}, "a b")
+def one_kernel_for_all_channels(net, x):
+    x = net.a(x)
+    return net.b(F.conv2d(x, net.k.repeat(x.shape[1], 1, 1, 1), padding=1, groups=x.shape[1]))

@@ -95,6 +95,12 @@ def expand(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
         return
     labels, _ = c.unify([(value, range(new, out.dim()))], range(out.dim()))
     c.put_view(out, value, labels)
+    _open_alike(c, value, out)
+
+
+def _open_alike(c: Coupler, value: Value, out: torch.Tensor) -> None:
+    """Dimensions of a result along which one entry of ``value`` is repeated may follow what they meet."""
+    new = out.dim() - len(value.shape)
     for dim in range(out.dim()):
         if out.shape[dim] > 1 and (dim < new or value.shape[dim - new] == 1):
             c.open(out, dim)
@@ -183,6 +189,7 @@ def repeat(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
             value = Value(shape, c.take(value, dim, index))
     labels, _ = c.unify([(value, range(new, out.dim()))], range(out.dim()))
     c.put(out, labels)
+    _open_alike(c, value, out)
 
 
 @rule("index_select")
