@@ -736,6 +736,39 @@ def test_analysis_touches_nothing() -> None:
     assert (torch.get_default_dtype(), torch.is_grad_enabled()) == (default, grad)
 
 
+class Recorder(nn.Module):
+    """Registers a hook when it is first called, and returns what the hook has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Sequential(nn.Linear(6, 12), nn.ReLU()), nn.Linear(12, 4)
+        self.c = nn.Linear(12, 4)
+        self.seen: list[Tensor] = []
+        self.ready = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            self.a.register_forward_hook(lambda module, args, result: self.seen.append(result))
+            self.ready = True
+        self.seen.clear()
+        y = self.b(self.a(x))
+        assert len(self.seen) == 1
+        return y + self.c(self.seen[0])
+
+
+@pytest.mark.parametrize("rung", [None, *capture.RUNGS])
+def test_hooks_that_forward_registers_do_not_stay(rung: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither do they pile up, from rung to rung, on a model that has not been called before."""
+    if rung is not None:
+        monkeypatch.setattr(capture, "RUNGS", {rung: capture.RUNGS[rung]})
+    model, x = Recorder().eval(), torch.rand(2, 6)
+    pruned = fxprune.prune(model, x)
+    assert not model.ready
+    assert not model.a._forward_hooks
+    fxprune.verify(model, pruned, pruned.meta["fxprune"], x)
+    assert pruned(x).shape == model(x).shape
+
+
 def test_constants_made_in_forward_leave_the_model_alone() -> None:
     """A tensor made in ``forward`` does not become an attribute of the user's model."""
 

@@ -392,6 +392,7 @@ def worker(zoo: str, name: str) -> None:
         model, inputs = ZOOS[zoo][1](name)
         row.params = sum(p.numel() for p in model.parameters())
         row.input = describe(inputs)
+        fxprune.analyze(model, inputs)  # the first call of a model may change it; this one must not
         settle(model, inputs)
         for _ in stages(row, model, inputs):
             print(json.dumps(asdict(row)), flush=True)

@@ -20,7 +20,7 @@ import functools
 import operator
 import os
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from types import FrameType, FunctionType
 from typing import Any
@@ -648,15 +648,18 @@ def _types_of_values(tracer: _Tracer) -> Iterator[None]:
                 table["isinstance"] = own
 
 
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
+
+
 @contextlib.contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Afterwards, modules have the attributes that they have now: a forward may cache what it computes."""
+    """Afterwards, modules are what they are now: a forward may cache what it computes, or register hooks."""
     before = [(module, dict(module.__dict__)) for module in model.modules()]
     contents = [
         (value, value.copy())
         for _, attributes in before
         for value in attributes.values()
-        if type(value) in (dict, list, set)
+        if type(value) in _CONTAINERS
     ]
     try:
         yield
@@ -667,7 +670,7 @@ def restored(model: nn.Module) -> Iterator[None]:
         for value, content in contents:
             if value or content:
                 value.clear()
-                value.extend(content) if isinstance(value, list) else value.update(content)
+                value.extend(content) if isinstance(value, (list, deque)) else value.update(content)
 
 
 @contextlib.contextmanager
