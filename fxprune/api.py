@@ -322,7 +322,9 @@ def _plan(
         dissolved=tuple(sorted(dissolved)),
         free_outputs=graph.captured.program.free_outputs,
         regions=graph.captured.regions,
-        notes=(*selected.notes, *notes, *([meter.note] if meter is not None else [])),
+        notes=tuple(
+            filter(None, (*selected.notes, *notes, meter.note if meter is not None else "", graph.advice))
+        ),
         settings={
             **selection.settings(),
             **({"left": dict(selected.left)} if selected.left else {}),

@@ -122,6 +122,7 @@ class Report:
         frozen: what stays.
         regions: the submodules that were captured; empty if the whole model was.
         refused: submodules that could not be captured, and why.
+        advice: what would make much more removable; empty where nothing is known that would.
     """
 
     model: str
@@ -134,6 +135,7 @@ class Report:
     frozen: tuple[FrozenEntry, ...]
     regions: tuple[RegionEntry, ...] = ()
     refused: tuple[str, ...] = ()
+    advice: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -187,6 +189,8 @@ class Report:
         for entry in frozen if all else frozen[:MOST]:
             yield _frozen_text(entry)
         yield from _left_out(len(frozen) - MOST, "frozen axes", all)
+        if self.advice:
+            yield Text(f"\n{self.advice}")
 
     def _region_table(self) -> Table:
         table = _table(
@@ -287,6 +291,7 @@ def report(graph: CouplingGraph) -> Report:
         ),
         tuple(map(region, parts.regions)) if parts is not None else (),
         parts.refused if parts is not None else (),
+        graph.advice,
     )
 
 

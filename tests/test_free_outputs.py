@@ -67,6 +67,29 @@ def test_one_of_two_outputs_that_hold_the_same_is_not_enough() -> None:
     check(model, x, frozen={"mix.weight[0]": "encoder.states"}, shrinks=False, free_outputs="encoder.hidden")
 
 
+@pytest.mark.parametrize(("form", "named"), [("dict", '"hidden"'), ("tuple", '"1"'), ("tree", '"encoder"')])
+def test_plan_and_report_name_outputs_that_hold_much(form: str, named: str) -> None:
+    """Not the logits, in front of which there is one layer; and nothing once the outputs are freed."""
+    model, x = encoder(form)
+    graph = fxprune.analyze(model, x)
+    assert graph.advice.startswith("99% of the parameters are in layers that stay as wide as what the model")
+    assert f"free_outputs={named} (--free-output)" in graph.advice
+    assert graph.report().advice == graph.advice
+    assert graph.advice in " ".join(str(graph.report()).split())
+    assert fxprune.plan(model, x).notes == (graph.advice,)
+    plan = fxprune.plan(model, x, free_outputs=named.strip('"'))
+    assert plan.removed
+    assert plan.notes == ()
+
+
+def test_no_advice_where_outputs_hold_one_layer_or_little() -> None:
+    model, x = encoder("dict")
+    model.large = nn.Linear(6, 2000)
+    assert fxprune.analyze(model, x).advice == ""
+    heads = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 12), nn.LayerNorm(12))
+    assert fxprune.analyze(heads, x).advice == ""
+
+
 class State:
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden

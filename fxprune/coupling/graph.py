@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,13 +17,20 @@ from numpy.typing import NDArray
 from ..capture import Captured
 from ..errors import PlanError
 from ..program import describe_source
+from ..structure import Leaf
 from .grouping import form_groups
 from .groups import Group, Grouping, RowSet
-from .interpreter import Run, interpret
-from .units import Axis, Event, Ids, Label, Rectangle, State, Value
+from .interpreter import OUTPUT, Run, interpret
+from .units import FIXED, Axis, Event, Ids, Label, Rectangle, State, Value
 
 if TYPE_CHECKING:
     from ..report import Report
+
+_LAST_LAYERS = 2
+"""What may stand in front of an output and have its width: a layer and its normalisation."""
+
+_MUCH = 0.1
+"""Share of the parameters that is worth a word."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +226,68 @@ class CouplingGraph:
                 else:
                     found.append(Frozen(axis, "meets an axis that cannot be narrowed", "", "", ""))
         return tuple(found)
+
+    @property
+    def advice(self) -> str:
+        """What would make much more removable, for people; empty where nothing is known that would.
+
+        It names the outputs that keep layers wide which hold a tenth of the parameters or more.
+        """
+        outputs, entries = self._held_by_outputs()
+        parameters = {
+            id(t): t.numel()
+            for t in self.captured.program.tensors.values()
+            if isinstance(t, torch.nn.Parameter)
+        }
+        share = entries / max(sum(parameters.values()), 1)
+        if share < _MUCH:
+            return ""
+        given = repr(outputs[0] if len(outputs) == 1 else outputs).replace("'", '"')
+        return (
+            f"{share:.0%} of the parameters are in layers that stay as wide as what the model returns; "
+            f"free_outputs={given} (--free-output) lets these outputs, and the layers with them, become "
+            f"narrower, for code that can do with that"
+        )
+
+    def _held_by_outputs(self) -> tuple[tuple[str, ...], int]:
+        """Outputs that alone keep several layers wide, and how many parameter entries these layers have.
+
+        Each is a name for ``free_outputs``. The last layer in front of an output does not count, as its width
+        is what the output is.
+        """
+        grouping, outputs = self._grouping, self._run.outputs.get("", {})
+        otherwise = grouping.prunable.copy()  # goes already, or stays for another reason, too
+        otherwise[FIXED] = True
+        for event in grouping.events:
+            if event.reason != OUTPUT:
+                otherwise[grouping.roots[event.ids]] = True
+        holds: dict[Leaf, NDArray[np.bool_]] = {}
+        for leaf, value in outputs.items():
+            holds[leaf] = np.zeros_like(otherwise)
+            for label in filter(None, map(value.label, range(len(value.shape)))):
+                holds[leaf][grouping.roots[label.ids]] = True
+            holds[leaf] &= ~otherwise
+        held: dict[tuple[Leaf, ...], dict[str, int]] = {}
+        for state in self._states.values():
+            if isinstance(state.tensor, torch.nn.Parameter):
+                for label in filter(None, state.axes):
+                    classes = grouping.roots[label.ids]
+                    leaves = tuple(leaf for leaf, mask in holds.items() if mask[classes].any())
+                    held.setdefault(leaves, {})[state.name] = math.prod(state.shape)
+        free: set[Leaf] = set()
+        entries: dict[str, int] = {}
+        for leaves, sizes in held.items():
+            if leaves and len({name.rpartition(".")[0] for name in sizes}) > _LAST_LAYERS:
+                free.update(leaves)
+                entries.update(sizes)
+        split = {leaf.path[:1] for leaf in outputs if leaf not in free}  # trees with other leaves, too
+        whole = (Leaf(leaf.path[:1], False) for leaf in outputs)
+        names = (
+            leaf if tree.path in split else tree
+            for leaf, tree in zip(outputs, whole, strict=True)
+            if leaf in free
+        )
+        return tuple(dict.fromkeys(map(str, names))), sum(entries.values())
 
     def explain(self, name: str, dim: int) -> Explanation:
         """What goes with axis ``dim`` of the parameter ``name``, and which graph nodes cause it.

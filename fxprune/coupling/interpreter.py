@@ -128,7 +128,7 @@ _UNFORESEEN = (ValueError, IndexError, KeyError, TypeError, AttributeError, Zero
 _SMALL = 1 << 12
 """Entries of a tensor that may be computed while analysing."""
 
-_OUTPUT = "output of the model"
+OUTPUT = "output of the model"
 
 
 class _Interpreter(TorchDispatchMode):
@@ -447,7 +447,7 @@ class _Interpreter(TorchDispatchMode):
                     self.coupler.freeze_value(value, node.meta["reason"])
                 elif not leaf.named(self.program.free_outputs):
                     remedy = f'free_outputs="{leaf}" lets it become narrower, for code that can do with that'
-                    self.coupler.freeze_value(value, _OUTPUT, remedy if len(tensors) > 1 else "")
+                    self.coupler.freeze_value(value, OUTPUT, remedy if len(tensors) > 1 else "")
             for number, dims in links.items():
                 for dim in dims:
                     self.coupler.freeze_dim(self.coupler.value(leaves[number]), dim, node.meta["reason"])

@@ -84,7 +84,7 @@ class PruningPlan:
         free_outputs: names of outputs that may become narrower.
         regions: where the model is captured in parts: by path of a submodule a description of its inputs
             and the names of its tensors that are used outside of it, too.
-        notes: why nodes were held, for people.
+        notes: why nodes were held, and what would let more go, for people.
         settings: how the plan was made (ratio, importance, seed); for the record only.
     """
 
