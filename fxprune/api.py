@@ -284,7 +284,7 @@ def _plan(
     for _ in range(_ATTEMPTS):
         selected = select(graph, selection, scores, owner, meter)
         rewritten = rewrite(graph, selected.removed)
-        if not rewritten.violations:
+        if not rewritten.violations or not any(selected.removed.values()):  # nothing narrower, nothing wrong
             if meter is None or meter.accepts(selected.left["latency"], rewritten.materialize()):
                 break
             continue
@@ -312,6 +312,7 @@ def _plan(
         graph = graph.hold(_around(graph, first.node))
     else:
         raise RewriteError(f"the graph could not be rewritten at node {first.node}: {first.reason}.")
+    said = [*selected.notes, *dict.fromkeys(notes), meter.note if meter is not None else "", graph.advice]
     made = PruningPlan(
         model=graph.captured.class_name,
         inputs=describe_inputs(args, kwargs),
@@ -322,9 +323,7 @@ def _plan(
         dissolved=tuple(sorted(dissolved)),
         free_outputs=graph.captured.program.free_outputs,
         regions=graph.captured.regions,
-        notes=tuple(
-            filter(None, (*selected.notes, *notes, meter.note if meter is not None else "", graph.advice))
-        ),
+        notes=tuple(filter(None, said)),
         settings={
             **selection.settings(),
             **({"left": dict(selected.left)} if selected.left else {}),
@@ -346,11 +345,12 @@ def _meter(
 
 
 def _around(graph: CouplingGraph, name: str) -> set[str]:
-    """The node ``name``; where it is held already, the nodes around all held ones as well."""
+    """The node ``name``; where it is held already, the nodes around all held ones; in the end, all nodes."""
     if name not in graph.held:
         return {name}
-    nodes = [node for node in graph.captured.program.graph.nodes if node.name in graph.held]
-    return {near.name for node in nodes for near in (*node.all_input_nodes, *node.users)}
+    nodes = graph.captured.program.graph.nodes
+    near = {n.name for node in nodes if node.name in graph.held for n in (*node.all_input_nodes, *node.users)}
+    return near if not near <= set(graph.held) else {node.name for node in nodes}
 
 
 def _function(graph: CouplingGraph, name: str) -> str | None:

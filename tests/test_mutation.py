@@ -302,3 +302,16 @@ def test_what_is_given_inserted_numbers_is_run(monkeypatch: pytest.MonkeyPatch) 
     pruned = fxprune.prune(model, x, ratio=0.5)
     assert pruned(x).shape == model(x).shape
     assert "conv2d" in pruned.meta["fxprune"].held
+
+
+def test_a_check_that_never_agrees_leaves_all_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More and more is held, in the end everything; a network of which nothing is removed is right."""
+    model = nn.Sequential(nn.Linear(3, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 4))
+    x = torch.randn(2, 3)
+    violation = pipeline.Violation("_1", "never")
+    monkeypatch.setattr(pipeline, "_check", lambda program, narrowing: [violation])
+    pruned = fxprune.prune(model, x, ratio=0.5)
+    torch.testing.assert_close(pruned(x), model(x))
+    plan = pruned.meta["fxprune"]
+    assert not any(plan.removed.values())
+    assert sum("held node" in note and "never" in note for note in plan.notes) == 1

@@ -43,7 +43,8 @@ class Units:
     """Union-find over unit numbers ``0 .. count-1``; unit 0 is :data:`FIXED`.
 
     With ``anchors > 0`` the units ``1 .. anchors`` are known to be different; merging two of them, or one
-    with :data:`FIXED`, is a collision. Collisions are how a rewritten graph is caught.
+    with :data:`FIXED`, is a collision. Collisions are how a rewritten graph is caught. Loose ones may meet
+    each other: those are of tables that are not narrowed.
     """
 
     def __init__(self, anchors: int = 0) -> None:
@@ -127,7 +128,7 @@ class Units:
                 break
             high, low = np.maximum(ra, rb)[differ], np.minimum(ra, rb)[differ]
             if self.anchors and (high <= self.anchors).any():
-                collided = True
+                collided |= bool((~self._loose[high] | ~self._loose[low])[high <= self.anchors].any())
                 keep = high > self.anchors
                 if not keep.any():
                     break

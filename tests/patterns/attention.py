@@ -334,3 +334,17 @@ def attention_as_one_function(net, x):
         out_proj_bias=net.o.bias, use_separate_proj_weight=True, training=net.training, need_weights=False,
     )  # fmt: skip
     return net.c(x.squeeze(0))
+
+
+@case(
+    TOKENS,
+    lambda: {"a": nn.Linear(12, 16), "u": nn.Linear(16, 1), "v": nn.Linear(16, 1), "b": nn.Linear(16, 4)},
+    "a b",
+)
+def masks_of_which_one_is_padded(net, x):
+    x, n = net.a(x), x.shape[1]
+    same = torch.zeros(n, n, dtype=torch.bool)
+    mask = F.pad(x.new_ones(n - 1, n - 1), (1, 0, 1, 0)).neg()
+    weights = torch.where(same, net.u(x).expand(-1, -1, n), net.v(x).expand(-1, -1, n)) * mask
+    weights = weights + (x @ x.mT) * mask + (x @ x.mT) * same
+    return net.b(weights.softmax(-1) @ x)
