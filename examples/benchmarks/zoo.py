@@ -460,7 +460,8 @@ def judge(oracle: Any, row: Row, model: nn.Module, inputs: Any) -> str:
             plan = pruned.meta["fxprune"]
         row.kept_exact = round(sum(p.numel() for p in pruned.parameters()) / max(row.params, 1), 3)
         if not any(plan.removed.values()):
-            reasons = [f"no exact group: {narrowed[0].inexact_because}, and the like", row.reason]
+            why = f"no exact group: {narrowed[0].inexact_because}, and the like" if narrowed else "no group"
+            reasons = [why, row.reason]
             row.reason = plain("; ".join(filter(None, reasons)))
             return "none"
         fxprune.verify(model, pruned, plan, inputs, dtype=dtype)

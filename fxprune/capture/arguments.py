@@ -26,10 +26,13 @@ class Arguments:
     Attributes:
         signature: of ``forward``.
         given: values by parameter name; ``*args`` is a tuple, ``**kwargs`` a dict.
+        named: which of them are given by keyword. They are passed on in this way: to decorators around
+            ``forward`` it may make a difference.
     """
 
     signature: inspect.Signature
     given: dict[str, Any]
+    named: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -46,14 +49,14 @@ class Arguments:
                 f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}. Give a "
                 f"tensor, a tuple of positional inputs or a dict of keyword inputs."
             ) from error
-        return cls(signature, dict(bound.arguments))
+        return cls(signature, dict(bound.arguments), frozenset(kwargs))
 
     def by_place(self) -> dict[str, Any]:
         """What is passed by position; extras of ``*args`` are numbered."""
         return dict(self._listed(True))
 
     def by_name(self) -> dict[str, Any]:
-        """What is passed by keyword: keyword-only inputs, and those after one that keeps its default."""
+        """What is passed by keyword: what was given so, and what follows one that keeps its default."""
         return dict(self._listed(False))
 
     def all(self) -> dict[str, Any]:
@@ -83,7 +86,7 @@ class Arguments:
                 yield from ((f"{name}_{i}", item) for i, item in enumerate(value) if by_place)
             elif parameter.kind is parameter.VAR_KEYWORD:
                 yield from (() if by_place else value.items())
-            elif by_place != (gap or parameter.kind is parameter.KEYWORD_ONLY):
+            elif by_place != (gap or name in self.named):
                 yield name, value
 
 

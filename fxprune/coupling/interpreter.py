@@ -281,6 +281,8 @@ class _Interpreter(TorchDispatchMode):
                 if self._numbers:
                     self.scalars[node] = tuple(self._numbers)
             env[node] = result
+            if isinstance(result, torch.Tensor) and not result.is_meta:
+                self.coupler.delicate()  # somebody may read numbers off it
             if self._calls > 1 and node.target is not operator.getitem and node in self.coupler.takes:
                 self.coupler.takes[node] = None  # the node does more than pick
             if self._calls > 1 and node in self.coupler.meetings:

@@ -271,3 +271,9 @@ def precision_by_the_type_of_the_device(net, x):
         with torch.autocast(device_type=x.device.type, enabled=False):
             x = x.tanh()
     return net.b(x)
+
+
+@case(TOKENS, lambda: {"a": nn.Linear(12, 16), "b": nn.Linear(16, 4)}, "a b")
+def size_by_a_function_of_tensors(net, x):
+    x, half = net.a(x), torch.div(x.shape[1] - 1, 2, rounding_mode="trunc")
+    return net.b(torch.cat([x, x.new_zeros(x.shape[0], half + 1, 16)], dim=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import namedtuple
 
 import torch
@@ -42,6 +43,24 @@ def inputs_in_nested_tuples(net, pair):
 @case({"x": VECTOR, "y": VECTOR.flip(0)}, two_linears(), "a b")
 def inputs_by_keyword(net, x, *, y):
     return net.b(net.a(x) * net.a(y))
+
+
+def with_default_scale(forward):
+    """Fills a keyword in, as decorators of common libraries do; by position it would be there twice."""
+
+    @functools.wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        if kwargs.get("scale") is None:
+            kwargs["scale"] = 2.0
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
+@case({"x": VECTOR, "scale": None}, two_linears(), "a b")
+@with_default_scale
+def inputs_by_keyword_of_which_one_is_filled_in(net, x, scale=None):
+    return net.b(net.a(x)) * scale
 
 
 @case((VECTOR, VECTOR.flip(0)), two_linears(), "a b")
