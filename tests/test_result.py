@@ -736,6 +736,41 @@ def test_analysis_touches_nothing() -> None:
     assert (torch.get_default_dtype(), torch.is_grad_enabled()) == (default, grad)
 
 
+PICKS: dict[str, Callable[[Tensor], Any]] = {
+    "argsort": lambda y: y.argsort(1),
+    "argmax": lambda y: y.argmax(1),
+    "argmax of all": lambda y: y.argmax(),
+    "max": lambda y: y.max(1, keepdim=True),
+    "sort": lambda y: torch.sort(y, dim=1, descending=True),
+    "topk": lambda y: torch.topk(y, 6, dim=1),
+}
+
+
+class Ties(nn.Module):
+    """Picks by size from entries of which several are equal but for rounding."""
+
+    def __init__(self, pick: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.pick = nn.Linear(6, 32), nn.Linear(32, 3), pick
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.b(self.a(x).relu())
+        return self.pick(torch.cat([y, y * 3 / 3, self.b(self.a(x).relu() * 1.0), y + 1e-17], 1))
+
+
+@pytest.mark.parametrize("pick", PICKS.values(), ids=PICKS)
+def test_verify_lets_rounding_decide_between_equals(pick: Callable[[Tensor], Any]) -> None:
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model, x = Ties(pick).eval(), torch.randn(2, 5, 6)
+        pruned = fxprune.prune(model, x)
+        assert fxprune.verify(model, pruned, pruned.meta["fxprune"], x).exact
+        with torch.no_grad():
+            pruned.get_parameter("b.weight").neg_()
+        with pytest.raises(fxprune.VerificationError):
+            fxprune.verify(model, pruned, pruned.meta["fxprune"], x)
+
+
 class Recorder(nn.Module):
     """Registers a hook when it is first called, and returns what the hook has seen."""
 
