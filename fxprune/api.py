@@ -29,6 +29,9 @@ from .planning.selection import Scope, Selection, select
 
 _ATTEMPTS = 100
 
+_AUTO = "auto"
+"""Stands in ``free_outputs`` for all outputs that keep several layers wide."""
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -67,21 +70,26 @@ def analyze(
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
         free_outputs: outputs that may become narrower, for code that can do with that; all others keep their
             widths. By name: ``"encoder_last_hidden_state"``, ``"hidden_states.*"``, ``"2"`` in a tuple,
-            ``"output"`` where there is but one; the name of a tree stands for all in it.
+            ``"output"`` where there is but one; the name of a tree stands for all in it. ``"auto"`` means
+            those that keep several layers wide, as ``graph.advice`` names them.
 
     Raises:
         CaptureError: if the model cannot be turned into a graph.
         ExampleInputsError: if the inputs do not fit it.
         SelectionError: if the model has no such output; names the nearest.
     """
-    return _analyze(model, *normalize(example_inputs), free_outputs=_output_names(free_outputs))
+    names = _output_names(free_outputs)
+    given = tuple(name for name in names if name != _AUTO)
+    graph = _analyze(model, *normalize(example_inputs), free_outputs=given)
+    return graph.freed() if _AUTO in names else graph
 
 
 def _output_names(given: Any) -> tuple[str, ...]:
     names = (given,) if isinstance(given, str) else given
     if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(n, str) for n in names):
         raise SelectionError(
-            f"free_outputs takes names of outputs (encoder_last_hidden_state, hidden_states.*), got {given!r}"
+            f"free_outputs takes names of outputs (encoder_last_hidden_state, hidden_states.*) or {_AUTO!r}, "
+            f"got {given!r}"
         )
     return tuple(names) if not isinstance(names, (set, frozenset)) else tuple(sorted(names))
 
@@ -170,7 +178,8 @@ def plan(
             that remain are narrowed as all else; ``ratio=0, heads=0.25`` removes heads only.
         free_outputs: outputs that may become narrower, for code that can do with that; all others keep their
             widths. By name: ``"encoder_last_hidden_state"``, ``"hidden_states.*"``, ``"2"`` in a tuple,
-            ``"output"`` where there is but one; the name of a tree stands for all in it.
+            ``"output"`` where there is but one; the name of a tree stands for all in it. ``"auto"`` means
+            those that keep several layers wide, as ``graph.advice`` names them.
 
     Raises:
         RatioError, SelectionError, BudgetError, ImportanceError, CaptureError, ExampleInputsError: for

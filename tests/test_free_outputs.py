@@ -73,13 +73,24 @@ def test_plan_and_report_name_outputs_that_hold_much(form: str, named: str) -> N
     model, x = encoder(form)
     graph = fxprune.analyze(model, x)
     assert graph.advice.startswith("99% of the parameters are in layers that stay as wide as what the model")
-    assert f"free_outputs={named} (--free-output)" in graph.advice
+    assert f"free_outputs={named} (--free-output, or auto)" in graph.advice
     assert graph.report().advice == graph.advice
     assert graph.advice in " ".join(str(graph.report()).split())
     assert fxprune.plan(model, x).notes == (graph.advice,)
     plan = fxprune.plan(model, x, free_outputs=named.strip('"'))
     assert plan.removed
     assert plan.notes == ()
+
+
+@pytest.mark.parametrize("form", ["dict", "tuple", "tree"])
+def test_auto_frees_what_keeps_several_layers_wide(form: str) -> None:
+    model, x = encoder(form)
+    _, pruned = check(model, x, narrows=["stem.weight", "mix.weight", "head.weight"], free_outputs="auto")
+    sizes = sorted(t.shape[1] for t in torch.utils._pytree.tree_leaves(pruned(x)))
+    assert sizes == [5, *[8] * (len(sizes) - 1)], "the logits keep their width"
+    assert not pruned.meta["fxprune"].notes
+    wide = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 12))
+    assert fxprune.prune(wide, x, free_outputs=["auto"])(x).shape == (3, 12)
 
 
 def test_no_advice_where_outputs_hold_one_layer_or_little() -> None:

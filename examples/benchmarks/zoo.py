@@ -10,7 +10,8 @@ Nothing is told about any model but how it is built and what its inputs look lik
   node. "unseen" says that masking moved no output, so that there was nothing to judge by; "none" that no
   group is exact.
 - **batch**: whether the result also takes a batch of twice the size, where the original does.
-- **kept**: the share of parameters and of multiply-accumulates that is left at ratio 0.5.
+- **kept**: the share of parameters and of multiply-accumulates that is left at ratio 0.5; in brackets that of
+  parameters with ``free_outputs="auto"``, where outputs keep much of the network wide.
 - **seconds**: processor time of ``fxprune.prune``.
 - **peak**: resident memory above what the process held with the model built.
 
@@ -74,6 +75,7 @@ class Row:
     exact: str = ""
     batch: str = ""
     kept_params: float | None = None
+    kept_freed: float | None = None
     kept_macs: float | None = None
     kept_exact: float | None = None
     seconds: float | None = None
@@ -454,6 +456,10 @@ def judge(oracle: Any, row: Row, model: nn.Module, inputs: Any) -> str:
     plan = pruned.meta["fxprune"]
     narrowed = [g for g in fxprune.api.graph_for(plan, model).groups if plan.removed.get(g.name)]
     try:
+        if fxprune.api.graph_for(plan, model).advice:
+            freed = fxprune.prune(model, inputs, ratio=RATIO, free_outputs="auto")
+            row.kept_freed = round(sum(p.numel() for p in freed.parameters()) / max(row.params, 1), 3)
+            fxprune.verify(model, freed, freed.meta["fxprune"], inputs, dtype=dtype)
         if not all(group.exact for group in narrowed):
             fxprune.verify(model, pruned, plan, inputs, dtype=dtype)
             pruned = fxprune.prune(model, inputs, ratio=RATIO, where=lambda group: group.exact)
@@ -665,9 +671,11 @@ def cells(row: Row) -> list[str]:
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
+    freed = f" ({row.kept_freed:.2f})" if row.kept_freed is not None else ""
     return [row.model, row.input, row.rung, "yes" if row.ran else "no", row.exact, row.batch,
-            number(row.kept_params, ".2f"), number(row.kept_macs, ".2f"), number(row.seconds, ".1f"),
-            number(row.peak_mb, ".0f"), row.reason.replace("|", "/")]  # fmt: skip
+            number(row.kept_params, ".2f") + freed,
+            number(row.kept_macs, ".2f"), number(row.seconds, ".1f"), number(row.peak_mb, ".0f"),
+            row.reason.replace("|", "/")]  # fmt: skip
 
 
 def summary(rows: Sequence[Row]) -> str:

@@ -86,7 +86,8 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="an output that may become narrower: encoder_last_hidden_state, hidden_states.*, 1 in a tuple, "
-        "output where there is but one; may be repeated (default: all keep their widths)",
+        "output where there is but one, auto for those that keep several layers wide; may be repeated "
+        "(default: all keep their widths)",
     )
     source.add_argument(
         "--seed", type=int, default=0, help="of random weights, inputs and scores (default: 0)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +154,15 @@ class CouplingGraph:
                             label.ids.reshape(-1), label.axis, node, "this node could not be rewritten"
                         )
 
+    def freed(self) -> CouplingGraph:
+        """The same analysis with all outputs allowed to become narrower that keep several layers wide."""
+        graph = self
+        while names := graph._held_by_outputs()[0]:
+            program = graph.captured.program
+            program = replace(program, free_outputs=(*program.free_outputs, *names))
+            graph = CouplingGraph(replace(graph.captured, program=program), graph.held)
+        return graph
+
     # -- what users read ------------------------------------------------------------------------
 
     @property
@@ -245,8 +254,8 @@ class CouplingGraph:
         given = repr(outputs[0] if len(outputs) == 1 else outputs).replace("'", '"')
         return (
             f"{share:.0%} of the parameters are in layers that stay as wide as what the model returns; "
-            f"free_outputs={given} (--free-output) lets these outputs, and the layers with them, become "
-            f"narrower, for code that can do with that"
+            f"free_outputs={given} (--free-output, or auto) lets these outputs, and the layers with them, "
+            f"become narrower, for code that can do with that"
         )
 
     def _held_by_outputs(self) -> tuple[tuple[str, ...], int]:
@@ -255,7 +264,8 @@ class CouplingGraph:
         Each is a name for ``free_outputs``. The last layer in front of an output does not count, as its width
         is what the output is.
         """
-        grouping, outputs = self._grouping, self._run.outputs.get("", {})
+        grouping, freed = self._grouping, self.captured.program.free_outputs
+        outputs = {k: v for k, v in self._run.outputs.get("", {}).items() if not k.named(freed)}
         otherwise = grouping.prunable.copy()  # goes already, or stays for another reason, too
         otherwise[FIXED] = True
         for event in grouping.events:
