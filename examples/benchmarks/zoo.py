@@ -394,10 +394,12 @@ def worker(zoo: str, name: str) -> None:
         model, inputs = ZOOS[zoo][1](name)
         row.params = sum(p.numel() for p in model.parameters())
         row.input = describe(inputs)
-        fxprune.analyze(model, inputs)  # the first call of a model may change it; this one must not
         settle(model, inputs)
         for _ in stages(row, model, inputs):
             print(json.dumps(asdict(row)), flush=True)
+        model, inputs = ZOOS[zoo][1](name)
+        fxprune.analyze(model, inputs)  # the first call of a model may change it; this one must not
+        settle(model, inputs)
     except Exception as error:
         row.reason = one_line(error)
     print(json.dumps(asdict(row)), flush=True)
