@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType, FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate, map_arg
@@ -345,6 +346,8 @@ class _Tracer(fx.Tracer):
             return a
         if kind is tuple:
             return tuple([self.create_arg(item) for item in a])
+        if isinstance(a, np.generic):  # a number of NumPy, which generated code could not name
+            return a.item()
         if isinstance(a, _Flag):
             owner = self.path_of_module(a.owner) if a.owner is not self.model else ""
             path = f"{owner}.training_flag" if owner else "training_flag"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -277,3 +278,13 @@ def precision_by_the_type_of_the_device(net, x):
 def size_by_a_function_of_tensors(net, x):
     x, half = net.a(x), torch.div(x.shape[1] - 1, 2, rounding_mode="trunc")
     return net.b(torch.cat([x, x.new_zeros(x.shape[0], half + 1, 16)], dim=1))
+
+
+@case(VECTOR, two_linears(), "a b")
+def numbers_of_numpy(net, x):
+    return net.b((net.a(x) * np.sqrt(2.0)).clamp(max=np.float64(3.0)))
+
+
+@case(VECTOR, two_linears(), "a b")
+def sizes_of_numpy(net, x):
+    return net.b(net.a(x).view(-1, np.int64(12)) + np.float32(0.5))
