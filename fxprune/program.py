@@ -376,9 +376,9 @@ def by_position(
     """
     first = "dim" if kind == "call_method" and target == "size" else None
     if kind == "call_function" and not args:
-        signatures = get_signature_for_torch_op(target) or ()
-        names = [next(iter(signature.parameters), None) for signature in signatures]
-        first = next((name for name in names if name in kwargs), None)
+        overloads = [list(signature.parameters) for signature in get_signature_for_torch_op(target) or ()]
+        fitting = [names for names in overloads if names and names[0] in kwargs]
+        first = max(fitting, key=lambda names: len(kwargs.keys() & names), default=[None])[0]
     elif kind == "call_module" and not args:
         parameters = inspect.signature(module(target).forward).parameters.values()
         first = next((p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD), None)

@@ -182,6 +182,12 @@ def test_tracing_sees_types_and_devices(monkeypatch: pytest.MonkeyPatch) -> None
     check(example.build(), example.inputs, narrows=["a.weight", "b.weight"])
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("keyword")])
+def test_keywords_need_no_other_rung(name: str) -> None:
+    example = CASES[name]
+    assert fxprune.analyze(example.build(), example.inputs).captured.rung.startswith("symbolic tracing")
+
+
 def test_layer_in_a_plain_list_is_named() -> None:
     """Its weights are in no state dict; the report says what to do about it."""
 

@@ -78,3 +78,17 @@ def keywords_of_modules(net, x):
 def keywords_of_attention(net, x):
     x = net.a(x)
     return net.b(net.attend(query=x, key=x, value=x, need_weights=False)[0])
+
+
+@case(TOKENS, lambda: {"a": nn.Linear(12, 8), "b": nn.Linear(8, 4)}, "a b")
+def keywords_of_a_range(net, x):
+    """Of its overloads one begins with the end, the other with the start."""
+    x = net.a(x)
+    places = torch.arange(start=1, end=x.shape[1] + 1, dtype=torch.float32, device=x.device)
+    return net.b(x * places[:, None])
+
+
+@case(IMAGE, two_convs(), "a b")
+def keywords_of_numpy(net, x):
+    x = net.a(x)
+    return net.b(x * torch.sum(input=x.new_ones(2, 1, 1, 1), axis=0, keepdims=True))
