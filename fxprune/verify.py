@@ -217,7 +217,12 @@ def _recast(graph: fx.Graph, dtype: torch.dtype) -> fx.Graph:
 
 
 _UNWRITTEN = ("empty", "new_empty")
-_PICKING = frozenset(["topk", "sort", "argsort", "max", "min", "argmax", "argmin", "kthvalue", "median"])
+_PICKING: dict[str, tuple[int, int | None]] = {
+    **dict.fromkeys(["sort", "argsort"], (1, -1)),
+    **dict.fromkeys(["topk", "kthvalue"], (2, -1)),
+    **dict.fromkeys(["max", "min", "median", "argmax", "argmin"], (1, None)),
+}
+"""Operators that give places by size: where their dimension stands, and what it is by default."""
 _CASTS = frozenset(["float", "double", "half", "bfloat16"])
 _DROPOUTS = frozenset(
     [F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout]
@@ -396,23 +401,29 @@ class _Walk:
     def _tied(self, node: fx.Node, values: Mapping[fx.Node, Any], wanted: Any) -> bool:
         """Whether a node that picks by size differs only in which ones it picks of entries that are equal.
 
-        Entries that are equal in one network are so in the other up to rounding, which then decides.
+        Entries that are equal in one network are so in the other up to rounding, which then decides. Both
+        ways of picking are tried on what the pruned network picks from.
         """
-        if operator_name(node) not in _PICKING:
+        name = operator_name(node)
+        if name not in _PICKING or not node.args or not isinstance(node.args[0], fx.Node):
             return False
+        source = values[node.args[0]]
         pairs = list(zip(pytree.tree_leaves(values[node]), pytree.tree_leaves(wanted), strict=True))
-        if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
+        (got, want), numbers = pairs[-1], pairs[:-1]
+        if not source.is_floating_point() or got.is_floating_point() or got.shape != want.shape:
             return False
-        found = [(a, b) for a, b in pairs if a.is_floating_point()]
-        source = values.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
-        if not found and isinstance(source, torch.Tensor):  # argmax, argsort
-            dim: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-            if dim is None and operator_name(node) != "argsort":
-                source, dim = source.flatten(), 0
-            places = [i if i.dim() == source.dim() else i.unsqueeze(dim) for i in pairs[0]]
-            a, b = (source.take_along_dim(i, -1 if dim is None else dim) for i in places)
-            found = [(a, b)]
-        return bool(found) and max(_error(a, b) for a, b in found) <= self.limit
+        at, default = _PICKING[name]
+        dim: Any = node.kwargs.get("dim", node.args[at] if len(node.args) > at else default)
+        if isinstance(dim, fx.Node):  # the larger of two tensors
+            return False
+        if dim is None:
+            source, dim, got, want = source.flatten(), 0, got.reshape(1), want.reshape(1)
+        elif got.dim() < source.dim():
+            got, want = got.unsqueeze(dim), want.unsqueeze(dim)
+        if int(want.max()) >= source.shape[dim]:
+            return False
+        numbers = [*numbers, (source.take_along_dim(got, dim), source.take_along_dim(want, dim))]
+        return max(_error(a, b) for a, b in numbers) <= self.limit
 
     def _used(self, node: fx.Node, *trees: Any) -> list[list[Any]]:
         """The leaves of two trees that some operator reads, and that have been written."""

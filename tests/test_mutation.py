@@ -227,6 +227,8 @@ MUTANTS = [
     Mutant("shuffles stay", without("SelectMovements"), shuffled),
     Mutant("rolls stay", without("SelectMovements"), lambda self, x: x.roll(5, 1)),
     Mutant("strided slices stay", without("SelectMovements"), lambda self, x: x[:, 1::3]),
+    Mutant("places by size follow their dimension", rules(same_labels, "sort"),
+           lambda self, x: (y := self.conv(x)) * y.argsort(1), lambda: {"conv": nn.Conv2d(12, 12, 1)}),
     Mutant("every size is that of a batch of rows", attribute(base.Narrowing, "repeats", lambda self, label: True),
            lambda self, x: F.conv2d(x, self.conv.weight, groups=x.shape[1]),
            lambda: {"conv": nn.Conv2d(12, 12, 1, groups=12)}),
