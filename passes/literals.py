@@ -111,6 +111,17 @@ def _with(node: fx.Node, position: int, name: str, value: Any) -> Call:
     return node.args, {**node.kwargs, name: value}
 
 
+def _numbers(node: fx.Node, *names: str) -> tuple[Any, Callable[[Sequence[Any]], Call]]:
+    """The numbers after a node's tensor, by name, in one sequence or one by one; and the call with others."""
+    first, rest, kwargs = node.args[:1], node.args[1:], dict(node.kwargs)
+    named = [name for name in names if name in kwargs]
+    if named:
+        return kwargs[named[0]], lambda new: (node.args, {**kwargs, named[0]: tuple(new)})
+    if len(rest) == 1 and isinstance(rest[0], (list, tuple)):
+        return rest[0], lambda new: ((*first, tuple(new)), kwargs)
+    return rest, lambda new: ((*first, *new), kwargs)
+
+
 def _sizes(old: Sequence[Any], value: Value, narrowing: Narrowing, first: int = 0) -> list[Any]:
     """``old`` with the extent of every narrowed dimension of ``value`` filled in; -1 stays."""
     new = list(old)
@@ -132,9 +143,7 @@ def _view(node: fx.Node, narrowing: Narrowing) -> Call | None:
     value = narrowing.value(node)
     if value is None or not narrowing.changed(node):
         return None
-    packed = len(node.args) == 2 and isinstance(node.args[1], (list, tuple))
-    named = next((key for key in ("shape", "size") if key in node.kwargs), None)
-    sizes = node.kwargs[named] if named else (node.args[1] if packed else node.args[1:])
+    sizes, given = _numbers(node, "shape", "size")
     whole = sizes[0] if isinstance(sizes, (list, tuple)) and len(sizes) == 1 else sizes
     if isinstance(whole, fx.Node) and isinstance(narrowing.tree(whole.name), tuple):
         if computed(whole, narrowing, {}) == narrowing.shape(value):
@@ -142,10 +151,7 @@ def _view(node: fx.Node, narrowing: Narrowing) -> Call | None:
         sizes = _entries(whole, narrowing)
     if not isinstance(sizes, (list, tuple)) or len(sizes) != len(value.shape):
         return None  # a dtype
-    new = _sizes(sizes, value, narrowing)
-    if named:
-        return node.args, {**node.kwargs, named: tuple(new)}
-    return ((node.args[0], tuple(new)) if packed else (node.args[0], *new)), dict(node.kwargs)
+    return given(_sizes(sizes, value, narrowing))
 
 
 def _entries(sizes: Any, narrowing: Narrowing) -> list[Any]:
@@ -190,17 +196,11 @@ def _repeat(node: fx.Node, narrowing: Narrowing) -> Call | None:
     source, value = narrowing.value(node.args[0]), narrowing.value(node)
     if source is None or value is None:
         return None
-    name = next((key for key in ("repeats", "dims") if key in node.kwargs), None)
-    packed = name is None and isinstance(node.args[1], (list, tuple))
-    times = node.kwargs[name] if name else node.args[1] if packed else node.args[1:]
+    times, given = _numbers(node, "repeats", "dims")
     if not isinstance(times, (list, tuple)):
         return None
-    new = list(times)
-    for place in range(-len(new), 0):
-        new[place] = _times(times[place], source, value, place, narrowing)
-    if name is not None:
-        return node.args, {**node.kwargs, name: tuple(new)}
-    return (node.args[0], tuple(new)) if packed else (node.args[0], *new), dict(node.kwargs)
+    places = range(-len(times), 0)
+    return given([_times(times[place], source, value, place, narrowing) for place in places])
 
 
 @_edits("repeat_interleave")
