@@ -402,6 +402,7 @@ def worker(zoo: str, name: str) -> None:
         settle(model, inputs)
     except Exception as error:
         row.reason = one_line(error)
+        row.exact = row.exact and "no"
     print(json.dumps(asdict(row)), flush=True)
 
 
