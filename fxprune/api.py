@@ -16,6 +16,7 @@ from .capture.dynamo import named_inputs, takes_tensors
 from .capture.symbolic import function_name
 from .coupling.graph import CouplingGraph
 from .coupling.groups import Group
+from .coupling.outputs import fill, fills, hold_zeros
 from .errors import CaptureError, PlanError, RewriteError, SelectionError
 from .importance import Importance, describe, score
 from .inputs import describe_inputs, in_dtype_of, normalize, restore_inputs
@@ -30,7 +31,7 @@ from .planning.selection import Scope, Selection, select
 _ATTEMPTS = 100
 
 _AUTO = "auto"
-"""Stands in ``free_outputs`` for all outputs that keep several layers wide."""
+"""Stands for all outputs that keep several layers wide, in ``fill_outputs`` for those beside the result."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -59,7 +60,11 @@ def _stage(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 @_stage
 def analyze(
-    model: nn.Module, example_inputs: Any, *, free_outputs: str | Sequence[str] = ()
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    free_outputs: str | Sequence[str] = (),
+    fill_outputs: str | Sequence[str] = _AUTO,
 ) -> CouplingGraph:
     """Find out what can be removed from ``model`` together, and what cannot be removed.
 
@@ -72,23 +77,29 @@ def analyze(
             widths. By name: ``"encoder_last_hidden_state"``, ``"hidden_states.*"``, ``"2"`` in a tuple,
             ``"output"`` where there is but one; the name of a tree stands for all in it. ``"auto"`` means
             those that keep several layers wide, as ``graph.advice`` names them.
+        fill_outputs: outputs that keep their shape and hold zeros in place of what was removed, as those of
+            the original with these weights at zero do. By name, as before. ``"auto"`` means what is returned
+            beside the result and keeps several layers wide: in an output class with named fields, those after
+            the first that the network itself goes on with (``encoder_last_hidden_state``). Nothing of an
+            output that is named in neither is lost.
 
     Raises:
         CaptureError: if the model cannot be turned into a graph.
         ExampleInputsError: if the inputs do not fit it.
         SelectionError: if the model has no such output; names the nearest.
     """
-    names = _output_names(free_outputs)
-    given = tuple(name for name in names if name != _AUTO)
-    graph = _analyze(model, *normalize(example_inputs), free_outputs=given)
-    return graph.freed() if _AUTO in names else graph
+    free, zeros = _output_names("free_outputs", free_outputs), _output_names("fill_outputs", fill_outputs)
+    named = (tuple(name for name in names if name != _AUTO) for names in (free, zeros))
+    graph = _analyze(model, *normalize(example_inputs), frozenset(), None, *named)
+    graph = graph.freed() if _AUTO in free else graph
+    return graph.filled() if _AUTO in zeros else graph
 
 
-def _output_names(given: Any) -> tuple[str, ...]:
+def _output_names(option: str, given: Any) -> tuple[str, ...]:
     names = (given,) if isinstance(given, str) else given
     if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(n, str) for n in names):
         raise SelectionError(
-            f"free_outputs takes names of outputs (encoder_last_hidden_state, hidden_states.*) or {_AUTO!r}, "
+            f"{option} takes names of outputs (encoder_last_hidden_state, hidden_states.*) or {_AUTO!r}, "
             f"got {given!r}"
         )
     return tuple(names) if not isinstance(names, (set, frozenset)) else tuple(sorted(names))
@@ -101,26 +112,32 @@ def _analyze(
     dissolve: frozenset[str] = frozenset(),
     regions: Mapping[str, Any] | None = None,
     free_outputs: tuple[str, ...] = (),
+    fill_outputs: tuple[str, ...] = (),
 ) -> CouplingGraph:
     graphs: list[CouplingGraph] = []
 
     def accept(captured: Captured) -> None:
         program = replace(captured.program, free_outputs=free_outputs)
+        if fill_outputs and not captured.regions:
+            program = fill(program, fill_outputs)
         graphs.append(CouplingGraph(replace(captured, program=program)))
 
     capture(model, args, kwargs, dissolve, regions, accept)
     graph = graphs[-1]
-    for pattern in free_outputs:
+    for option, pattern in [
+        *(("free_outputs", name) for name in free_outputs),
+        *(("fill_outputs", name) for name in fill_outputs),
+    ]:
         if graph.captured.regions:
             raise SelectionError(
-                f"free_outputs names {pattern!r}, but {graph.captured.class_name} could be captured in "
+                f"{option} names {pattern!r}, but {graph.captured.class_name} could be captured in "
                 f"parts only, and its outputs are made by the code around them."
             )
         outputs = graph.run.outputs[""]
         if not any(leaf.named([pattern]) for leaf in outputs):
             close = ", ".join(map(repr, nearest(pattern, map(str, outputs))))
             raise SelectionError(
-                f"free_outputs names {pattern!r}, and there is no such output; the nearest are {close}."
+                f"{option} names {pattern!r}, and there is no such output; the nearest are {close}."
             )
     return graph
 
@@ -143,6 +160,7 @@ def plan(
     budget: Budget | None = None,
     heads: float = 0.0,
     free_outputs: str | Sequence[str] = (),
+    fill_outputs: str | Sequence[str] = _AUTO,
 ) -> PruningPlan:
     """Decide what to remove. The same arguments give the same plan.
 
@@ -180,6 +198,11 @@ def plan(
             widths. By name: ``"encoder_last_hidden_state"``, ``"hidden_states.*"``, ``"2"`` in a tuple,
             ``"output"`` where there is but one; the name of a tree stands for all in it. ``"auto"`` means
             those that keep several layers wide, as ``graph.advice`` names them.
+        fill_outputs: outputs that keep their shape and hold zeros in place of what was removed, as those of
+            the original with these weights at zero do. By name, as before. ``"auto"`` means what is returned
+            beside the result and keeps several layers wide: in an output class with named fields, those after
+            the first that the network itself goes on with (``encoder_last_hidden_state``). Nothing of an
+            output that is named in neither is lost.
 
     Raises:
         RatioError, SelectionError, BudgetError, ImportanceError, CaptureError, ExampleInputsError: for
@@ -188,7 +211,7 @@ def plan(
     selection = Selection.checked(
         ratio, where, scope, ratios, scopes, max_ratio, keep, round_to, budget, heads
     )
-    return _plan(model, example_inputs, selection, importance, seed, free_outputs)[0]
+    return _plan(model, example_inputs, selection, importance, seed, free_outputs, fill_outputs)[0]
 
 
 @_stage
@@ -209,6 +232,7 @@ def prune(
     budget: Budget | None = None,
     heads: float = 0.0,
     free_outputs: str | Sequence[str] = (),
+    fill_outputs: str | Sequence[str] = _AUTO,
 ) -> nn.Module:
     """A narrower copy of ``model``; arguments as for :func:`plan`.
 
@@ -219,7 +243,7 @@ def prune(
     selection = Selection.checked(
         ratio, where, scope, ratios, scopes, max_ratio, keep, round_to, budget, heads
     )
-    return _finish(*_plan(model, example_inputs, selection, importance, seed, free_outputs))
+    return _finish(*_plan(model, example_inputs, selection, importance, seed, free_outputs, fill_outputs))
 
 
 @_stage
@@ -260,7 +284,8 @@ def graph_of(made: PruningPlan, model: nn.Module) -> CouplingGraph:
     args, kwargs = restore_inputs(in_dtype_of(model, made.inputs))
     regions = {path: in_dtype_of(model, region) for path, region in made.regions.items()}
     dissolved = frozenset(made.dissolved)
-    graph = _analyze(model, args, kwargs, dissolved, regions, tuple(made.free_outputs))
+    free, zeros = tuple(made.free_outputs), tuple(made.fill_outputs)
+    graph = _analyze(model, args, kwargs, dissolved, regions, free, zeros)
     return graph.hold(set(made.held)) if made.held else graph
 
 
@@ -281,8 +306,9 @@ def _plan(
     importance: Importance,
     seed: int,
     free_outputs: str | Sequence[str],
+    fill_outputs: str | Sequence[str],
 ) -> tuple[PruningPlan, Rewritten]:
-    graph = analyze(model, example_inputs, free_outputs=free_outputs)
+    graph = analyze(model, example_inputs, free_outputs=free_outputs, fill_outputs=fill_outputs)
     args, kwargs = normalize(example_inputs)
     dissolved: frozenset[str] = frozenset()
     notes = []
@@ -308,6 +334,7 @@ def _plan(
                     dissolved | whole,
                     graph.captured.regions,
                     graph.captured.program.free_outputs,
+                    graph.fill_outputs,
                 )
             except CaptureError as refusal:
                 notes.append(f"could not trace into {', '.join(sorted(whole))}: {refusal}")
@@ -321,7 +348,10 @@ def _plan(
         graph = graph.hold(_around(graph, first.node))
     else:
         raise RewriteError(f"the graph could not be rewritten at node {first.node}: {first.reason}.")
-    said = [*selected.notes, *dict.fromkeys(notes), meter.note if meter is not None else "", graph.advice]
+    said = [*selected.notes, *dict.fromkeys(notes), meter.note if meter is not None else ""]
+    zeros = [] if graph.captured.regions else fills(graph.captured.program).items()
+    changed = [str(leaf) for leaf, node in zeros if rewritten.narrowing.changed(node.args[0])]
+    said += [hold_zeros(changed), graph.advice]
     made = PruningPlan(
         model=graph.captured.class_name,
         inputs=describe_inputs(args, kwargs),
@@ -331,6 +361,7 @@ def _plan(
         held=graph.held,
         dissolved=tuple(sorted(dissolved)),
         free_outputs=graph.captured.program.free_outputs,
+        fill_outputs=graph.fill_outputs,
         regions=graph.captured.regions,
         notes=tuple(filter(None, said)),
         settings={

@@ -257,6 +257,7 @@ def since(
         held=steps.narrow.held,
         dissolved=total.dissolved,
         free_outputs=total.free_outputs,
+        fill_outputs=total.fill_outputs,
         regions=total.regions,
         notes=total.notes,
         settings=total.settings,
@@ -273,7 +274,7 @@ def _carried(
     seed: int,
 ) -> Callable[[Group], Any]:
     """The scores of the current network's units, as scores of the original's; what is gone scores least."""
-    graph = analyze(current, example_inputs, free_outputs=total.free_outputs)
+    graph = analyze(current, example_inputs, free_outputs=total.free_outputs, fill_outputs=total.fill_outputs)
     scores = score(graph, importance, seed, current)
     by_class = np.full(graph.run.coupler.units.count, np.nan)
     for group in graph.groups:

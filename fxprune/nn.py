@@ -93,6 +93,32 @@ class Pack(nn.Module):
         return self.structure.rebuild(tensors)
 
 
+class Fill(nn.Module):
+    """Gives an output its shape back, with zeros in place of what was removed.
+
+    Args:
+        dims: the dimensions that became narrower; none as long as nothing was removed.
+    """
+
+    def __init__(self, dims: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.dims = dims
+
+    def extra_repr(self) -> str:
+        return f"dims={self.dims}"
+
+    def forward(self, narrow: Tensor, *places: Tensor) -> Tensor:
+        """The whole tensor.
+
+        Shapes, for each of ``dims``: ``narrow: (..., n, ...)``, its ``places: (N)``, the result
+        ``(..., N, ...)``. A place says which of the ``n`` entries stands there, ``n`` that none does.
+        """
+        for dim, place in zip(self.dims, places, strict=True):
+            one_zero = [0, 0] * (narrow.dim() - 1 - dim) + [0, 1]
+            narrow = F.pad(narrow, one_zero).index_select(dim, place)
+        return narrow
+
+
 def multi_head_attention(
     query: Tensor,
     key: Tensor,

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from .coupling.graph import CouplingGraph
 from .coupling.groups import Group
+from .coupling.outputs import hold_zeros
 from .planning.costs import CostModel
 from .regions import Region, RegionProgram
 
@@ -122,6 +123,7 @@ class Report:
         frozen: what stays.
         regions: the submodules that were captured; empty if the whole model was.
         refused: submodules that could not be captured, and why.
+        zeros: outputs that hold zeros in place of what is removed, in a sentence; empty where there are none.
         advice: what would make much more removable; empty where nothing is known that would.
     """
 
@@ -135,6 +137,7 @@ class Report:
     frozen: tuple[FrozenEntry, ...]
     regions: tuple[RegionEntry, ...] = ()
     refused: tuple[str, ...] = ()
+    zeros: str = ""
     advice: str = ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -189,8 +192,8 @@ class Report:
         for entry in frozen if all else frozen[:MOST]:
             yield _frozen_text(entry)
         yield from _left_out(len(frozen) - MOST, "frozen axes", all)
-        if self.advice:
-            yield Text(f"\n{self.advice}")
+        for said in filter(None, (self.zeros, self.advice)):
+            yield Text(f"\n{said}")
 
     def _region_table(self) -> Table:
         table = _table(
@@ -291,6 +294,7 @@ def report(graph: CouplingGraph) -> Report:
         ),
         tuple(map(region, parts.regions)) if parts is not None else (),
         parts.refused if parts is not None else (),
+        hold_zeros(graph.fill_outputs),
         graph.advice,
     )
 

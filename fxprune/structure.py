@@ -71,6 +71,12 @@ class Structure:
         places = ", ".join(map(str, self.leaves))
         return f"a tree with {len(self.leaves)} tensors ({places})"
 
+    @property
+    def named(self) -> bool:
+        """Whether the tree is a class with named fields, not a list, tuple or dict."""
+        registered = is_dataclass(self.tree) and not isinstance(self.tree, _Place)
+        return registered or isinstance(self.tree, _Object) or hasattr(self.tree, "_fields")
+
     def rebuild(self, tensors: Sequence[Any]) -> Any:
         """The tree with these tensors in it."""
         return _rebuild(self.tree, tensors)

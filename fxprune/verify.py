@@ -26,10 +26,10 @@ from .errors import ExampleInputsError, VerificationError
 from .inputs import normalize
 from .nn import multi_head_attention
 from .passes import Narrowing
-from .passes.base import copy_graph, operator_name
+from .passes.base import operator_name
 from .passes.parameters import masked, narrow, surviving
 from .planning.plan import PruningPlan
-from .program import Program, describe_source, mutable
+from .program import Program, copy_graph, describe_source, mutable
 from .regions import RegionModule, RegionProgram
 from .structure import Leaf, flatten
 

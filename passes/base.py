@@ -228,23 +228,6 @@ class Pass(abc.ABC):
         return after
 
 
-def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[str, fx.Node]]:
-    """A copy of a graph with the same node names, and its nodes by name.
-
-    A node that is added to it does not take the name of one that was erased: the names are those by which
-    the nodes of the original graph are known.
-    """
-    new = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    result = new.graph_copy(graph, mapping)
-    for old in graph.nodes:
-        if old.op == "output":
-            new.output(result, old.type).meta = dict(old.meta)
-    new._codegen = graph._codegen
-    new._graph_namespace._used_names |= graph._graph_namespace._used_names
-    return new, {node.name: node for node in new.nodes}
-
-
 def operator_name(node: fx.Node) -> str:
     """``view`` for ``x.view``, ``torch.Tensor.view`` and ``aten.view.default`` alike."""
     target = node.target

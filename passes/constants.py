@@ -17,8 +17,8 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from ..coupling.units import Value
-from ..program import Program
-from .base import Narrowing, Pass, copy_graph, operator_name
+from ..program import Program, copy_graph
+from .base import Narrowing, Pass, operator_name
 
 _NUMBERS = (int, float)
 

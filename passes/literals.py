@@ -18,8 +18,8 @@ from torch.fx.node import map_aggregate
 
 from ..coupling.units import Label, Value
 from ..nn import multi_head_attention
-from ..program import Program
-from .base import Narrowing, Pass, copy_graph, operator_name
+from ..program import Program, copy_graph
+from .base import Narrowing, Pass, operator_name
 from .constants import computed, origins, scale
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

@@ -1,8 +1,9 @@
 """Picks that a narrowed graph has to make by number, with an inserted ``index_select``.
 
-Four kinds of nodes: a movement whose order cannot be had from the original operator any more (a roll, a
+Five kinds of nodes: a movement whose order cannot be had from the original operator any more (a roll, a
 strided slice, a channel shuffle, an index list); a chain of views that amounts to such a movement; a
-constant computed in the graph that meets a narrowed axis; and a table that several users narrow differently.
+constant computed in the graph that meets a narrowed axis; a table that several users narrow differently; and
+an output that keeps its shape.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import torch
 from torch import fx
 
 from ..coupling.units import Take, Value
-from ..program import Program, writes
-from .base import Narrowing, Pass, copy_graph, operator_name
+from ..nn import Fill
+from ..program import Program, copy_graph, writes
+from .base import Narrowing, Pass, operator_name
 
 _FLIPS = frozenset(["flip", "fliplr", "flipud"])
 _COUNTING = frozenset(["arange", "linspace", "logspace", "eye", "randperm"])
@@ -260,6 +262,46 @@ def _picked_before(
     if not isinstance(source, fx.Node) or not same or known is None or known.device.type == "meta":
         return node, None
     return source, known.cpu().numpy()
+
+
+@dataclass(frozen=True)
+class FillOutputs(Pass):
+    """Put zeros where entries were removed from outputs that keep their shape (:class:`fxprune.nn.Fill`)."""
+
+    def requires(self, program: Program, narrowing: Narrowing) -> Sequence[Any]:
+        return [
+            node.name
+            for node in narrowing.graph.captured.program.graph.nodes
+            if node.op == "call_module"
+            and isinstance(program.modules[str(node.target)], Fill)
+            and narrowing.changed(node.args[0])
+        ]
+
+    def run(self, program: Program, narrowing: Narrowing, sites: Sequence[Any]) -> Program:
+        graph, nodes = copy_graph(program.graph)
+        captured = narrowing.graph.captured.program
+        originals = {node.name: node for node in captured.graph.nodes}
+        tensors = {**captured.tensors, **captured.extras}
+        extras, modules = dict(program.extras), dict(program.modules)
+        for name in sites:
+            node, value = nodes[name], narrowing.value(originals[name].args[0])
+            fill = modules[str(node.target)]
+            assert value is not None
+            assert isinstance(fill, Fill)
+            places = dict(zip(fill.dims, node.args[1:], strict=True))
+            for dim in range(len(value.shape)):
+                label = value.label(dim)
+                if label is None or not narrowing.narrows(label):
+                    continue
+                stands = np.append(narrowing.row(label), False)
+                rank = np.where(stands, np.cumsum(stands) - 1, stands.sum())
+                before: Any = places.get(dim)
+                index = rank[:-1] if before is None else rank[tensors[before.target].cpu().numpy()]
+                with graph.inserting_before(node):
+                    places[dim] = _constant(graph, extras, f"{name}_places_{dim}", index, program)
+            node.args = (node.args[0], *places.values())
+            modules[str(node.target)] = Fill(tuple(places)).train(fill.training)
+        return replace(program, graph=graph, extras=extras, modules=modules)
 
 
 def _is_constant(value: Value | None, node: fx.Node) -> bool:

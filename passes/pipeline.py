@@ -20,7 +20,7 @@ from .base import Narrowing, Pass
 from .constants import KeepConstants
 from .literals import RewriteLiterals
 from .modules import UpdateModules
-from .movements import NarrowConstants, PickFromTables, SelectMovements
+from .movements import FillOutputs, NarrowConstants, PickFromTables, SelectMovements
 from .parameters import NarrowParameters
 
 PIPELINE: tuple[Pass, ...] = (
@@ -30,6 +30,7 @@ PIPELINE: tuple[Pass, ...] = (
     SelectMovements(),
     NarrowConstants(),
     PickFromTables(),
+    FillOutputs(),
 )
 """What follows :class:`NarrowParameters`; the order matters only in that each sees the one before."""
 

@@ -37,6 +37,7 @@ def check(
     batch_dim: int | None = 0,
     heads: float = 0.0,
     free_outputs: str | tuple[str, ...] = (),
+    fill_outputs: str | tuple[str, ...] = "auto",
 ) -> tuple[fxprune.PruningPlan, fx.GraphModule]:
     """Prune ``model``, judge the result, and return it with its plan.
 
@@ -53,11 +54,13 @@ def check(
         batch_dim: dimension along which the inputs may grow; None where the network has a literal batch.
         heads: as for :func:`fxprune.plan`.
         free_outputs: as for :func:`fxprune.plan`; where exact, these must be slices of the original's.
+        fill_outputs: as for :func:`fxprune.plan`.
     """
     torch.manual_seed(0)
     stir(model)
     before = snapshot(model)
-    plan = fxprune.plan(model, inputs, ratio=ratio, where=where, heads=heads, free_outputs=free_outputs)
+    options: dict[str, Any] = {"heads": heads, "free_outputs": free_outputs, "fill_outputs": fill_outputs}
+    plan = fxprune.plan(model, inputs, ratio=ratio, where=where, **options)
     pruned = plan.apply(model)
     assert snapshot(model) == before, "the original was changed"
     _same_interface(model, pruned)
@@ -75,7 +78,7 @@ def check(
         assert share <= kept_at_most, (
             f"{share:.3f} of the parameters are left, at most {kept_at_most} were wanted"
         )
-    analysed = fxprune.analyze(model, inputs, free_outputs=free_outputs)
+    analysed = fxprune.analyze(model, inputs, free_outputs=free_outputs, fill_outputs=fill_outputs)
     found = {str(entry.axis): entry for entry in analysed.frozen}
     for axis, reason in (frozen or {}).items():
         assert axis in found, f"{axis} should be frozen; frozen are {[str(f) for f in found.values()]}"
@@ -98,8 +101,7 @@ def check(
             inputs,
             ratio,
             where=lambda g: g.exact and (where is None or where(g)),
-            heads=heads,
-            free_outputs=free_outputs,
+            **options,
         )
         narrowed_part = part.apply(model)
         compare(model, graph_for(part, model), part, narrowed_part, inputs, batch_dim, bool(free_outputs))

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 import fxprune
 from fxprune.api import graph_for
-from fxprune.passes.base import copy_graph
+from fxprune.program import copy_graph
 
 HERE = Path(__file__).parent / "golden"
 WIDTHS = (
@@ -213,6 +213,22 @@ class TwoOutputs(nn.Module):
         return self.last(self.middle(y).relu()), y
 
 
+class States(NamedTuple):
+    """A result, and what is returned beside it."""
+
+    last: Tensor
+    first: Tensor
+
+
+class HiddenOutput(TwoOutputs):
+    """What is returned beside the result holds zeros where channels went."""
+
+    def forward(self, x: Tensor) -> States:
+        y = self.first(x)
+        y = y + self.middle(y).relu()
+        return States(self.last(y), y)
+
+
 class Embedding(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -261,6 +277,7 @@ GOLDENS = [
     Golden(
         "refused_unknown_operator", Unknown, TOKENS, "An operator without a rule freezes what it touches."
     ),
+    Golden("filled_output", HiddenOutput, VECTOR, "A hidden state that is returned keeps its shape only."),
     Golden("refused_output", TwoOutputs, VECTOR, "Axes of outputs stay; nobody has to say so."),
     Golden(
         "refused_embedding_entries",

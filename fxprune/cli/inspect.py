@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import fxprune
 
-from .loading import add_source, load_source
+from .loading import add_source, fill_outputs, load_source
 
 if TYPE_CHECKING:
     _SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -52,7 +52,9 @@ def run(options: argparse.Namespace) -> int:
         FxpruneError: what cannot be done, and what to do next.
     """
     loaded = load_source(options)
-    graph = fxprune.analyze(loaded.model, loaded.inputs, free_outputs=options.free_output)
+    graph = fxprune.analyze(
+        loaded.model, loaded.inputs, free_outputs=options.free_output, fill_outputs=fill_outputs(options)
+    )
     report = graph.report()
     text = json.dumps(report.as_dict(), indent=2) if options.json else report.text(all=options.all)
     sys.stdout.write(f"{text}\n")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ExampleInputsError, ModelSpecError
 
-__all__ = ["Loaded", "add_source", "load", "load_checkpoint", "load_source", "parse_shape"]
+__all__ = ["Loaded", "add_source", "fill_outputs", "load", "load_checkpoint", "load_source", "parse_shape"]
 
 _SHAPE_HINT = (
     "write the sizes with commas, for example --input-shape 1,3,224,224; for an input that is a list of "
@@ -90,8 +90,22 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         "(default: all keep their widths)",
     )
     source.add_argument(
+        "--fill-output",
+        metavar="NAME",
+        action="append",
+        help="an output that keeps its shape and holds zeros in place of what is removed; 'none' for none; "
+        "may be repeated (default: auto, what is returned beside the result and keeps several layers wide, "
+        "such as encoder_last_hidden_state)",
+    )
+    source.add_argument(
         "--seed", type=int, default=0, help="of random weights, inputs and scores (default: 0)"
     )
+
+
+def fill_outputs(options: argparse.Namespace) -> list[str]:
+    """The outputs that ``--fill-output`` names."""
+    given: list[str] | None = options.fill_output
+    return ["auto"] if given is None else [] if given == ["none"] else given
 
 
 def load_source(options: argparse.Namespace) -> Loaded:

@@ -22,7 +22,7 @@ from ..errors import RatioError
 from ..importance import BUILT_IN
 from ..inputs import normalize
 from .export import check_output, check_whole, export, write, write_weights
-from .loading import add_source, load_source
+from .loading import add_source, fill_outputs, load_source
 
 if TYPE_CHECKING:
     _SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -195,7 +195,9 @@ def run(options: argparse.Namespace) -> int:
     progress.note("inputs", f"{_shapes(args, kwargs)}: {loaded.inputs_from}")
 
     with progress.step("capture") as say:
-        graph = fxprune.analyze(model, inputs, free_outputs=options.free_output)
+        graph = fxprune.analyze(
+            model, inputs, free_outputs=options.free_output, fill_outputs=fill_outputs(options)
+        )
         say(str(graph.captured.report))
     if options.out is not None:
         check_whole(options.out, graph.captured.regions)
@@ -214,6 +216,7 @@ def run(options: argparse.Namespace) -> int:
             budget=budget,
             heads=options.heads,
             free_outputs=options.free_output,
+            fill_outputs=fill_outputs(options),
         )
         asked = (
             ", ".join(f"{name} {value:g}" for name, value in given.items())

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,18 +15,16 @@ from numpy.typing import NDArray
 
 from ..capture import Captured
 from ..errors import PlanError
-from ..program import describe_source
+from ..program import Program, describe_source
 from ..structure import Leaf
 from .grouping import form_groups
 from .groups import Group, Grouping, RowSet
-from .interpreter import OUTPUT, Run, interpret
-from .units import FIXED, Axis, Event, Ids, Label, Rectangle, State, Value
+from .interpreter import Run, interpret
+from .outputs import beside, fill, fills, holding, short_names
+from .units import Axis, Event, Ids, Label, Rectangle, State, Value
 
 if TYPE_CHECKING:
     from ..report import Report
-
-_LAST_LAYERS = 2
-"""What may stand in front of an output and have its width: a layer and its normalisation."""
 
 _MUCH = 0.1
 """Share of the parameters that is worth a word."""
@@ -159,9 +156,17 @@ class CouplingGraph:
         graph = self
         while names := graph._held_by_outputs()[0]:
             program = graph.captured.program
-            program = replace(program, free_outputs=(*program.free_outputs, *names))
-            graph = CouplingGraph(replace(graph.captured, program=program), graph.held)
+            graph = graph._with(replace(program, free_outputs=(*program.free_outputs, *names)))
         return graph
+
+    def filled(self) -> CouplingGraph:
+        """The same analysis, with zeros in outputs beside the result that keep several layers wide."""
+        program = self.captured.program
+        names = self._held_by_outputs(beside(program, self._run))[0] if self._run.outputs.get("") else ()
+        return self._with(fill(program, names)) if names else self
+
+    def _with(self, program: Program) -> CouplingGraph:
+        return CouplingGraph(replace(self.captured, program=program), self.held)
 
     # -- what users read ------------------------------------------------------------------------
 
@@ -237,6 +242,12 @@ class CouplingGraph:
         return tuple(found)
 
     @property
+    def fill_outputs(self) -> tuple[str, ...]:
+        """Names of the outputs that keep their shape and hold zeros in place of what is removed."""
+        outputs = self._run.outputs.get("", {})
+        return tuple(str(leaf) for leaf in fills(self.captured.program) if leaf in outputs)
+
+    @property
     def advice(self) -> str:
         """What would make much more removable, for people; empty where nothing is known that would.
 
@@ -255,49 +266,17 @@ class CouplingGraph:
         return (
             f"{share:.0%} of the parameters are in layers that stay as wide as what the model returns; "
             f"free_outputs={given} (--free-output, or auto) lets these outputs, and the layers with them, "
-            f"become narrower, for code that can do with that"
+            f"become narrower, for code that can do with that; fill_outputs (--fill-output) takes them, too, "
+            f"and gives them back whole, with zeros in place of what was removed"
         )
 
-    def _held_by_outputs(self) -> tuple[tuple[str, ...], int]:
-        """Outputs that alone keep several layers wide, and how many parameter entries these layers have.
-
-        Each is a name for ``free_outputs``. The last layer in front of an output does not count, as its width
-        is what the output is.
-        """
-        grouping, freed = self._grouping, self.captured.program.free_outputs
-        outputs = {k: v for k, v in self._run.outputs.get("", {}).items() if not k.named(freed)}
-        otherwise = grouping.prunable.copy()  # goes already, or stays for another reason, too
-        otherwise[FIXED] = True
-        for event in grouping.events:
-            if event.reason != OUTPUT:
-                otherwise[grouping.roots[event.ids]] = True
-        holds: dict[Leaf, NDArray[np.bool_]] = {}
-        for leaf, value in outputs.items():
-            holds[leaf] = np.zeros_like(otherwise)
-            for label in filter(None, map(value.label, range(len(value.shape)))):
-                holds[leaf][grouping.roots[label.ids]] = True
-            holds[leaf] &= ~otherwise
-        held: dict[tuple[Leaf, ...], dict[str, int]] = {}
-        for state in self._states.values():
-            if isinstance(state.tensor, torch.nn.Parameter):
-                for label in filter(None, state.axes):
-                    classes = grouping.roots[label.ids]
-                    leaves = tuple(leaf for leaf, mask in holds.items() if mask[classes].any())
-                    held.setdefault(leaves, {})[state.name] = math.prod(state.shape)
-        free: set[Leaf] = set()
-        entries: dict[str, int] = {}
-        for leaves, sizes in held.items():
-            if leaves and len({name.rpartition(".")[0] for name in sizes}) > _LAST_LAYERS:
-                free.update(leaves)
-                entries.update(sizes)
-        split = {leaf.path[:1] for leaf in outputs if leaf not in free}  # trees with other leaves, too
-        whole = (Leaf(leaf.path[:1], False) for leaf in outputs)
-        names = (
-            leaf if tree.path in split else tree
-            for leaf, tree in zip(outputs, whole, strict=True)
-            if leaf in free
-        )
-        return tuple(dict.fromkeys(map(str, names))), sum(entries.values())
+    def _held_by_outputs(self, among: Collection[Leaf] | None = None) -> tuple[tuple[str, ...], int]:
+        """Names of the outputs that keep several layers wide, and how many entries these layers have."""
+        free = self.captured.program.free_outputs
+        wide = {k: v for k, v in self._run.outputs.get("", {}).items() if not k.named(free)}
+        among = wide if among is None else among
+        found, entries = holding(wide, self._grouping, self._states.values(), among)
+        return short_names(found, wide), entries
 
     def explain(self, name: str, dim: int) -> Explanation:
         """What goes with axis ``dim`` of the parameter ``name``, and which graph nodes cause it.

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from ..errors import CaptureError, ExampleInputsError, FxpruneError
 from ..inputs import meta_like
 from ..leaves import leaf_for
-from ..nn import Apply, Pack
+from ..nn import Apply, Fill, Pack
 from ..packed import ON_SHAPES, is_lengths
 from ..program import (
     Program,
@@ -376,6 +376,8 @@ class _Interpreter(TorchDispatchMode):
             packed = original(*args, **kwargs)
             self._packs[id(packed)] = original
             return packed
+        if isinstance(original, Fill):
+            return self._filled(original, *args)
         if isinstance(original, Apply):
             self.coupler.delicate()
         if leaf is None:
@@ -406,6 +408,20 @@ class _Interpreter(TorchDispatchMode):
             self.coupler.remedy = ""
             return result
         return self._registered(module, original, args, kwargs)
+
+    def _filled(self, fill: Fill, narrow: Any, *places: torch.Tensor) -> Any:
+        """What holds zeros in place of entries, which may go where the masked original's are zero, too."""
+        if not isinstance(narrow, torch.Tensor):  # a number in a tree that was named as a whole
+            return narrow
+        self.coupler.delicate()
+        value = self.coupler.value(narrow)
+        for dim in range(len(value.shape)):
+            label = value.label(dim)
+            if label is None or label.over or not value.is_zero(dim):
+                self.coupler.freeze_dim(value, dim, f"{OUTPUT} whose removed entries would not be zero")
+        whole = torch.empty_like(fill(narrow, *places))
+        self.coupler.put(whole, [None] * whole.dim())
+        return whole
 
     def _registered(self, module: torch.nn.Module, original: torch.nn.Module, args: Any, kwargs: Any) -> Any:
         """Call ``module``, the copy on meta of a module with a rule of its own."""
@@ -448,7 +464,10 @@ class _Interpreter(TorchDispatchMode):
                 if linked is not None:
                     self.coupler.freeze_value(value, node.meta["reason"])
                 elif not leaf.named(self.program.free_outputs):
-                    remedy = f'free_outputs="{leaf}" lets it become narrower, for code that can do with that'
+                    remedy = (
+                        f'free_outputs="{leaf}" lets it become narrower, for code that can do with that; '
+                        "with fill_outputs it holds zeros in place of what is removed"
+                    )
                     self.coupler.freeze_value(value, OUTPUT, remedy if len(tensors) > 1 else "")
             for number, dims in links.items():
                 for dim in dims:

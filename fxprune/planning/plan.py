@@ -82,6 +82,7 @@ class PruningPlan:
         held: names of graph nodes that could not be rewritten; nothing around them is narrowed.
         dissolved: functions that had to be traced into, as ``module.name``.
         free_outputs: names of outputs that may become narrower.
+        fill_outputs: names of outputs that hold zeros in place of what was removed.
         regions: where the model is captured in parts: by path of a submodule a description of its inputs
             and the names of its tensors that are used outside of it, too.
         notes: why nodes were held, and what would let more go, for people.
@@ -99,6 +100,7 @@ class PruningPlan:
     notes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     free_outputs: tuple[str, ...] = ()
+    fill_outputs: tuple[str, ...] = ()
 
     def apply(self, model: nn.Module) -> nn.Module:
         """A narrowed copy of ``model``, which may be any copy of the architecture that the plan is for.
@@ -309,7 +311,8 @@ class PruningPlan:
             if data.pop("fxprune_plan") != VERSION:
                 raise PlanError(f"this plan has another version than {VERSION}, which fxprune reads.")
             sequences = {name: tuple(data[name]) for name in ("held", "dissolved", "notes")}
-            sequences["free_outputs"] = tuple(data.get("free_outputs", ()))
+            for name in ("free_outputs", "fill_outputs"):
+                sequences[name] = tuple(data.get(name, ()))
             plan = PruningPlan(**{**data, **sequences})
             plan.validate()
             return plan
