@@ -16,7 +16,7 @@ from .capture.dynamo import named_inputs, takes_tensors
 from .capture.symbolic import function_name
 from .coupling.graph import CouplingGraph
 from .coupling.groups import Group
-from .coupling.outputs import fill, fills, hold_zeros
+from .coupling.outputs import fill, hold_zeros
 from .errors import CaptureError, PlanError, RewriteError, SelectionError
 from .importance import Importance, describe, score
 from .inputs import describe_inputs, in_dtype_of, normalize, restore_inputs
@@ -334,7 +334,7 @@ def _plan(
                     dissolved | whole,
                     graph.captured.regions,
                     graph.captured.program.free_outputs,
-                    graph.fill_outputs,
+                    tuple(graph.fill_outputs),
                 )
             except CaptureError as refusal:
                 notes.append(f"could not trace into {', '.join(sorted(whole))}: {refusal}")
@@ -349,9 +349,9 @@ def _plan(
     else:
         raise RewriteError(f"the graph could not be rewritten at node {first.node}: {first.reason}.")
     said = [*selected.notes, *dict.fromkeys(notes), meter.note if meter is not None else ""]
-    zeros = [] if graph.captured.regions else fills(graph.captured.program).items()
-    changed = [str(leaf) for leaf, node in zeros if rewritten.narrowing.changed(node.args[0])]
-    said += [hold_zeros(changed), graph.advice]
+    filled = graph.fill_outputs.items()
+    zeros = [name for name, node in filled if rewritten.narrowing.changed(node.args[0])]
+    said += [hold_zeros(zeros), graph.advice]
     made = PruningPlan(
         model=graph.captured.class_name,
         inputs=describe_inputs(args, kwargs),
@@ -361,7 +361,7 @@ def _plan(
         held=graph.held,
         dissolved=tuple(sorted(dissolved)),
         free_outputs=graph.captured.program.free_outputs,
-        fill_outputs=graph.fill_outputs,
+        fill_outputs=tuple(graph.fill_outputs),
         regions=graph.captured.regions,
         notes=tuple(filter(None, said)),
         settings={

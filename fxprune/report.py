@@ -294,7 +294,7 @@ def report(graph: CouplingGraph) -> Report:
         ),
         tuple(map(region, parts.regions)) if parts is not None else (),
         parts.refused if parts is not None else (),
-        hold_zeros(graph.fill_outputs),
+        hold_zeros(tuple(graph.fill_outputs)),
         graph.advice,
     )
 

@@ -12,6 +12,7 @@ import networkx as nx
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import fx
 
 from ..capture import Captured
 from ..errors import PlanError
@@ -242,10 +243,10 @@ class CouplingGraph:
         return tuple(found)
 
     @property
-    def fill_outputs(self) -> tuple[str, ...]:
-        """Names of the outputs that keep their shape and hold zeros in place of what is removed."""
+    def fill_outputs(self) -> Mapping[str, fx.Node]:
+        """By name the outputs that hold zeros in place of what is removed, and the nodes that fill them."""
         outputs = self._run.outputs.get("", {})
-        return tuple(str(leaf) for leaf in fills(self.captured.program) if leaf in outputs)
+        return {str(leaf): node for leaf, node in fills(self.captured.program).items() if leaf in outputs}
 
     @property
     def advice(self) -> str:
@@ -266,8 +267,7 @@ class CouplingGraph:
         return (
             f"{share:.0%} of the parameters are in layers that stay as wide as what the model returns; "
             f"free_outputs={given} (--free-output, or auto) lets these outputs, and the layers with them, "
-            f"become narrower, for code that can do with that; fill_outputs (--fill-output) takes them, too, "
-            f"and gives them back whole, with zeros in place of what was removed"
+            f"become narrower, for code that can do with that; named in fill_outputs they hold zeros instead"
         )
 
     def _held_by_outputs(self, among: Collection[Leaf] | None = None) -> tuple[tuple[str, ...], int]:
