@@ -99,7 +99,7 @@ def _output_names(option: str, given: Any) -> tuple[str, ...]:
     names = (given,) if isinstance(given, str) else given
     if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(n, str) for n in names):
         raise SelectionError(
-            f"{option} takes names of outputs (encoder_last_hidden_state, hidden_states.*) or {_AUTO!r}, "
+            f"{option} takes names of outputs (encoder_last_hidden_state, hidden_states.*), {_AUTO!r} or (), "
             f"got {given!r}"
         )
     return tuple(names) if not isinstance(names, (set, frozenset)) else tuple(sorted(names))
