@@ -80,8 +80,8 @@ def analyze(
         fill_outputs: outputs that keep their shape and hold zeros in place of what was removed, as those of
             the original with these weights at zero do. By name, as before. ``"auto"`` means what is returned
             beside the result and keeps several layers wide: in an output class with named fields, those after
-            the first that the network itself goes on with (``encoder_last_hidden_state``). Nothing of an
-            output that is named in neither is lost.
+            the first that the network itself goes on with (``encoder_last_hidden_state``). All others
+            stay whole.
 
     Raises:
         CaptureError: if the model cannot be turned into a graph.
@@ -194,15 +194,8 @@ def plan(
         heads: share of whole rows to remove: of the heads of every attention, of the groups of every grouped
             convolution or group norm, ``0 <= heads < 1``; those with the lowest sum of scores go. The rows
             that remain are narrowed as all else; ``ratio=0, heads=0.25`` removes heads only.
-        free_outputs: outputs that may become narrower, for code that can do with that; all others keep their
-            widths. By name: ``"encoder_last_hidden_state"``, ``"hidden_states.*"``, ``"2"`` in a tuple,
-            ``"output"`` where there is but one; the name of a tree stands for all in it. ``"auto"`` means
-            those that keep several layers wide, as ``graph.advice`` names them.
-        fill_outputs: outputs that keep their shape and hold zeros in place of what was removed, as those of
-            the original with these weights at zero do. By name, as before. ``"auto"`` means what is returned
-            beside the result and keeps several layers wide: in an output class with named fields, those after
-            the first that the network itself goes on with (``encoder_last_hidden_state``). Nothing of an
-            output that is named in neither is lost.
+        free_outputs: as for :func:`analyze`.
+        fill_outputs: as for :func:`analyze`.
 
     Raises:
         RatioError, SelectionError, BudgetError, ImportanceError, CaptureError, ExampleInputsError: for
