@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from ..coupling.units import Take, Value
+from ..errors import RewriteError
 from ..nn import Fill
 from ..program import Program, copy_graph, writes
 from .base import Narrowing, Pass, operator_name
@@ -296,12 +297,23 @@ class FillOutputs(Pass):
                 stands = np.append(narrowing.row(label), False)
                 rank = np.where(stands, np.cumsum(stands) - 1, stands.sum())
                 before: Any = places.get(dim)
-                index = rank[:-1] if before is None else rank[tensors[before.target].cpu().numpy()]
+                index = rank[:-1] if before is None else rank[_known(tensors[before.target], name)]
                 with graph.inserting_before(node):
                     places[dim] = _constant(graph, extras, f"{name}_places_{dim}", index, program)
             node.args = (node.args[0], *places.values())
             modules[str(node.target)] = Fill(tuple(places)).train(fill.training)
         return replace(program, graph=graph, extras=extras, modules=modules)
+
+
+def _known(places: torch.Tensor, name: str) -> np.ndarray[Any, Any]:
+    """The numbers in ``places``, which no check on shapes could tell from others."""
+    if places.is_meta:
+        raise RewriteError(
+            f"{name} fills an output by numbers that went when the network was moved to the meta device. "
+            f"Next: prune it where its values are, or prune the original once."
+        )
+    numbers: np.ndarray[Any, Any] = places.cpu().numpy()
+    return numbers
 
 
 def _is_constant(value: Value | None, node: fx.Node) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.cli import main
-from fxprune.errors import SelectionError
+from fxprune.errors import RewriteError, SelectionError
 from fxprune.nn import Fill
 from fxprune.structure import flatten
 
@@ -272,6 +272,15 @@ def test_networks_with_filled_outputs_are_pruned_again(form: str) -> None:
     *_, last = fxprune.schedule(model, x, 0.5, steps=2)
     torch.testing.assert_close(last.model(x).hidden, last.total.apply(model)(x).hidden)
     assert last.model(x).hidden.any(dim=0).sum() == 8
+
+
+def test_places_that_are_not_known_are_not_guessed() -> None:
+    """On the meta device their numbers are gone, and any others would have the same shape."""
+    model, x = encoder("class")
+    pruned = fxprune.prune(model, x, 0.25).to("meta")
+    with pytest.raises(RewriteError, match="_fill_hidden fills an output by numbers that went"):
+        fxprune.prune(pruned, x.to("meta"), importance="random")
+    assert not fxprune.plan(pruned, x.to("meta"), ratio=0.0, importance="random").removed
 
 
 def test_zeros_in_several_dimensions() -> None:
