@@ -2,14 +2,14 @@
 
 from . import functional, regularize
 from .api import analyze, plan, prune
-from .cost import Count, count
+from .coupling.explain import Removal, removable
 from .coupling.graph import CouplingGraph
 from .coupling.groups import Group, Member
 from .coupling.registry import register_module, register_rule, unregister
-from .coupling.removal import Removal, removable
 from .errors import FxpruneError, VerificationError
 from .iterative import Step, schedule
-from .leaves import Registration
+from .measure import Count, count
+from .module_registry import Registration
 from .planning.budget import Budget
 from .planning.plan import PruningPlan
 from .verify import Verdict, verify

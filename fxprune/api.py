@@ -22,11 +22,11 @@ from .importance import Importance, describe, score
 from .inputs import describe_inputs, in_dtype_of, normalize, restore_inputs
 from .passes import Rewritten, rewrite
 from .planning.budget import Budget
-from .planning.check import check_balance, problems
 from .planning.latency import Meter
 from .planning.patterns import Pattern, nearest
 from .planning.plan import Problem, PruningPlan
 from .planning.selection import Scope, Selection, select
+from .planning.validate import check_balance, problems
 
 _ATTEMPTS = 100
 

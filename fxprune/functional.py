@@ -24,11 +24,11 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .errors import ChannelError
+from .graph_module import clone_module
 from .nn import MultiheadAttention
 from .passes.base import Kept, Mask
 from .passes.modules import free_attention
 from .passes.parameters import pick, restride
-from .program import clone_module
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 _Conv = TypeVar("_Conv", bound=_ConvNd)

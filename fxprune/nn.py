@@ -11,7 +11,7 @@ from torch.fx.node import has_side_effect
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from .structure import Structure, flatten
+from .trees import Structure, flatten
 
 
 class TrainingFlag(nn.Module):

@@ -16,8 +16,8 @@ from rich.text import Text
 from .coupling.graph import CouplingGraph
 from .coupling.groups import Group
 from .coupling.outputs import hold_zeros
-from .planning.costs import CostModel
-from .regions import Region, RegionProgram
+from .planning.cost_model import CostModel
+from .region_program import Region, RegionProgram
 
 MOST = 12
 """Lines of a table in short form."""

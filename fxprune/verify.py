@@ -25,13 +25,13 @@ from .coupling.units import Value
 from .errors import ExampleInputsError, VerificationError
 from .inputs import normalize
 from .nn import multi_head_attention
+from .nodes import copy_graph, describe_source, mutable, operator_name
 from .passes import Narrowing
-from .passes.base import operator_name
 from .passes.parameters import masked, narrow, surviving
 from .planning.plan import PruningPlan
-from .program import Program, copy_graph, describe_source, mutable
-from .regions import RegionModule, RegionProgram
-from .structure import Leaf, flatten
+from .program import Program
+from .region_program import RegionModule, RegionProgram
+from .trees import Leaf, flatten
 
 
 @dataclass(frozen=True)

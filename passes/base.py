@@ -226,16 +226,3 @@ class Pass(abc.ABC):
         after = self.run(program, narrowing, sites)
         self.ensures(program, after)
         return after
-
-
-def operator_name(node: fx.Node) -> str:
-    """``view`` for ``x.view``, ``torch.Tensor.view`` and ``aten.view.default`` alike."""
-    target = node.target
-    if node.op == "call_method":
-        return str(target)
-    if node.op != "call_function":
-        return ""
-    schema = getattr(target, "_schema", None)
-    if schema is not None:
-        return str(schema.name).partition("::")[2]
-    return str(getattr(target, "__name__", target))

@@ -17,8 +17,9 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from ..coupling.units import Value
-from ..program import Program, copy_graph
-from .base import Narrowing, Pass, operator_name
+from ..nodes import copy_graph, operator_name
+from ..program import Program
+from .base import Narrowing, Pass
 
 _NUMBERS = (int, float)
 

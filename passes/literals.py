@@ -18,8 +18,9 @@ from torch.fx.node import map_aggregate
 
 from ..coupling.units import Label, Value
 from ..nn import multi_head_attention
-from ..program import Program, copy_graph
-from .base import Narrowing, Pass, operator_name
+from ..nodes import copy_graph, operator_name
+from ..program import Program
+from .base import Narrowing, Pass
 from .constants import computed, origins, scale
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

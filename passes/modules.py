@@ -13,10 +13,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..graph_module import clone_module
 from ..inputs import meta_like
-from ..leaves import Attributes, Shape, Shapes, leaf_for
+from ..module_registry import Attributes, Shape, Shapes, leaf_for
 from ..nn import MultiheadAttention
-from ..program import Program, clone_module, named_modules
+from ..program import Program, named_modules
 from .base import Narrowing, Pass
 
 

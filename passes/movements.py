@@ -20,8 +20,9 @@ from torch import fx
 from ..coupling.units import Take, Value
 from ..errors import RewriteError
 from ..nn import Fill
-from ..program import Program, copy_graph, writes
-from .base import Narrowing, Pass, operator_name
+from ..nodes import copy_graph, operator_name, writes
+from ..program import Program
+from .base import Narrowing, Pass
 
 _FLIPS = frozenset(["flip", "fliplr", "flipud"])
 _COUNTING = frozenset(["arange", "linspace", "logspace", "eye", "randperm"])

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fxprune
 from fxprune import Budget
 from fxprune.errors import BudgetError
-from fxprune.planning.costs import CostModel
+from fxprune.planning.cost_model import CostModel
 
 
 class Attention(nn.Module):

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 import fxprune
 from fxprune.api import graph_for
-from fxprune.program import copy_graph
+from fxprune.nodes import copy_graph
 
 HERE = Path(__file__).parent / "golden"
 WIDTHS = (

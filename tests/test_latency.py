@@ -16,7 +16,7 @@ import fxprune
 from fxprune import Budget
 from fxprune.errors import BudgetError
 from fxprune.planning import latency
-from fxprune.planning.costs import CostModel
+from fxprune.planning.cost_model import CostModel
 from fxprune.planning.latency import Latency, LatencyTable
 
 MODEL, INPUTS = MODELS["chain"]

@@ -17,7 +17,7 @@ import fxprune
 from fxprune.cli import main
 from fxprune.errors import RewriteError, SelectionError
 from fxprune.nn import Fill
-from fxprune.structure import flatten
+from fxprune.trees import flatten
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch import fx, nn
 from ..errors import CaptureError, ExampleInputsError
 from ..inputs import to_meta
 from ..program import Program, computed_tensors, named_tensors
-from ..regions import RegionProgram
+from ..region_program import RegionProgram
 from . import dynamo, exported, regions, symbolic
 from .composites import dissolve as dissolve_composites
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ExampleInputsError
 from ..nn import Pack
-from ..structure import Structure
+from ..trees import Structure
 
 LITERALS = (type(None), bool, int, float, str)
 """Values that can stand in a graph."""

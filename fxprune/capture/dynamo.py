@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 
 from ..errors import CaptureError
-from ..program import Program, Skeleton, by_position, named_tensors
+from ..nodes import by_position
+from ..program import Program, Skeleton, named_tensors
 from .exported import source_line
 
 __all__ = ["named_inputs", "takes_tensors", "trace"]

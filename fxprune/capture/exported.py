@@ -32,7 +32,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from ..errors import CaptureError
 from ..nn import TrainingFlag, Unpack, keep
 from ..program import Program, Skeleton, named_tensors
-from ..structure import Structure, flatten
+from ..trees import Structure, flatten
 from .arguments import Arguments, packing
 from .effects import Kept, autograd_functions
 from .symbolic import blame, check_value, restored

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import CaptureError, FxpruneError, PlanError
 from ..inputs import describe_inputs, restore_inputs
 from ..program import Program, Skeleton, named_tensors
-from ..regions import Link, Part, RegionProgram, unite
+from ..region_program import Link, Part, RegionProgram, unite
 from .arguments import Arguments
 from .symbolic import is_leaf
 

@@ -33,21 +33,14 @@ from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, ExampleInputsError
+from ..graph_module import clone_module
 from ..inputs import meta_like, to_meta
-from ..leaves import leaf_for
+from ..module_registry import leaf_for
 from ..nn import Apply, TrainingFlag, keep, stop_gradient
-from ..packed import AS_LIST, ON_SHAPES, kept_whole
-from ..program import (
-    Program,
-    Skeleton,
-    by_position,
-    clone_module,
-    is_assertion,
-    mutable,
-    named_modules,
-    named_tensors,
-)
-from ..structure import TENSORS, flatten
+from ..nodes import by_position, is_assertion, mutable
+from ..program import Program, Skeleton, named_modules, named_tensors
+from ..trees import TENSORS, flatten
+from ..value_dependent import AS_LIST, ON_SHAPES, kept_whole
 from .arguments import LITERALS, Arguments, packing
 from .effects import AUGMENTED, Kept, autograd_functions, write_in_place
 

@@ -17,10 +17,10 @@ from torch import nn
 
 import fxprune
 
-from ..cost import Count, count, measure_latency
 from ..errors import RatioError
 from ..importance import BUILT_IN
 from ..inputs import normalize
+from ..measure import Count, count, measure_latency
 from .export import check_output, check_whole, export, write, write_weights
 from .loading import add_source, fill_outputs, load_source
 

@@ -16,8 +16,9 @@ from torch import fx
 
 from ..capture import Captured
 from ..errors import PlanError
-from ..program import Program, describe_source
-from ..structure import Leaf
+from ..nodes import describe_source
+from ..program import Program
+from ..trees import Leaf
 from .grouping import form_groups
 from .groups import Group, Grouping, RowSet
 from .interpreter import Run, interpret

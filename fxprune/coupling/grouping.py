@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from .coupler import Coupler
 from .groups import Band, Group, Grouping, Mask, Member, RowSet
-from .rows import RowFinder
+from .head_rows import RowFinder
 from .units import FIXED, Axis, Event, Ids, Rectangle, State, Units
 
 

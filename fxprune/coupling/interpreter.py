@@ -27,26 +27,19 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ..errors import CaptureError, ExampleInputsError, FxpruneError
+from ..graph_module import clone_module
 from ..inputs import meta_like
-from ..leaves import leaf_for
+from ..module_registry import leaf_for
 from ..nn import Apply, Fill, Pack
-from ..packed import ON_SHAPES, is_lengths
-from ..program import (
-    Program,
-    clone_module,
-    computed_tensors,
-    describe_source,
-    is_assertion,
-    mutable,
-    named_tensors,
-    writes,
-)
-from ..structure import Leaf, flatten
+from ..nodes import describe_source, is_assertion, mutable, operator_name, writes
+from ..program import Program, computed_tensors, named_tensors
+from ..trees import Leaf, flatten
+from ..value_dependent import ON_SHAPES, is_lengths
 from .coupler import Coupler
-from .permutations import Permutation, find_permutation, operator_name
-from .plain import call_plain
+from .leaf_calls import call_plain
+from .meta_shapes import SHORTCUTS
+from .permutations import Permutation, find_permutation
 from .registry import CUSTOM, rule_for
-from .shapes import SHORTCUTS
 from .tables import settle
 from .units import Label, State, Units, Value
 

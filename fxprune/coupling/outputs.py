@@ -20,8 +20,9 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..nn import Fill, Pack
-from ..program import Program, copy_graph
-from ..structure import Leaf, Structure, flatten
+from ..nodes import copy_graph
+from ..program import Program
+from ..trees import Leaf, Structure, flatten
 from .groups import Grouping
 from .interpreter import OUTPUT, Run
 from .units import FIXED, State, Value

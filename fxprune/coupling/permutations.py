@@ -18,6 +18,8 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+from ..nodes import operator_name
+
 _VIEWS = frozenset(["view", "reshape", "flatten", "unflatten", "_unsafe_view"])
 _PERMUTATIONS = frozenset(["transpose", "permute", "movedim", "swapaxes", "swapdims", "moveaxis"])
 _MOVEMENTS = _VIEWS | _PERMUTATIONS | {"contiguous", "clone"}
@@ -138,12 +140,6 @@ def _moved(
     return regrouped
 
 
-def operator_name(node: fx.Node) -> str:
-    """The name of the function that a node calls, without its namespace."""
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.partition("::")[2] if schema is not None else getattr(node.target, "__name__", "")
-
-
 def _is_movement(node: fx.Node, names: frozenset[str]) -> bool:
     if node.op == "call_method":
         return node.target in names
@@ -169,4 +165,4 @@ def _ahead(node: fx.Node, numbers: dict[fx.Node, Any], env: Mapping[fx.Node, Any
     return numbers[node]
 
 
-__all__ = ["Permutation", "find_permutation", "operator_name"]
+__all__ = ["Permutation", "find_permutation"]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import RuleError
-from ..leaves import Attributes, Leaf, Registration, attribute_rule, register_leaf, unregister_leaf
+from ..module_registry import Attributes, Leaf, Registration, attribute_rule, register_leaf, unregister_leaf
 from .coupler import Coupler
 from .equations import Equation
 

@@ -17,6 +17,7 @@ from ..coupling.graph import CouplingGraph
 from ..coupling.groups import Group
 from ..coupling.units import Axis, Label
 from ..errors import ImportanceError
+from ..nodes import operator_name
 from ..program import Program
 from .base import Entries, Measure, MemberCriterion, Scores
 
@@ -198,17 +199,12 @@ def _batch_norm_scales(program: Program) -> set[int]:
             name = f"{node.target}.weight"
             norm = isinstance(program.modules[str(node.target)], nn.modules.batchnorm._BatchNorm)
         else:
-            scale = _argument(node, "weight") if "batch_norm" in _function_name(node) else None
+            scale = _argument(node, "weight") if "batch_norm" in operator_name(node) else None
             norm = isinstance(scale, fx.Node) and scale.op == "get_attr"
             name = str(scale.target) if isinstance(scale, fx.Node) else ""
         if norm and name in program.tensors:
             found.add(id(program.tensors[name]))
     return found
-
-
-def _function_name(node: fx.Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    return str(schema.name if schema is not None else getattr(node.target, "__name__", ""))
 
 
 def _argument(node: fx.Node, name: str) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..coupling.units import Ids
 from ..errors import BudgetError
-from .costs import CostModel, Mask
+from .cost_model import CostModel, Mask
 from .latency import ADVICE, Meter
 
 METRICS = ("params", "macs", "activations", "size_mb", "latency")

@@ -25,10 +25,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
-from ..cost import measure_latency
 from ..coupling.units import Ids
 from ..errors import BudgetError
-from .costs import Call, CostModel
+from ..measure import measure_latency
+from .cost_model import Call, CostModel
 
 VERSION = 1
 WIDTHS = (1.0, 0.75, 0.5, 0.25, 0.125)

@@ -28,10 +28,10 @@ from ..coupling.groups import Group
 from ..coupling.units import Ids
 from ..errors import BudgetError, RatioError, SelectionError
 from .budget import Budget, Search
-from .costs import CostModel
+from .cost_model import CostModel
 from .latency import Meter
 from .patterns import Names, Pattern, nearest
-from .rows import select_rows, without_rows
+from .whole_rows import select_rows, without_rows
 
 Scope = Literal["local", "global", "isomorphic"]
 SCOPES = ("local", "global", "isomorphic")

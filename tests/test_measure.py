@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
-from fxprune import cost
-from fxprune.cost import Count, count, latency_ratio, measure_latency
+from fxprune import measure
 from fxprune.errors import ExampleInputsError
+from fxprune.measure import Count, count, latency_ratio, measure_latency
 
 
 class Tied(nn.Module):
@@ -188,11 +188,11 @@ def test_latency_is_measured_until_it_is_known(monkeypatch: pytest.MonkeyPatch) 
         return next(spreads)
 
     models = {"a": Sleep(0.0), "b": Sleep(0.0)}
-    monkeypatch.setattr(cost, "_PATIENCE", 1e9)
-    monkeypatch.setattr(cost, "_spread", spread)
+    monkeypatch.setattr(measure, "_PATIENCE", 1e9)
+    monkeypatch.setattr(measure, "_spread", spread)
     measure_latency(models, (), {"wait": True}, 1e-6, precision=0.02)
     assert seen == [5, 6, 7]
-    monkeypatch.setattr(cost, "_PATIENCE", 1)
+    monkeypatch.setattr(measure, "_PATIENCE", 1)
     measure_latency(models, (), {"wait": True}, 1e-6, precision=0.0)
     assert len(seen) == 3
 
@@ -202,6 +202,6 @@ def test_spread_of_shares() -> None:
     slow = [1.0, 5.0, 1.0, 2.0] * 25
     shares = [0.5 + 0.001 * i for i in range(100)]
     times = {"a": slow, "b": [a * share for a, share in zip(slow, shares, strict=True)]}
-    assert cost._spread(times) == pytest.approx((shares[60] - shares[39]) / 2 / 0.5495)
-    assert cost._spread({**times, "c": slow}) == cost._spread(times)
-    assert cost._spread({"a": [1.0] * 4, "b": [1.0] * 4}) == float("inf")
+    assert measure._spread(times) == pytest.approx((shares[60] - shares[39]) / 2 / 0.5495)
+    assert measure._spread({**times, "c": slow}) == measure._spread(times)
+    assert measure._spread({"a": [1.0] * 4, "b": [1.0] * 4}) == float("inf")

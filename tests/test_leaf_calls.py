@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxprune
-from fxprune.coupling.plain import PLAIN_MODULES, call_plain
+from fxprune.coupling.leaf_calls import PLAIN_MODULES, call_plain
 
 aten = torch.ops.aten
 Calls = list[tuple[Any, ...]]
@@ -194,7 +194,7 @@ def test_same_analysis(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups, members and reasons are those of the long way."""
     model, x = Net().train(training), torch.zeros(2, 3, 8, 8)
     short = fxprune.analyze(model, x)
-    monkeypatch.setattr("fxprune.coupling.plain.PLAIN_MODULES", {})
+    monkeypatch.setattr("fxprune.coupling.leaf_calls.PLAIN_MODULES", {})
     long = fxprune.analyze(model, x)
     assert [repr(group) for group in short] == [repr(group) for group in long]
     assert [list(map(repr, group.members)) for group in short] == [

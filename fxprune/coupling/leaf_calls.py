@@ -3,7 +3,7 @@
 Which ATen calls a plain ``Conv2d`` or ``ReLU`` makes follows from its attributes. Making them directly saves
 ``nn.Module.__call__``, the functional layer and the dispatcher, which take longer than the rules themselves.
 Only exact types without hooks are covered, and only their plain case: for any other a function here
-returns None, and the module runs. ``tests/test_plain.py`` holds them against the dispatcher.
+returns None, and the module runs. ``tests/test_leaf_calls.py`` holds them against the dispatcher.
 """
 
 from __future__ import annotations

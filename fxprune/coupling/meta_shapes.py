@@ -2,7 +2,7 @@
 
 The general meta kernels of these operators are Python and take 0.1 to 1 ms a call, most of the time of an
 analysis. Each shortcut covers the plain case and returns None for any other, which then takes the
-general way. ``tests/test_shapes.py`` holds them against the general kernels.
+general way. ``tests/test_meta_shapes.py`` holds them against the general kernels.
 """
 
 from __future__ import annotations

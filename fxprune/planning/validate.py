@@ -12,7 +12,7 @@ from ..coupling.groups import Group
 from ..errors import PlanError
 from .patterns import nearest
 from .plan import Problem, PruningPlan
-from .rows import without_rows
+from .whole_rows import without_rows
 
 
 def problems(plan: PruningPlan, graph: CouplingGraph) -> Iterator[Problem]:

@@ -21,8 +21,9 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError, RewriteError
+from .graph_module import OwnedModule, clone_module
 from .inputs import restore_inputs
-from .program import OwnedModule, Program, Skeleton, clone_module, named_tensors
+from .program import Program, Skeleton, named_tensors
 
 
 @dataclass(frozen=True)

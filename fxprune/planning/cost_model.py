@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
-from ..cost import Count
 from ..coupling.graph import CouplingGraph
 from ..coupling.interpreter import interpret
 from ..coupling.units import Ids, Label, Value
+from ..measure import Count
 
 Mask = NDArray[np.bool_]
 

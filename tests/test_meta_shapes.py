@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxprune.coupling.shapes import SHORTCUTS
+from fxprune.coupling.meta_shapes import SHORTCUTS
 
 aten = torch.ops.aten
 

@@ -1,0 +1,201 @@
+"""The modules that come out: a ``GraphModule`` with the module tree of the original around it."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from .graph_record import record, replay
+
+if TYPE_CHECKING:
+    from .program import Program
+
+_REGISTRIES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "_forward_pre_hooks")
+
+
+_GENERATED = ("_code", "_lineno_map", "_prologue_start")
+
+
+def _generated(name: str) -> Any:
+    """An attribute that ``recompile`` sets, and that makes it run when it is read before."""
+
+    def read(module: OwnedModule) -> Any:
+        if name not in module.__dict__:
+            module.recompile()
+        return module.__dict__[name]
+
+    def write(module: OwnedModule, value: Any) -> None:
+        module.__dict__[name] = value
+
+    return property(read, write)
+
+
+class _Deferred:
+    """The ``forward`` of a module whose code is not generated yet: looking at it generates the code."""
+
+    def __init__(self, module: OwnedModule) -> None:
+        self.module = weakref.ref(module)  # the class that holds this is the module's own
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        module = self.module()
+        if module is not None:
+            module.recompile()
+        return getattr(owner if instance is None else instance, "forward")  # noqa: B009  (now another one)
+
+
+class OwnedModule(fx.GraphModule):
+    """A ``GraphModule`` that keeps all of its module tree, its name and its ``meta`` through copies.
+
+    ``torch.fx.GraphModule`` keeps only what the graph refers to, in the order of the graph, and loses
+    its metadata when it is pickled. Its code is generated when it is first needed.
+    """
+
+    _code = _generated("_code")
+    _lineno_map = _generated("_lineno_map")
+    _prologue_start = _generated("_prologue_start")
+
+    @classmethod
+    def of(cls, root: nn.Module, graph: fx.Graph, class_name: str) -> OwnedModule:
+        """A module that runs ``graph`` and owns the module tree of ``root``."""
+        module = cls(nn.Module(), fx.Graph(), class_name)
+        for registry in _REGISTRIES:
+            module.__dict__[registry] = root.__dict__[registry]
+        module.training = root.training
+        module._graph = graph
+        graph.owning_module = module
+        for name in _GENERATED:
+            del module.__dict__[name]
+        type(module).forward = _Deferred(module)  # type: ignore[assignment]
+        return module
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        own = {registry: self.__dict__[registry] for registry in _REGISTRIES}
+        return _unpickle, (record(self.graph), own, self.meta, self.training, type(self).__name__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OwnedModule:
+        root = nn.Module()
+        for registry in _REGISTRIES[1:]:
+            root.__dict__[registry] = copy.deepcopy(self.__dict__[registry], memo)
+        modules: dict[int, nn.Module] = {}
+        for name, child in self._modules.items():
+            if child is not None:
+                root._modules[name] = _clone(child, "", lambda _, t: copy.deepcopy(t, memo), False, modules)
+        root.training = self.training
+        new = OwnedModule.of(root, copy.deepcopy(self.graph), type(self).__name__)
+        new.meta = copy.copy(self.meta)
+        memo[id(self)] = new
+        return new
+
+
+def _unpickle(
+    nodes: list[tuple[Any, ...]], own: dict[str, Any], meta: dict[str, Any], training: bool, class_name: str
+) -> OwnedModule:
+    root = nn.Module()
+    root.__dict__.update(own)
+    root.training = training
+    module = OwnedModule.of(root, replay(nodes), class_name)
+    module.meta = meta
+    return module
+
+
+_SIMPLE = frozenset([bool, int, float, str, tuple, type(None)])
+_CONTAINERS = (dict, list, set)
+Supply = Callable[[str, torch.Tensor], torch.Tensor | None]
+
+
+def clone_module(module: nn.Module, supply: Supply, share: bool = False) -> nn.Module:
+    """A copy of ``module`` and its children with other tensors.
+
+    ``supply(name, original)`` gives each parameter and buffer of the copy, by its dotted name. Unless
+    ``share`` is set, the copy shares nothing mutable (hook tables, lists of options) with the original.
+    """
+    return _clone(module, "", supply, share, {})
+
+
+def _clone(
+    module: nn.Module, prefix: str, supply: Supply, share: bool, memo: dict[int, nn.Module]
+) -> nn.Module:
+    if id(module) in memo:
+        return memo[id(module)]
+    new = module.__class__.__new__(module.__class__)
+    memo[id(module)] = new
+    state = new.__dict__
+    state.update(module.__dict__)
+    for key, value in module.__dict__.items():
+        if type(value) in _SIMPLE:  # most are
+            continue
+        if isinstance(value, _CONTAINERS):
+            if not share:
+                state[key] = value.copy()
+        elif isinstance(value, torch.Tensor):  # recomputed by a hook; what is no leaf could not be copied
+            state[key] = value.detach()
+    for registry in ("_parameters", "_buffers"):
+        table = module.__dict__[registry]
+        state[registry] = {k: v if v is None else supply(prefix + k, v) for k, v in table.items()}
+    children = module.__dict__["_modules"]
+    if children:
+        state["_modules"] = {
+            name: child if child is None else _clone(child, f"{prefix}{name}.", supply, share, memo)
+            for name, child in children.items()
+        }
+    if "_flat_weights" in state:  # recurrent layers keep a second list of their parameters
+        names: Any = module._flat_weights_names
+        state["_flat_weights"] = [getattr(new, name, None) for name in names]
+    return new
+
+
+def assemble(program: Program) -> nn.Module:
+    """The module tree of ``program``: leaves as they are, everything else a bare container."""
+    skeleton = program.skeleton
+    root = nn.Module()
+    root.training = skeleton.training.get("", False)
+    built: dict[str, nn.Module] = {"": root}
+    inside_leaf: set[str] = set()
+
+    def place(path: str, module: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        container(parent)._modules[name] = module
+        built[path] = module
+
+    def container(path: str) -> nn.Module:
+        if path not in built:
+            module = nn.Module()
+            module.training = skeleton.training.get(path, root.training)
+            place(path, module)
+        return built[path]
+
+    def leaf(path: str) -> None:
+        def owned(name: str, _: torch.Tensor) -> torch.Tensor | None:
+            return program.tensors.get(f"{path}.{name}")
+
+        place(path, clone_module(program.modules[path], owned))
+
+    paths = [*skeleton.training, *(path for path in program.modules if path not in skeleton.training)]
+    for path in paths:
+        if not path or path.rpartition(".")[0] in inside_leaf:
+            inside_leaf.update({path} - {""})
+        elif path in skeleton.aliases:
+            place(path, container(skeleton.aliases[path]))
+            inside_leaf.update({path} if skeleton.aliases[path] in inside_leaf else ())
+        elif path in program.modules:
+            leaf(path)
+            inside_leaf.add(path)
+        else:
+            container(path)
+    for name in skeleton.names:
+        parent, _, attribute = name.rpartition(".")
+        if parent not in inside_leaf and parent not in skeleton.aliases:
+            owner = container(parent)
+            if name in skeleton.buffers:
+                owner.register_buffer(attribute, program.tensors[name], persistent=skeleton.buffers[name])
+            else:
+                owner.register_parameter(attribute, program.tensors[name])  # type: ignore[arg-type]
+    for name, tensor in program.extras.items():
+        parent, _, attribute = name.rpartition(".")
+        container(parent).register_buffer(attribute, tensor, persistent=False)
+    return root

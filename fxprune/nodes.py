@@ -1,0 +1,100 @@
+"""Facts about single nodes of a ``torch.fx`` graph, and copies of whole graphs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.operator_schemas import get_signature_for_torch_op
+
+
+def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[str, fx.Node]]:
+    """A copy of a graph with the same node names, and its nodes by name.
+
+    A node that is added to it does not take the name of one that was erased: the names are those by which
+    the nodes of the original graph are known.
+    """
+    new = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    result = new.graph_copy(graph, mapping)
+    for old in graph.nodes:
+        if old.op == "output":
+            new.output(result, old.type).meta = dict(old.meta)
+    new._codegen = graph._codegen
+    new._graph_namespace._used_names |= graph._graph_namespace._used_names
+    return new, {node.name: node for node in new.nodes}
+
+
+def mutable(tree: Any) -> Any:
+    """Plain lists and dicts in place of torch.fx's immutable ones."""
+    if isinstance(tree, list):
+        return [mutable(item) for item in tree]
+    if type(tree) is tuple:  # named ones stay what they are
+        return tuple(mutable(item) for item in tree)
+    if isinstance(tree, dict):
+        return {key: mutable(item) for key, item in tree.items()}
+    return tree
+
+
+def is_assertion(node: fx.Node, args: Any) -> bool:
+    """Whether a node asserts something of the values of a tensor, which are not known on shapes alone."""
+    return node.target is torch._assert and bool(args) and isinstance(args[0], torch.Tensor)
+
+
+def by_position(
+    kind: str,
+    target: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    module: Callable[[str], nn.Module],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call as the rest of fxprune looks for it: ``chunk(x, chunks=2)`` for ``chunk(input=x, chunks=2)``.
+
+    So for the first argument of functions and of modules (``module`` gives them by path), and for
+    ``x.size(dim=1)``.
+    """
+    first = "dim" if kind == "call_method" and target == "size" else None
+    if kind == "call_function" and not args:
+        overloads = [list(signature.parameters) for signature in get_signature_for_torch_op(target) or ()]
+        fitting = [names for names in overloads if names and names[0] in kwargs]
+        first = max(fitting, key=lambda names: len(kwargs.keys() & names), default=[None])[0]
+    elif kind == "call_module" and not args:
+        parameters = inspect.signature(module(target).forward).parameters.values()
+        first = next((p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD), None)
+    if first is None or first not in kwargs:
+        return args, dict(kwargs)
+    return (*args, kwargs[first]), {name: value for name, value in kwargs.items() if name != first}
+
+
+def operator_name(node: fx.Node) -> str:
+    """``view`` for ``x.view``, ``torch.Tensor.view`` and ``aten.view.default`` alike."""
+    target = node.target
+    if node.op == "call_method":
+        return str(target)
+    if node.op != "call_function":
+        return ""
+    schema = getattr(target, "_schema", None)
+    if schema is not None:
+        return str(schema.name).partition("::")[2]
+    return str(getattr(target, "__name__", target))
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a node may write into what it is given."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return bool(schema.is_mutable)
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name.endswith("_") or name == "setitem"
+
+
+def describe_source(node: fx.Node | None) -> str:
+    """``file.py:12 in forward`` for a node, or an empty string where the source is unknown."""
+    source = node.meta.get("source") if node is not None else None
+    if not source:
+        return ""
+    file, line, function = source
+    return f"{file}:{line} in {function}"
