@@ -25,6 +25,7 @@ from .planning.budget import Budget
 from .planning.latency import Meter
 from .planning.patterns import Pattern, nearest
 from .planning.plan import Problem, PruningPlan
+from .planning.plan_diff import architectures, listed
 from .planning.selection import Scope, Selection, select
 from .planning.validate import check_balance, problems
 
@@ -406,13 +407,10 @@ def _check_architecture(made: PruningPlan, model: nn.Module) -> None:
         raise PlanError(f"a plan is applied to a torch.nn.Module, got {type(model).__name__}.")
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     shapes = {name: list(tensor.shape) for name, tensor in [*tensors, *named_inputs(model).items()]}
-    for name in [*made.shapes, *shapes]:
-        if made.shapes.get(name) != shapes.get(name):
-            had, has = (
-                f"shape {tuple(table[name])}" if name in table else "no such tensor"
-                for table in (made.shapes, shapes)
-            )
-            raise PlanError(
-                f"the plan was made for another architecture ({made.model}): for {name!r} it has {had}, "
-                f"{type(model).__name__} has {has}. Plan again for this model."
-            )
+    lines = architectures(made.shapes, shapes, "it", type(model).__name__)
+    if lines:
+        raise PlanError(
+            f"the plan was made for another architecture ({made.model}): {listed(lines)}. Plan again for "
+            "this "
+            f"model."
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from .coupling.groups import Group
 from .coupling.outputs import hold_zeros
 from .planning.cost_model import CostModel
 from .region_program import Region, RegionProgram
+from .repeats import common, joined, starred
 
 MOST = 12
 """Lines of a table in short form."""
@@ -250,19 +250,19 @@ def report(graph: CouplingGraph) -> Report:
     lone = [[group] for group in graph.groups]
     alike: dict[Any, list[Group]] = {}
     for group in graph.groups:
-        key = (_starred(group.name), group.size, len(group.members), _starred(group.inexact_because))
+        key = (starred(group.name), group.size, len(group.members), starred(group.inexact_because))
         alike.setdefault(key, []).append(group)
 
     def entry(groups: list[Group]) -> GroupEntry:
         first = groups[0]
         own_params, own_macs = left(np.concatenate([group.units for group in groups]))
         return GroupEntry(
-            _name([group.name for group in groups]),
+            joined([group.name for group in groups]),
             first.size,
             max((len(rows) for rows in first.balance), default=1),
             tuple(str(member.axis) for member in first.members),
             first.exact,
-            _common([group.inexact_because for group in groups]),
+            common([group.inexact_because for group in groups]),
             params - own_params,
             macs - own_macs,
         )
@@ -303,35 +303,19 @@ def _joined_frozen(entries: tuple[FrozenEntry, ...]) -> tuple[FrozenEntry, ...]:
     """Axes that are frozen for the same reason at the same place in one entry."""
     alike: dict[Any, list[FrozenEntry]] = {}
     for entry in entries:
-        key = (_starred(entry.axis), entry.size, _starred(entry.reason), entry.source, entry.remedy)
+        key = (starred(entry.axis), entry.size, starred(entry.reason), entry.source, entry.remedy)
         alike.setdefault(key, []).append(entry)
     return tuple(
         FrozenEntry(
-            _name([entry.axis for entry in same]),
+            joined([entry.axis for entry in same]),
             same[0].size,
-            _common([entry.reason for entry in same]),
-            _common([entry.node for entry in same]),
+            common([entry.reason for entry in same]),
+            common([entry.node for entry in same]),
             same[0].source,
             same[0].remedy,
         )
         for same in alike.values()
     )
-
-
-def _starred(text: str) -> str:
-    return re.sub(r"(?<![\[\d])\d+", "*", text)
-
-
-def _common(texts: list[str]) -> str:
-    """The text that all are alike in, with ``*`` for numbers that differ."""
-    parts = [re.split(r"(\d+)", text) for text in dict.fromkeys(texts)]
-    if len({len(words) for words in parts}) > 1:
-        return texts[0]
-    return "".join(words[0] if len(set(words)) == 1 else "*" for words in zip(*parts, strict=True))
-
-
-def _name(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{_common(names)} (x{len(names)})"
 
 
 def _table(first: str, *columns: tuple[str, str]) -> Table:

@@ -42,7 +42,7 @@ def member(owner: Any, name: str) -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_name_exists(name: str) -> None:
     assert resolve(name) is not None
-    assert name.split(".")[1] in {*fxprune.__all__, "importance", "iterative", "cost"}
+    assert name.split(".")[1] in {*fxprune.__all__, "importance", "iterative", "measure"}
 
 
 SOURCE = "\n".join(code for code in CODE if code.startswith("fxprune") and "(" in code)

@@ -5,9 +5,7 @@ Checked before the work starts, and never half written.
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,12 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .. import files
 from ..errors import OutputError
+from ..files import first_line
 from ..planning.plan import PruningPlan
 
-__all__ = ["METADATA", "Exported", "check_output", "check_whole", "export", "write", "write_weights"]
+__all__ = ["METADATA", "Exported", "check_whole", "export", "write", "write_weights"]
 
 METADATA = "fxprune"
 """Key under which a ``.safetensors`` file holds the plan."""
@@ -39,33 +39,6 @@ class Exported:
 
     program: ExportedProgram
     batch: str
-
-
-def check_output(path: Path) -> None:
-    """Make sure, before any work is done, that a file can be written at ``path``.
-
-    Raises:
-        OutputError: the suffix is another than ``.pt2`` and ``.safetensors``, ``path`` is a folder, or its
-            folder is missing or not writable.
-    """
-    if path.suffix not in (".pt2", ".safetensors"):
-        raise OutputError(
-            f"cannot write {path}: an exported program is a .pt2 file, weights with their plan are a "
-            f".safetensors file; try --out {path.with_suffix('.pt2')}"
-        )
-    if path.is_dir():
-        raise OutputError(f"cannot write {path}: it is a folder; name a file in it")
-    folder = path.parent
-    if not folder.is_dir():
-        raise OutputError(f"cannot write {path}: there is no folder {folder.absolute()}; make it first")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: the folder {folder.absolute()} takes no files ({error.strerror}); name "
-            "another one"
-        ) from error
 
 
 def check_whole(path: Path, regions: Mapping[str, Any]) -> None:
@@ -95,12 +68,13 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     try:
         return Exported(_export_dynamic(model, args, kwargs), "any batch size")
     except Exception as error:  # noqa: BLE001 - torch.export has no error class of its own
-        reason = _line(error)
+        reason = first_line(error)
     try:
         program = torch.export.export(model, args, dict(kwargs))
     except Exception as error:
         raise OutputError(
-            f"torch.export refuses the pruned model: {_line(error)}. The model itself is sound: in Python, "
+            f"torch.export refuses the pruned model: {first_line(error)}. The model itself is sound: in "
+            "Python, "
             "fxprune.prune returns it, and its state_dict can be saved"
         ) from error
     return Exported(program, f"the example's batch size only; a free one was refused ({reason})")
@@ -120,7 +94,7 @@ def write(exported: Exported, path: Path) -> int:
         torch.export.save(exported.program, draft)
         torch.export.load(draft)
 
-    return _write(path, save)
+    return files.write(path, save)
 
 
 def write_weights(model: nn.Module, plan: PruningPlan, path: Path) -> int:
@@ -146,20 +120,7 @@ def write_weights(model: nn.Module, plan: PruningPlan, path: Path) -> int:
         with safe_open(draft, "pt") as file:
             PruningPlan.from_json(file.metadata()[METADATA])
 
-    return _write(path, save)
-
-
-def _write(path: Path, save: Callable[[Path], None]) -> int:
-    """Save to a temporary file beside ``path``, and move it there only when ``save`` is done."""
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fxprune-") as folder:
-            draft = Path(folder) / path.name
-            save(draft)
-            size = draft.stat().st_size
-            os.replace(draft, path)
-    except Exception as error:
-        raise OutputError(f"writing {path} failed: {type(error).__name__}: {_line(error)}") from error
-    return size
+    return files.write(path, save)
 
 
 def _export_dynamic(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportedProgram:
@@ -190,9 +151,3 @@ def _export_dynamic(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
         if isinstance(one, Tensor):
             torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5, equal_nan=True)
     return program
-
-
-def _line(error: BaseException) -> str:
-    """First line of an error's message, without a final full stop."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

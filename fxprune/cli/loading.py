@@ -7,23 +7,21 @@ import difflib
 import importlib
 import inspect
 import os
-import pickle
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, ExampleInputsError, ModelSpecError
+from ..errors import ExampleInputsError, ModelSpecError
+from ..files import few, first_line, load_checkpoint
 
-__all__ = ["Loaded", "add_source", "fill_outputs", "load", "load_checkpoint", "load_source", "parse_shape"]
+__all__ = ["Loaded", "add_source", "fill_outputs", "load", "load_source", "parse_shape"]
 
 _SHAPE_HINT = (
     "write the sizes with commas, for example --input-shape 1,3,224,224; for an input that is a list of "
@@ -31,8 +29,6 @@ _SHAPE_HINT = (
 )
 Shape = tuple[int, ...] | list[tuple[int, ...]]
 """Sizes of a tensor, or of each tensor in a list."""
-# How other programs wrap a state dict in a checkpoint.
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
 @dataclass(frozen=True)
@@ -166,7 +162,7 @@ def load(
     empty = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     if empty:
         raise ModelSpecError(
-            f"{spec} gives a model without weights ({_few(empty)} on the meta device); build it on the CPU, "
+            f"{spec} gives a model without weights ({few(empty)} on the meta device); build it on the CPU, "
             "or use the Python interface (fxprune.analyze), which needs no weights"
         )
     if checkpoint is not None:
@@ -257,9 +253,10 @@ def _torchvision_model(name: str, weights: str | None) -> tuple[nn.Module, Shape
             model: nn.Module = models.get_model(name, **options)
     except (OSError, RuntimeError, ValueError) as error:
         if weights is None:
-            raise ModelSpecError(f"torchvision cannot build {name}: {_line(error)}") from error
+            raise ModelSpecError(f"torchvision cannot build {name}: {first_line(error)}") from error
         raise ModelSpecError(
-            f"cannot load the weights {weights} of torchvision:{name}: {_line(error)}; check the network, or "
+            f"cannot load the weights {weights} of torchvision:{name}: {first_line(error)}; check the "
+            "network, or "
             "load a file with --checkpoint FILE"
         ) from error
 
@@ -323,9 +320,11 @@ def _import(name: str) -> ModuleType:
                 f"there is no module {missing!r} (looked in {here} and in the Python environment); run "
                 "fxprune where `import` finds it, or write torchvision:NAME"
             ) from error
-        raise ModelSpecError(f"importing {name} failed: {_line(error)}; install it first") from error
+        raise ModelSpecError(f"importing {name} failed: {first_line(error)}; install it first") from error
     except Exception as error:
-        raise ModelSpecError(f"importing {name} failed: {type(error).__name__}: {_line(error)}") from error
+        raise ModelSpecError(
+            f"importing {name} failed: {type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
 def _call(target: Any, spec: str, purpose: str) -> Any:
@@ -347,104 +346,9 @@ def _call(target: Any, spec: str, purpose: str) -> Any:
     try:
         return target()
     except Exception as error:
-        raise ModelSpecError(f"{spec} failed to {purpose}: {type(error).__name__}: {_line(error)}") from error
-
-
-# Checkpoints
-
-
-def load_checkpoint(model: nn.Module, path: Path) -> None:
-    """Load a state dict into ``model``, in place; every name and shape must agree.
-
-    A state dict inside a usual wrapper (``{"state_dict": ...}``) is found, and a name that is missing because
-    the tensor is tied to one that is there (as safetensors stores it) is no error.
-
-    Args:
-        model: the model to fill.
-        path: a ``.safetensors`` file, or a file that ``torch.load(weights_only=True)`` opens.
-
-    Raises:
-        CheckpointError: the file cannot be read, holds something else, or does not fit the model.
-    """
-    state = _read_checkpoint(path)
-    own = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
-    present = {id(own[name]) for name in state if name in own}
-    missing = [name for name, tensor in own.items() if name not in state and id(tensor) not in present]
-    unexpected = [name for name in state if name not in own]
-    problems = []
-    if missing:
-        problems.append(f"it lacks {_few(missing)}")
-    if unexpected:
-        problems.append(f"the model has no {_few(unexpected)}")
-    misshapen = [
-        f"{name} (file {list(tensor.shape)}, model {list(own[name].shape)})"
-        for name, tensor in state.items()
-        if name in own and tensor.shape != own[name].shape
-    ]
-    if misshapen:
-        problems.append(f"shapes differ: {_few(misshapen)}")
-    if problems:
-        advice = "load a checkpoint of this very architecture, or name a factory that builds the right one"
-        if unexpected and all(name.startswith("module.") for name in unexpected):
-            advice = (
-                "it was saved from DataParallel: strip the prefix 'module.' from its names and save it again"
-            )
-        raise CheckpointError(
-            f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}. What to do: {advice}"
-        )
-    model.load_state_dict(state, strict=False)  # strictly checked above, with better words
-
-
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            found: Any = load_file(path)
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is not a file of plain tensors, and fxprune runs no code from checkpoints "
-            f"({_line(error)}); save one with torch.save(model.state_dict(), ...) or safetensors"
+        raise ModelSpecError(
+            f"{spec} failed to {purpose}: {type(error).__name__}: {first_line(error)}"
         ) from error
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({type(error).__name__}: {_line(error)}); it may be cut short, damaged, "
-            "or of another kind: write it again with torch.save(model.state_dict(), ...) or safetensors"
-        ) from error
-    for key in _WRAPPERS:
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-            break
-    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
-        raise CheckpointError(
-            f"{path} holds a {type(found).__name__}, not a state dict (names and tensors); save one with "
-            "torch.save(model.state_dict(), ...)"
-        )
-    others = [name for name, value in found.items() if not isinstance(value, Tensor)]
-    if others or not found:
-        what = f"{_few(others)}, which are no tensors" if others else "no tensors"
-        raise CheckpointError(
-            f"{path} is not a state dict: it holds {what}; save one with torch.save(model.state_dict(), ...)"
-        )
-    return dict(found)
-
-
-# Wording
-
-
-def _few(names: Iterable[str], most: int = 3) -> str:
-    """Name the first few, and say how many more there are."""
-    listed = list(names)
-    rest = len(listed) - most
-    return ", ".join(listed[:most]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _line(error: BaseException) -> str:
-    """First line of an error's message, without a final full stop."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _file(module: ModuleType) -> str:

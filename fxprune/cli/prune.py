@@ -18,10 +18,11 @@ from torch import nn
 import fxprune
 
 from ..errors import RatioError
+from ..files import check_output
 from ..importance import BUILT_IN
 from ..inputs import normalize
 from ..measure import Count, count, measure_latency
-from .export import check_output, check_whole, export, write, write_weights
+from .export import check_whole, export, write, write_weights
 from .loading import add_source, fill_outputs, load_source
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def run(options: argparse.Namespace) -> int:
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     budget = fxprune.Budget(**given, compiled=options.compiled) if given else None
     if options.out is not None:
-        check_output(options.out)
+        check_output(options.out, (".pt2", ".safetensors"))
 
     progress = _Progress(Console(stderr=True, highlight=False))
     with progress.step("model") as say:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import PlanError
+from ..repeats import joined, starred
+from . import plan_file
 from .patterns import nearest
+from .plan_diff import PlanDiff, diff
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -17,8 +20,6 @@ if TYPE_CHECKING:
     _Optimizer = TypeVar("_Optimizer", bound=Optimizer)
 
     from ..coupling.graph import CouplingGraph
-
-VERSION = 1
 
 
 def _whole_numbers(value: Any) -> bool:
@@ -252,6 +253,8 @@ class PruningPlan:
         Raises:
             PlanError: names the field and what is wrong with it.
         """
+        if not isinstance(self.model, str):
+            raise PlanError(f"the plan's 'model' must be the name of a class, got {self.model!r}.")
         for name in ("inputs", "shapes", "sizes", "removed", "regions", "settings"):
             if not isinstance(getattr(self, name), Mapping):
                 raise PlanError(f"the plan's {name!r} must map names to values, got {getattr(self, name)!r}.")
@@ -274,10 +277,13 @@ class PruningPlan:
                 raise PlanError(
                     f"the plan names units {wrong} of the group {group!r}, which has {size} units."
                 )
-            if len(set(gone)) == size:
+            if len(set(gone)) < len(gone):
+                raise PlanError(f"the plan names units of the group {group!r} more than once.")
+            if len(gone) == size:
                 raise PlanError(
                     f"the plan removes every unit of the group {group!r}; at least one must stay."
                 )
+        plan_file.check_sizes(self)
 
     def __repr__(self) -> str:
         gone = sum(len(units) for units in self.removed.values())
@@ -287,34 +293,76 @@ class PruningPlan:
         )
 
     def __str__(self) -> str:
-        width = max((len(name) for name in self.sizes), default=0)
+        return self.text()
+
+    def text(self, all: bool = False) -> str:
+        """The plan for people: what becomes of each group, and the notes.
+
+        Args:
+            all: a line for every group, where the short form joins those of repeated blocks.
+        """
+        alike: dict[Any, list[str]] = {}
+        for narrowed in self:
+            key = (starred(narrowed.group), narrowed.size, narrowed.kept)
+            alike.setdefault(narrowed.group if all else key, []).append(narrowed.group)
+        rows = [
+            (joined(names), self.sizes[names[0]], len(self.removed.get(names[0], ())))
+            for names in alike.values()
+        ]
+        width = max((len(name) for name, _, _ in rows), default=0)
         lines = [repr(self)]
-        for name, size in self.sizes.items():
-            gone = len(self.removed.get(name, ()))
-            lines.append(f"  {name:<{width}}  {size:>6} -> {size - gone:>6}")
+        lines += [f"  {name:<{width}}  {size:>6} -> {size - gone:>6}" for name, size, gone in rows]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
+    def diff(self, other: PruningPlan) -> PlanDiff:
+        """How ``other`` differs from this plan; false if it does not; printing it says how."""
+        return diff(self, other)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a ``.json`` file, which appears there only when it is whole.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        from ..files import check_output, write
+
+        check_output(Path(path), (".json",))
+        write(Path(path), lambda draft: draft.write_text(self.to_json(), encoding="utf-8"))
+
+    @staticmethod
+    def load(path: str | Path) -> PruningPlan:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            PlanError: if the file cannot be read, or holds no such plan.
+        """
+        try:
+            if Path(path).stat().st_size > plan_file.MOST_BYTES:
+                raise PlanError(
+                    f"{path} is no pruning plan: it has more than {plan_file.MOST_BYTES:,} bytes."
+                )
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise PlanError(f"the plan {path} cannot be read: {type(error).__name__}: {error}") from error
+        try:
+            return PruningPlan.from_json(text)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
+
     def to_json(self) -> str:
-        """The plan as a JSON text; equal plans give equal texts."""
-        return json.dumps({"fxprune_plan": VERSION, **asdict(self)}, indent=1)
+        """The plan as a JSON text; equal plans give equal texts.
+
+        Each tensor and each group has a line of its own; positions are written as ranges (``"0-3, 7"``),
+        and may also be lists.
+        """
+        return plan_file.write(self)
 
     @staticmethod
     def from_json(text: str) -> PruningPlan:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-            PlanError: if the text is no such plan.
+            PlanError: if the text is no such plan, or stands for more than a plan can mean.
         """
-        try:
-            data = json.loads(text)
-            if data.pop("fxprune_plan") != VERSION:
-                raise PlanError(f"this plan has another version than {VERSION}, which fxprune reads.")
-            sequences = {name: tuple(data[name]) for name in ("held", "dissolved", "notes")}
-            for name in ("free_outputs", "fill_outputs"):
-                sequences[name] = tuple(data.get(name, ()))
-            plan = PruningPlan(**{**data, **sequences})
-            plan.validate()
-            return plan
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PlanError(f"this is no pruning plan: {type(error).__name__}: {error}") from error
+        return plan_file.read(text)
