@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import weakref
 from collections.abc import Callable, Mapping
@@ -71,6 +72,34 @@ def leaf_for(module: nn.Module) -> Leaf | None:
         keys = [key for base in kind.__mro__ for key in (base, f"{base.__module__}.{base.__qualname__}")]
         _FOUND[kind] = next((_LEAVES[key] for key in keys if key in _LEAVES), None)
     return _FOUND[kind]
+
+
+_HARMLESS = frozenset(
+    ["__annotations__", "__annotate_func__", "__annotations_cache__", "__constants__", "__dict__", "__doc__",
+     "__firstlineno__", "__init__", "__module__", "__orig_bases__", "__parameters__", "__qualname__",
+     "__repr__", "__static_attributes__", "__weakref__", "_get_name", "_load_from_state_dict",
+     "_save_to_state_dict", "_version", "extra_repr", "load_state_dict", "reset_parameters",
+     "reset_running_stats", "state_dict", "train"]
+)  # fmt: skip
+"""What a subclass may have of its own without computing anything else than its parent."""
+
+
+@functools.lru_cache(maxsize=4096)
+def own_kind(kind: type) -> type:
+    """The class whose ``forward`` and helpers a class runs: ``nn.BatchNorm2d`` for a subclass that changes
+    none of them.
+
+    Such a subclass may add attributes, and say how it is initialised, printed and switched by ``train()``.
+    """
+    for base in kind.__mro__:
+        if base.__module__.startswith("torch.nn.modules."):
+            return base
+        after = kind.__mro__[kind.__mro__.index(base) + 1 :]
+        known = {name for other in after for name in (*vars(other), *vars(other).get("__annotations__", ()))}
+        own = {name: value for name, value in vars(base).items() if name not in _HARMLESS}
+        if any(name in known or hasattr(value, "__set__") for name, value in own.items()):
+            break
+    return kind
 
 
 def register_leaf(leaf: Leaf, same: Callable[[Any, Any], bool]) -> None:
@@ -146,6 +175,7 @@ __all__ = [
     "Registration",
     "attribute_rule",
     "leaf_for",
+    "own_kind",
     "register_leaf",
     "unregister_leaf",
 ]

@@ -35,7 +35,7 @@ from torch.utils import _pytree as pytree
 from ..errors import CaptureError, ExampleInputsError
 from ..graph_module import clone_module
 from ..inputs import meta_like, to_meta
-from ..module_registry import leaf_for
+from ..module_registry import leaf_for, own_kind
 from ..nn import Apply, TrainingFlag, keep, stop_gradient
 from ..nodes import by_position, is_assertion, mutable
 from ..program import Program, Skeleton, named_modules, named_tensors
@@ -566,17 +566,17 @@ class _ShapeTracer(_Tracer):
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is called as one node: those of ``torch.nn`` that do not merely contain, and those
-    that were registered (:func:`fxprune.register_module`).
+    """Whether a module is called as one node: those of ``torch.nn`` that do not merely contain, classes that
+    inherit all that these compute, and those that were registered (:func:`fxprune.register_module`).
     """
     if leaf_for(module) is not None:
         return True
-    kind = type(module)
+    kind = own_kind(type(module))  # type: ignore[arg-type]  # a class is hashable
     if kind.__module__ == "torch.ao.quantization.stubs":
         return kind.__qualname__ != "QuantWrapper"
     if kind.__module__.startswith("torch.ao.nn."):  # also those that inherit from Sequential
         return True
-    holds = isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+    holds = kind is nn.Module or isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
     return kind.__module__.startswith(("torch.nn.", "fxprune.nn")) and not holds
 
 

@@ -2,8 +2,9 @@
 
 Which ATen calls a plain ``Conv2d`` or ``ReLU`` makes follows from its attributes. Making them directly saves
 ``nn.Module.__call__``, the functional layer and the dispatcher, which take longer than the rules themselves.
-Only exact types without hooks are covered, and only their plain case: for any other a function here
-returns None, and the module runs. ``tests/test_leaf_calls.py`` holds them against the dispatcher.
+Only these types, and subclasses that change nothing of what they compute, are covered, without hooks and in
+their plain case: for any other a function here returns None, and the module runs.
+``tests/test_leaf_calls.py`` holds them against the dispatcher.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from ..module_registry import own_kind
 
 Own = Callable[[str], torch.Tensor | None]
 """A module's own parameter or buffer by name, None where it has none."""
@@ -42,7 +45,7 @@ def call_plain(
         tensor: gives the module's parameters and buffers by name.
         make: makes an ATen call, given the operator, its arguments and keyword arguments.
     """
-    leaf = PLAIN_MODULES.get(type(module))
+    leaf = PLAIN_MODULES.get(own_kind(type(module)))  # type: ignore[arg-type]
     if leaf is None or len(args) != 1 or type(args[0]) is not torch.Tensor or kwargs:
         return None
     if module._forward_hooks or module._forward_pre_hooks or not _OVERRIDABLE.isdisjoint(module.__dict__):

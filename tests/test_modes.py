@@ -1,0 +1,94 @@
+"""``train()`` and ``eval()`` of a result do what the original's do, whichever mode it was captured in."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune.module_registry import own_kind
+
+
+def moves(network: nn.Module, inputs: Any) -> bool:
+    """Whether a call changes a buffer: running statistics move."""
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    network(inputs)
+    return any(not torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
+
+
+def same_in_both_modes(model: nn.Module, inputs: Any) -> None:
+    """Nothing is removed, so the result must do what the model does, random numbers and statistics too."""
+    for captured in (True, False):
+        model.train(captured)
+        result = fxprune.prune(model, inputs, ratio=0.0)
+        for mode in (True, False, True):
+            reference = copy.deepcopy(model).train(mode)
+            result.train(mode)
+            outputs = []
+            for network in (reference, copy.deepcopy(result)):
+                torch.manual_seed(1)
+                first = network(inputs)
+                outputs.append((first, network(inputs), dict(network.named_buffers())))
+            (a, b, buffers), (c, d, others) = outputs
+            torch.testing.assert_close((c, d), (a, b), rtol=1e-4, atol=1e-5)
+            for name, buffer in buffers.items():
+                torch.testing.assert_close(others[name], buffer, msg=name)
+
+
+class PlainNorm(nn.BatchNorm2d):
+    """Nothing is overridden."""
+
+
+class Tagged:
+    def tag(self) -> str:
+        return "mixed in"
+
+
+class MixedIn(Tagged, nn.BatchNorm2d):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-3)
+        self.channels = channels
+
+    def extra_repr(self) -> str:
+        return self.tag()
+
+
+class FrozenNorm(nn.BatchNorm2d):
+    def train(self, mode: bool = True) -> FrozenNorm:
+        return super().train(False)
+
+
+@pytest.mark.parametrize("norm", [PlainNorm, MixedIn, FrozenNorm])
+@pytest.mark.parametrize("captured", [True, False])
+def test_subclasses_of_norms_switch(norm: Any, captured: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), norm(16), nn.Conv2d(16, 8, 3)).train(captured)
+    inputs = torch.randn(4, 3, 8, 8)
+    result = fxprune.prune(model, inputs, ratio=0.5)
+    assert type(result.get_submodule("1")) is norm
+    assert result.get_parameter("1.weight").shape == (8,)
+    for mode in (True, False):
+        assert moves(result.train(mode), inputs) == moves(copy.deepcopy(model).train(mode), inputs)
+    same_in_both_modes(model, inputs)
+
+
+class Standardised(nn.Conv2d):
+    def _conv_forward(self, x: Any, weight: Any, bias: Any) -> Any:
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+class Computed(nn.Linear):
+    @property
+    def weight(self) -> Any:  # type: ignore[override]
+        return self._parameters["own"]
+
+
+def test_a_class_that_changes_what_its_parent_computes_is_not_its_parent() -> None:
+    assert own_kind(PlainNorm) is own_kind(MixedIn) is own_kind(FrozenNorm) is nn.BatchNorm2d
+    assert own_kind(Standardised) is Standardised
+    assert own_kind(Computed) is Computed
+    model = nn.Sequential(Standardised(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    same_in_both_modes(model, torch.randn(2, 3, 8, 8))
