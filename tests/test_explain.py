@@ -53,7 +53,7 @@ def test_names_what_goes_and_what_else_is_needed(graph: fxprune.CouplingGraph) -
     text = str(removal)
     assert text.startswith("stem.weight[0], indices 1-2, 6\n")
     assert "through norm (" in text
-    assert "test_removal.py" in text
+    assert "test_explain.py" in text
 
 
 def test_balanced_removals_make_plans(graph: fxprune.CouplingGraph) -> None:

@@ -12,7 +12,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
+from .roles import Factor, Uses, factor
 from .units import (
     FIXED,
     Axis,
@@ -21,6 +23,7 @@ from .units import (
     Label,
     Meeting,
     Open,
+    Parent,
     Rectangle,
     State,
     Take,
@@ -62,6 +65,17 @@ class Coupler:
         """Nodes that pick from a table what goes with their other operands, and the nodes that make it."""
         self.whole: Ids = np.empty(0, dtype=np.int64)
         """Units of tables that are not narrowed themselves."""
+        self.uses = Uses()
+        """Which products use which axes of parameters."""
+        self._given: Any = ()
+        self._origin: Parent | tuple[Sequence[Factor], Sequence[Any]] | None = None
+        """What the next result is computed from: a value, or operands with index names and its own names."""
+
+    def begin(self, operator: str, given: Any = ()) -> None:
+        """Say which ATen operator the rule that comes next is for, and what it is given."""
+        self.operator = operator
+        self._given = given
+        self._origin = None
 
     def delicate(self) -> None:
         """Say that the current node treats labelled dimensions by size or position.
@@ -93,6 +107,9 @@ class Coupler:
 
     def put(self, tensor: torch.Tensor, labels: Iterable[Label | None]) -> None:
         """Record the labels of an operator's result."""
+        self._put(tensor, labels, False)
+
+    def _put(self, tensor: torch.Tensor, labels: Iterable[Label | None], moved: bool) -> None:
         labels = [label if label is not None and self._counts(label) else None for label in labels]
         value = getattr(tensor, "_fxprune_value", None)
         if value is not None and value.state is None:  # an in-place operator returned its input
@@ -100,6 +117,8 @@ class Coupler:
         elif value is None:
             value = Value(tuple(tensor.shape), labels, dtype=tensor.dtype)
             tensor._fxprune_value = value  # type: ignore[attr-defined]
+        if value.state is None:
+            self._descend(value, moved)
         for dim, label in enumerate(labels):
             if isinstance(label, Open):
                 label.holders.append((value, dim))
@@ -109,9 +128,34 @@ class Coupler:
         """Whether it says anything: of one index there is nothing to remove."""
         return bool(label.holders) if isinstance(label, Open) else label.ids.shape[-1] > 1
 
+    def _descend(self, value: Value, moved: bool) -> None:
+        """Remember what a result was computed from: if it was moved, or if it is a weight."""
+        origin = self._origin
+        value.parents, value.derived = (), False
+        if isinstance(origin, Parent):
+            if origin.value is not value:
+                value.parents, value.derived = (origin,), origin.value.fixed
+        elif origin is not None:
+            operands, result = origin
+            value.derived = (
+                bool(operands)
+                and all(operand.fixed for operand, _ in operands)
+                and all(
+                    self.peek(tensor).fixed
+                    for tensor in tree_leaves(self._given)
+                    if isinstance(tensor, torch.Tensor)
+                )
+            )
+            if (value.derived or moved) and len(result) == len(value.shape):
+                named = [(operand, list(names)) for operand, names in operands if operand is not value]
+                value.parents = [
+                    Parent(operand, [names.index(n) if n in names else -1 for n in result], same=moved)
+                    for operand, names in named
+                ]
+
     def put_view(self, tensor: torch.Tensor, source: Value, labels: Iterable[Label | None]) -> None:
         """As :meth:`put`, for a result that shares memory with ``source``."""
-        self.put(tensor, labels)
+        self._put(tensor, labels, True)
         self.value(tensor).storage = source.storage
 
     def alias(self, tensor: torch.Tensor, value: Value) -> None:
@@ -256,6 +300,7 @@ class Coupler:
             Labels of the result (``over`` its dimensions), and for every labelled index name that is not
             in ``out`` its label and whether some operand is zero at removed indices.
         """
+        self._origin = operands, out
         uses: dict[Any, list[_Use]] = {}
         plain, opened = set(), set()
         for place, (value, names) in enumerate(operands):
@@ -414,9 +459,9 @@ class Coupler:
             del out._fxprune_value  # type: ignore[attr-defined]  # permuted in place
         if value.state is not None and -1 not in order and len(order) == len(value.shape):
             dims = tuple(value.dims[d] for d in order)
-            out._fxprune_value = Value(  # type: ignore[attr-defined]
-                tuple(out.shape), [], value.state, dims, value.dtype, value.storage
-            )
+            moved = Value(tuple(out.shape), [], value.state, dims, value.dtype, value.storage)
+            moved.parents = (Parent(value, order),)
+            out._fxprune_value = moved  # type: ignore[attr-defined]
             return
         if value.state is not None:
             self.materialize(value)
@@ -430,7 +475,24 @@ class Coupler:
             elif old >= 0 and value.state is None:
                 label = value.labels[old]
             labels.append(label)
+        self._origin = Parent(value, order)
         self.put_view(out, value, labels)
+
+    def product(self, factors: Sequence[Factor], result: Sequence[Any]) -> None:
+        """Say that the current operator multiplies, and sums over the index names not in ``result``.
+
+        Of weights among the factors, the axes that are summed over *consume* channels, those that only the
+        weight has *produce* them.
+        """
+        self.uses.product(self.node, self.operator, factors, result)
+
+    def produces(self, weight: Value, dim: int) -> None:
+        """Say that the current operator makes the channels of its result from this axis of a weight."""
+        self.uses.note("produces", self.node, self.operator, weight, dim)
+
+    def consumes(self, weight: Value, dim: int, x: Value, x_dim: int) -> None:
+        """Say that the current operator reads the channels of ``x``, by this axis of a weight."""
+        self.uses.note("consumes", self.node, self.operator, weight, dim, (x, x_dim))
 
     def open(self, tensor: torch.Tensor, dim: int) -> None:
         """Say that along ``dim`` all entries of a result are alike: it may follow what it meets."""
@@ -439,6 +501,9 @@ class Coupler:
 
     def take(self, value: Value, dim: int, index: Ids) -> list[Label | None]:
         """Labels after picking indices ``index`` along ``dim`` (slice, flip, roll, tile, index_select)."""
+        block = bool(index.size) and bool((np.diff(index) == 1).all())
+        part = (dim, int(index[0]), int(index[-1]) + 1) if block else (dim, -1, -1)
+        self._origin = Parent(value, range(len(value.shape)), part)
         if value.state is not None:
             self.materialize(value)
         elif value.is_open(dim):
@@ -475,6 +540,8 @@ class Coupler:
 
     def select(self, value: Value, dim: int, index: int) -> list[Label | None]:
         """Labels after picking one index along ``dim`` and dropping the dimension."""
+        left = [d for d in range(len(value.shape)) if d != dim]
+        self._origin = Parent(value, left, (dim, index, index + 1))
         if value.state is not None:
             self.materialize(value)
         elif value.is_open(dim):
@@ -520,6 +587,7 @@ class Coupler:
         names = [[i if i != dim else ("part", k) for i in range(rank)] for k in range(len(values))]
         others = [i for i in range(rank) if i != dim]
         shared, _ = self.unify(list(zip(values, names, strict=True)), others)
+        self._origin = [(value, range(rank)) for value in values], range(rank)
         parts = [value.label(dim) for value in values]
         own: Label | None = None
         if any(part is not None for part in parts):
@@ -555,13 +623,14 @@ class Coupler:
         reshape is run on the units. Where units then differ along several dimensions, the inner ones
         become columns over the outer ones (see :class:`~fxprune.coupling.units.Rectangle`).
         """
+        self._origin = Parent(value)
         if value.state is not None:
             self.materialize(value)
         labels: list[Label | None] = [None] * len(shape)
         old = [value.label(d) for d in range(len(value.shape))]
         if not any(label is not None or value.is_open(d) for d, label in enumerate(old)):
             return labels
-        groups = _factor(value.shape, shape)
+        groups = factor(value.shape, shape)
         group_of = {d: group for group in groups for d in group[0]}
         for ins, outs in groups:
             spread = [d for d in ins if value.is_open(d)]
@@ -683,27 +752,3 @@ class Coupler:
 
     def _here(self, dim: int) -> Axis:
         return Axis(self.node.name if self.node is not None else "?", dim)
-
-
-def _factor(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Split two shapes of equal product into the finest groups of dimensions with equal products.
-
-    Dimensions of size 1 are left out.
-    """
-    ins = [d for d, size in enumerate(before) if size != 1]
-    outs = [d for d, size in enumerate(after) if size != 1]
-    groups = []
-    i = j = 0
-    while i < len(ins) and j < len(outs):
-        a, b = [ins[i]], [outs[j]]
-        p, q = before[ins[i]], after[outs[j]]
-        i, j = i + 1, j + 1
-        while p != q:
-            if p < q:
-                a.append(ins[i])
-                p, i = p * before[ins[i]], i + 1
-            else:
-                b.append(outs[j])
-                q, j = q * after[outs[j]], j + 1
-        groups.append((a, b))
-    return groups

@@ -214,6 +214,7 @@ class Equation:
             for size, name in zip(tensor.shape, names, strict=True):
                 if name in sizes and sizes[name] != size:
                     raise self.error(f"gives {name!r} the size {sizes[name]}, but the result has {size}")
+            c.product(operands, names)
             labels, lost = c.unify(operands, names, lambda zeros: False)
             for name, label in zip(names, labels, strict=True):
                 if label is not None and name in self.normalized:

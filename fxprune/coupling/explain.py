@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from ..errors import AxisError
 from .graph import CouplingGraph, Explanation, Link
 from .groups import Group, RowSet
+from .roles import in_module, makes_outputs
 from .units import Axis, Ids
 
 
@@ -91,7 +90,7 @@ def removable(
         raise AxisError(f"removable takes what fxprune.analyze(model, x) gave, got {type(graph).__name__}.")
     parameter, module = _parameter(graph, name)
     if dim is None:
-        dim = _output(graph.captured.program.modules.get(module))
+        dim = _output(graph, parameter, module)
     try:
         explanation = graph.explain(parameter, dim)
     except KeyError as error:
@@ -154,11 +153,16 @@ def _parameter(graph: CouplingGraph, name: Any) -> tuple[str, str]:
     return next((key for key in own if key == f"{name}.weight"), own[0]), name
 
 
-def _output(module: nn.Module | None) -> int:
-    """The axis of a weight that makes the module's outputs."""
-    if isinstance(module, (_ConvTransposeNd, nn.Embedding, nn.EmbeddingBag)):
-        return 1
-    return -1 if isinstance(module, nn.LayerNorm) else 0
+def _output(graph: CouplingGraph, name: str, module: str) -> int:
+    """The axis of a parameter by which its module makes outputs; of those that only follow the last."""
+    tensor = graph.captured.program.tensors[name]
+    state = next((state for state in graph.states.values() if state.tensor is tensor), None)
+    if state is None:
+        return 0
+    uses = [in_module(graph.uses(Axis(state.name, dim)), module) for dim in range(tensor.dim())]
+    made = [dim for dim, own in enumerate(uses) if own and makes_outputs(own)]
+    follows = [dim for dim, own in enumerate(uses) if not own and state.axes[dim] is not None]
+    return made[0] if made else max(follows, default=0)
 
 
 def _kept(indices: tuple[int, ...], movable: np.ndarray, explanation: Explanation) -> tuple[str, ...]:

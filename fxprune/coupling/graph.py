@@ -23,6 +23,7 @@ from .grouping import form_groups
 from .groups import Group, Grouping, RowSet
 from .interpreter import Run, interpret
 from .outputs import beside, fill, fills, holding, short_names
+from .roles import Use
 from .units import Axis, Event, Ids, Label, Rectangle, State, Value
 
 if TYPE_CHECKING:
@@ -373,6 +374,10 @@ class CouplingGraph:
             self._axes = {id(state.tensor): state.axes for state in self._states.values()}
         known = self._axes.get(id(tensor))
         return [None] * tensor.dim() if known is None else known
+
+    def uses(self, axis: Axis) -> tuple[Use, ...]:
+        """The products that use an axis of a parameter or buffer, named as in :attr:`states`."""
+        return tuple(self._run.coupler.uses.by_axis.get(axis, ()))
 
     def classes(self, ids: Ids) -> Ids:
         """The class of each unit."""

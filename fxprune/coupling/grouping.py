@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from .coupler import Coupler
 from .groups import Band, Group, Grouping, Mask, Member, RowSet
 from .head_rows import RowFinder
+from .roles import Uses
 from .units import FIXED, Axis, Event, Ids, Rectangle, State, Units
 
 
@@ -63,7 +64,16 @@ def form_groups(
         return row_sets, finder.events
 
     groups = _collect(
-        bands, signature, order, states, trainable, roots, inexact, coupler.inexact, lambda: find_rows()[0]
+        bands,
+        signature,
+        order,
+        states,
+        trainable,
+        roots,
+        inexact,
+        coupler.inexact,
+        lambda: find_rows()[0],
+        coupler.uses,
     )
     return Grouping(groups, roots, prunable, tuple(events), tuple(open_rectangles), find_rows)
 
@@ -213,6 +223,7 @@ def _collect(
     inexact: Ids,
     reasons: Sequence[Event],
     find_rows: Callable[[], tuple[RowSet, ...]],
+    uses: Uses,
 ) -> tuple[Group, ...]:
     """Join balanced sets that share member axes into groups."""
     together: dict[int, list[Band]] = defaultdict(list)
@@ -252,7 +263,8 @@ def _collect(
                 units = np.where(group_of[classes] == number, position[classes], -1)
                 axis, learnt = Axis(state.name, dim), trainable[state.name]
                 masked = learnt and label.zero
-                found.append(Member(axis, state.tensor, label.over, units, learnt, masked))
+                acts = tuple(uses.by_axis.get(axis, ()))
+                found.append(Member(axis, state.tensor, label.over, units, learnt, masked, acts))
             return tuple(found)
 
         return members

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .roles import Role, Use
 from .units import Axis, Event, Ids, Rectangle
 
 Mask = NDArray[np.bool_]
@@ -32,6 +33,7 @@ class Member:
         trainable: a parameter, not a buffer.
         masked: the masked original holds zeros at removed indices; not in buffers, nor where a weight
             norm divides by the size of what is removed.
+        uses: the products that sum over this axis, or make channels by it; see :class:`~.roles.Use`.
     """
 
     axis: Axis
@@ -40,6 +42,25 @@ class Member:
     units: Ids
     trainable: bool
     masked: bool
+    uses: tuple[Use, ...] = ()
+
+    @property
+    def producing(self) -> tuple[Use, ...]:
+        """The products that make the group's channels by this axis."""
+        return tuple(use for use in self.uses if use.role == "produces")
+
+    @property
+    def consuming(self) -> tuple[Use, ...]:
+        """The products that read the group's channels by this axis; where, see :class:`~.roles.Use`."""
+        return tuple(use for use in self.uses if use.role == "consumes")
+
+    @property
+    def roles(self) -> frozenset[Role]:
+        """What the axis does for the group's channels; a tensor that is used twice may do both.
+
+        An axis of no product *follows*: biases, norms, scales, embeddings of positions.
+        """
+        return frozenset(use.role for use in self.uses) or frozenset(["follows"])
 
     def __repr__(self) -> str:
         shape = tuple(self.tensor.shape)
@@ -90,6 +111,21 @@ class Group:
         """Axes of parameters and buffers that are narrowed with this group, in state-dict order."""
         members: tuple[Member, ...] = self._build(self)
         return members
+
+    @property
+    def producers(self) -> tuple[Member, ...]:
+        """The members that make the group's channels: output axes of weights, features of embeddings."""
+        return tuple(member for member in self.members if "produces" in member.roles)
+
+    @property
+    def consumers(self) -> tuple[Member, ...]:
+        """The members that read them: input axes of weights. ``member.consuming`` says at which nodes::
+
+        for member in group.consumers:
+            for use in member.consuming:
+                print(member.axis, use.at, use.source, use.input)
+        """
+        return tuple(member for member in self.members if "consumes" in member.roles)
 
     def __len__(self) -> int:
         return self.size

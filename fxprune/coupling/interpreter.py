@@ -177,7 +177,7 @@ class _Interpreter(TorchDispatchMode):
             out = self._shapes_only(func, args, kwargs)
         self._calls += 1
         coupler = self.coupler
-        coupler.operator = _name(func)
+        coupler.begin(_name(func), args)
         if rule is None:
             self._unknown(func, args, kwargs)
         else:
@@ -260,6 +260,7 @@ class _Interpreter(TorchDispatchMode):
                 kwargs = map_arg(node.kwargs, env.__getitem__)
                 self._numbers, self._calls = [], 0
                 self._literal = node.op != "call_module"  # sizes may stand in the call
+                self.coupler.uses.call = args, kwargs
                 if node not in self._interior:
                     self._shuffle(node, env)
                 try:
@@ -430,7 +431,7 @@ class _Interpreter(TorchDispatchMode):
                 raise
         if result is None and leaf.outputs is not None:
             result = leaf.outputs(module, args, kwargs)
-        self.coupler.operator = type(original).__qualname__
+        self.coupler.begin(type(original).__qualname__)
         leaf.couple(self.coupler, module, args, kwargs, result)
         return result
 

@@ -220,6 +220,24 @@ class State:
         self.trainable = isinstance(self.tensor, torch.nn.Parameter)
 
 
+class Parent(NamedTuple):
+    """What a value was computed from.
+
+    Attributes:
+        value: the other value.
+        dims: for each dimension of the value the one of the other, -1 for a new one; None after a row-major
+            reshape.
+        part: ``(dim, start, stop)`` where only these indices of a dimension of the other were taken;
+            ``(dim, -1, -1)`` where they are no block.
+        same: the entries are those of the other, in another arrangement.
+    """
+
+    value: Value
+    dims: Sequence[int] | None = None
+    part: tuple[int, int, int] | None = None
+    same: bool = True
+
+
 @dataclass(slots=True, eq=False)
 class Value:
     """What is known of a tensor on a graph edge.
@@ -238,6 +256,15 @@ class Value:
     on_use: Sequence[tuple[list[Event], Event]] = ()
     """Events that count as soon as an operator reads the value, with the list that they go to: an average
     over heads that nobody looks at costs nothing."""
+    parents: Sequence[Parent] = ()
+    """What it was computed from, as far as a product may have to know (see :mod:`.roles`)."""
+    derived: bool = False
+    """It was computed from parameters, buffers and constants alone."""
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it does not depend on the inputs."""
+        return self.derived or self.state is not None
 
     def label(self, dim: int) -> Label | None:
         if self.state is None:

@@ -11,12 +11,12 @@ from typing import Any
 from torch import nn
 
 from ..coupling.graph import CouplingGraph
+from ..coupling.roles import in_module, makes_outputs
+from ..coupling.units import Axis
 from ..errors import RatioError, SelectionError
 
 Pattern = str | type[nn.Module]
 """A name with ``*``, ``?`` as in a shell, or a module type."""
-
-_INPUTS_FIRST = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag)
 
 
 class Names:
@@ -46,19 +46,14 @@ class Names:
             for member in group.members:
                 for name in aliases[id(member.tensor)]:
                     self._by_name[f"{name}[{member.axis.dim}]"].add(group.name)
-                    if member.trainable and self._is_output(name, member.axis.dim):
+                    if member.trainable and self._is_output(name, member.axis):
                         for part in (name, *_ancestors(name)):
                             self._by_name[part].add(group.name)
         self._names = sorted(known | set(self._by_name))
 
-    def _is_output(self, name: str, dim: int) -> bool:
-        """Whether a parameter's axis is an output of the layer; all axes are where there is no layer."""
-        module = self._modules.get(name.rpartition(".")[0])
-        if not any(
-            cls.__module__.startswith("torch.nn.") and cls is not nn.Module for cls in type(module).mro()
-        ):
-            return True
-        return dim == (1 if isinstance(module, _INPUTS_FIRST) else 0)
+    def _is_output(self, name: str, axis: Axis) -> bool:
+        """Whether an axis of a parameter, under one of its names, is an output of the layer."""
+        return makes_outputs(in_module(self._graph.uses(axis), name.rpartition(".")[0]))
 
     def narrowed(self, pattern: Any, what: str, ratio: float) -> set[str]:
         """As :meth:`groups`, for a ``ratio`` that their units are to lose.
@@ -72,7 +67,7 @@ class Names:
             frozen = [
                 f
                 for f in self._graph.frozen
-                if self._is_output(*f.axis) and self._means(pattern, f.axis.name)
+                if self._is_output(f.axis.name, f.axis) and self._means(pattern, f.axis.name)
             ]
             because = f" {frozen[0]}." if frozen else ""
             raise RatioError(

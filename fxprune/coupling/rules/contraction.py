@@ -24,7 +24,19 @@ def _contract(
     out: torch.Tensor,
     zero: ZeroRule = any,
 ) -> None:
-    """Unify; a contracted index at which no operand is zero when masked makes the result inexact."""
+    """A product of operands whose dimensions have index names, summed over those that the result lacks."""
+    c.product(operands, result)
+    _unify(c, operands, result, out, zero)
+
+
+def _unify(
+    c: Coupler,
+    operands: Sequence[tuple[Value, Sequence[Any]]],
+    result: Sequence[Any],
+    out: torch.Tensor,
+    zero: ZeroRule,
+) -> None:
+    """A contracted index at which no operand is zero when masked makes the result inexact."""
     labels, gone = c.unify(operands, result, zero)
     for label, zeroed in gone.values():
         if not zeroed:
@@ -106,12 +118,15 @@ def convolve(
     through: dict[int, Label],
 ) -> None:
     """The channels of a convolution; along the dimensions in ``through`` nothing is mixed."""
+    space = [("space", d) for d in range(2, out.dim())]
+    kernel = [("kernel", d) for d in range(2, len(weight.shape))]
+    channels = "co" if transposed else "oc"
+    c.product([(x, ["n", "c", *space]), (weight, [*channels, *kernel])], ["n", "o", *space])
     for dim in range(2, len(x.shape)):
         if dim not in through:
             c.freeze_dim(x, dim, "spatial axis of a convolution")
         if weight.state is None or not weight.is_open(dim):
             c.freeze_dim(weight, dim, "kernel axis of a convolution")
-    space = [("space", d) for d in range(2, out.dim())]
     into, outof = (0, 1) if transposed else (1, 0)
     if groups == 1:
         names = ["o", "c"]
@@ -127,7 +142,7 @@ def convolve(
         if bias is not None:
             operands.insert(0, (bias, "o"))
             zero = _biased
-        _contract(c, operands, ["n", "o", *space], out, zero)
+        _unify(c, operands, ["n", "o", *space], out, zero)
         for dim, label in through.items():
             c.value(out).labels[dim] = label if bias is None else replace(label, zero=False)
         return
@@ -187,6 +202,8 @@ def _grouped(
     else:
         ids, axis = channels.ids.reshape(groups, n_in), channels.axis
         if single:
+            c.produces(weight, 0)
+            c.consumes(weight, 0, x, 1)
             c.merge(ids[:, :1], ids, axis, axis)
             rows = ids[:, 0]
         else:
@@ -264,6 +281,7 @@ def _open_cells(
 def embedding(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     """``weight: (entries, features)``: entries are looked up by number, features pass on."""
     weight, index = c.value(args[0]), c.value(args[1])
+    c.produces(weight, 1)
     c.freeze_dim(weight, 0, "entries of an embedding are looked up by number")
     c.freeze_value(index, "used as an index")
     names = list(range(len(index.shape)))
@@ -275,6 +293,7 @@ def embedding(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None
 def embedding_bag(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
     """``weight: (entries, features)``: the looked-up entries of each bag are joined, ``(bags, features)``."""
     weight = c.value(args[0])
+    c.produces(weight, 1)
     c.freeze_dim(weight, 0, "entries of an embedding are looked up by number")
     scales = args[6] if len(args) > 6 else None
     for tensor in (args[1], args[2], scales):

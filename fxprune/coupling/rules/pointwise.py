@@ -57,7 +57,7 @@ def pointwise(c: Coupler, args: tuple[Any, ...], kwargs: dict[str, Any], out: An
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
     values = [c.value(tensor) for tensor in tensors]
     zero = _zero_rule(c.operator, args)
-    if len(values) == 1 and values[0].state is None and len(values[0].shape) == rank:
+    if len(values) == 1 and not values[0].fixed and len(values[0].shape) == rank:
         _alone(c, values[0], zero, results)
         return
     operands = [(value, range(rank - len(value.shape), rank)) for value in values]
