@@ -12,6 +12,7 @@ from .measure import Count, count
 from .module_registry import Registration
 from .planning.budget import Budget
 from .planning.plan import PruningPlan
+from .saving import load, save
 from .verify import Verdict, verify
 
 __version__ = "0.1.0"
@@ -31,12 +32,14 @@ __all__ = [
     "analyze",
     "count",
     "functional",
+    "load",
     "plan",
     "prune",
     "register_module",
     "register_rule",
     "regularize",
     "removable",
+    "save",
     "schedule",
     "unregister",
     "verify",

@@ -20,6 +20,7 @@ from .coupling.outputs import fill, hold_zeros
 from .errors import CaptureError, PlanError, RewriteError, SelectionError
 from .importance import Importance, describe, score
 from .inputs import describe_inputs, in_dtype_of, normalize, restore_inputs
+from .origins import remember
 from .passes import Rewritten, rewrite
 from .planning.budget import Budget
 from .planning.latency import Meter
@@ -237,7 +238,9 @@ def prune(
     selection = Selection.checked(
         ratio, where, scope, ratios, scopes, max_ratio, keep, round_to, budget, heads
     )
-    return _finish(*_plan(model, example_inputs, selection, importance, seed, free_outputs, fill_outputs))
+    return _finish(
+        model, *_plan(model, example_inputs, selection, importance, seed, free_outputs, fill_outputs)
+    )
 
 
 @_stage
@@ -250,7 +253,7 @@ def apply(made: PruningPlan, model: nn.Module) -> nn.Module:
             f"the plan cannot be carried out: node {first.node}: {first.reason}. If it was edited, see that "
             f"all rows of a balanced set lose equally many units; otherwise plan again for this model."
         )
-    return _finish(made, rewritten)
+    return _finish(model, made, rewritten)
 
 
 def graph_for(made: PruningPlan, model: nn.Module) -> CouplingGraph:
@@ -393,11 +396,9 @@ def _function(graph: CouplingGraph, name: str) -> str | None:
     return function_name(node.target) if node is not None and node.op == "call_function" else None
 
 
-def _finish(made: PruningPlan, rewritten: Rewritten) -> nn.Module:
+def _finish(model: nn.Module, made: PruningPlan, rewritten: Rewritten) -> nn.Module:
     module = rewritten.materialize()
-    meta = getattr(module, "meta", {})
-    if isinstance(meta, dict):  # else a model that was pruned by regions uses the name itself
-        module.meta = {**meta, "fxprune": made}  # type: ignore[assignment]
+    remember(module, model, [made])
     return module
 
 

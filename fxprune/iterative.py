@@ -23,6 +23,7 @@ from .coupling.groups import Group
 from .coupling.units import Label
 from .errors import BudgetError, PlanError, RatioError
 from .importance import Importance, score
+from .origins import remember
 from .passes import Narrowing, rewrite
 from .passes.parameters import narrow, surviving
 from .planning.budget import Budget
@@ -178,6 +179,7 @@ def _steps(
             total = replace(total, settings={**total.settings, "importance": wider.settings["importance"]})
             made = since(total, wider, model, current)
         step = Step(number, share, made.apply(current), current, made, total)
+        remember(step.model, model, [total])
         shapes = _shapes(step.model)
         yield step
         current = step.model

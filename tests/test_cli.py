@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_model, save_file, save_model
+from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 import fxprune
@@ -28,6 +27,7 @@ from fxprune.errors import (
     VerificationError,
 )
 from fxprune.files import load_checkpoint
+from fxprune.saving import plans_in
 
 NETS = """
     import torch
@@ -512,11 +512,9 @@ class TestEndToEnd:
         assert [p.name for p in folder.iterdir()] == ["nets.py"]
         assert main([*argv, "--out", "half.safetensors"]) == 0
         assert "[3x8x8, 3x6x9]: random" in capsys.readouterr().err
-        with safe_open("half.safetensors", "pt") as file:
-            plan = fxprune.PruningPlan.from_json(file.metadata()["fxprune"])
         loaded = load("nets:Detector", shapes=[[(3, 8, 8), (3, 6, 9)]])
-        pruned = plan.apply(load("nets:Detector", shapes=[(1,)], seed=7).model)
-        load_model(pruned, "half.safetensors")
+        pruned = fxprune.load(load("nets:Detector", shapes=[(1,)], seed=7).model, "half.safetensors")
+        (plan,) = plans_in(Path("half.safetensors"))[1]
         for got, wanted in zip(pruned(*loaded.inputs), plan.apply(loaded.model)(*loaded.inputs), strict=True):
             assert torch.equal(got, wanted)
 

@@ -1,4 +1,4 @@
-"""Writing a network as ``.pt2``, or its weights and the plan as ``.safetensors``.
+"""Writing a network as ``.pt2``.
 
 Checked before the work starts, and never half written.
 """
@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
@@ -20,13 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .. import files
 from ..errors import OutputError
 from ..files import first_line
-from ..planning.plan import PruningPlan
 
-__all__ = ["METADATA", "Exported", "check_whole", "export", "write", "write_weights"]
-
-METADATA = "fxprune"
-"""Key under which a ``.safetensors`` file holds the plan."""
-
+__all__ = ["Exported", "check_whole", "export", "write"]
 
 @dataclass(frozen=True)
 class Exported:
@@ -93,32 +86,6 @@ def write(exported: Exported, path: Path) -> int:
     def save(draft: Path) -> None:
         torch.export.save(exported.program, draft)
         torch.export.load(draft)
-
-    return files.write(path, save)
-
-
-def write_weights(model: nn.Module, plan: PruningPlan, path: Path) -> int:
-    """Save the state dict of a pruned model and its plan as a ``.safetensors`` file.
-
-    A tied tensor is written once, under its first name. The plan is JSON, in the file's metadata under
-    :data:`METADATA`; applied to the original model, it makes one that the weights fit.
-
-    Returns:
-        The size of the file in bytes.
-
-    Raises:
-        OutputError: writing or reading back fails; ``path`` is as it was before.
-    """
-    first: dict[int, str] = {}
-    state = model.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        first.setdefault(id(tensor), name)
-    tensors = {name: state[name].detach().contiguous() for name in first.values()}
-
-    def save(draft: Path) -> None:
-        save_file(tensors, draft, metadata={METADATA: plan.to_json()})
-        with safe_open(draft, "pt") as file:
-            PruningPlan.from_json(file.metadata()[METADATA])
 
     return files.write(path, save)
 

@@ -22,7 +22,7 @@ from ..files import check_output
 from ..importance import BUILT_IN
 from ..inputs import normalize
 from ..measure import Count, count, measure_latency
-from .export import check_whole, export, write, write_weights
+from .export import check_whole, export, write
 from .loading import add_source, fill_outputs, load_source
 
 if TYPE_CHECKING:
@@ -56,11 +56,7 @@ examples:
 In Python, the files are used with:
   model = torch.export.load("resnet18-half.pt2").module()
 
-  from safetensors import safe_open; from safetensors.torch import load_model
-  with safe_open("narrow.safetensors", "pt") as file:
-      plan = fxprune.PruningPlan.from_json(file.metadata()["fxprune"])
-  model = plan.apply(original)  # any copy of the model that was pruned
-  load_model(model, "narrow.safetensors")
+  model = fxprune.load(original, "narrow.safetensors")  # original: the class, or a function that makes it
 
 exit codes: 0 done, 2 an error (one line says which), 130 interrupted"""
 
@@ -247,7 +243,7 @@ def run(options: argparse.Namespace) -> int:
             say("measured, in turns")
     if options.out is not None and options.out.suffix == ".safetensors":
         with progress.step("write") as say:
-            say(f"{options.out}, {_bytes(write_weights(pruned, plan, options.out))}, weights and plan")
+            say(f"{options.out}, {_bytes(fxprune.save(pruned, options.out, plan))}, weights and plan")
     elif options.out is not None:
         with progress.step("export") as say, _quiet(not options.debug):
             exported = export(pruned, args, kwargs)
