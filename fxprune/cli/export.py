@@ -21,6 +21,7 @@ from ..files import first_line
 
 __all__ = ["Exported", "check_whole", "export", "write"]
 
+
 @dataclass(frozen=True)
 class Exported:
     """An exported program.
