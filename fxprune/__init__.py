@@ -12,6 +12,7 @@ from .measure import Count, count
 from .module_registry import Registration
 from .planning.budget import Budget
 from .planning.plan import PruningPlan
+from .planning.selection import Selection
 from .saving import load, save
 from .verify import Verdict, verify
 
@@ -26,6 +27,7 @@ __all__ = [
     "PruningPlan",
     "Registration",
     "Removal",
+    "Selection",
     "Step",
     "Verdict",
     "VerificationError",

@@ -15,25 +15,22 @@ from .capture import Captured, capture
 from .capture.dynamo import named_inputs, takes_tensors
 from .capture.symbolic import function_name
 from .coupling.graph import CouplingGraph
-from .coupling.groups import Group
 from .coupling.outputs import fill, hold_zeros
 from .errors import CaptureError, PlanError, RewriteError, SelectionError
-from .importance import Importance, describe, score
+from .importance import score
 from .inputs import describe_inputs, in_dtype_of, normalize, restore_inputs
 from .origins import remember
 from .passes import Rewritten, rewrite
 from .planning.budget import Budget
 from .planning.latency import Meter
-from .planning.patterns import Pattern, nearest
+from .planning.patterns import nearest
 from .planning.plan import Problem, PruningPlan
 from .planning.plan_diff import architectures, listed
-from .planning.selection import Scope, Selection, select
+from .planning.select import select
+from .planning.selection import AUTO, Selection, output_names, takes_selection
 from .planning.validate import check_balance, problems
 
 _ATTEMPTS = 100
-
-_AUTO = "auto"
-"""Stands for all outputs that keep several layers wide, in ``fill_outputs`` for those beside the result."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -66,7 +63,7 @@ def analyze(
     example_inputs: Any,
     *,
     free_outputs: str | Sequence[str] = (),
-    fill_outputs: str | Sequence[str] = _AUTO,
+    fill_outputs: str | Sequence[str] = AUTO,
 ) -> CouplingGraph:
     """Find out what can be removed from ``model`` together, and what cannot be removed.
 
@@ -90,21 +87,11 @@ def analyze(
         ExampleInputsError: if the inputs do not fit it.
         SelectionError: if the model has no such output; names the nearest.
     """
-    free, zeros = _output_names("free_outputs", free_outputs), _output_names("fill_outputs", fill_outputs)
-    named = (tuple(name for name in names if name != _AUTO) for names in (free, zeros))
+    free, zeros = output_names("free_outputs", free_outputs), output_names("fill_outputs", fill_outputs)
+    named = (tuple(name for name in names if name != AUTO) for names in (free, zeros))
     graph = _analyze(model, *normalize(example_inputs), frozenset(), None, *named)
-    graph = graph.freed() if _AUTO in free else graph
-    return graph.filled() if _AUTO in zeros else graph
-
-
-def _output_names(option: str, given: Any) -> tuple[str, ...]:
-    names = (given,) if isinstance(given, str) else given
-    if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(n, str) for n in names):
-        raise SelectionError(
-            f"{option} takes names of outputs (encoder_last_hidden_state, hidden_states.*), {_AUTO!r} or (), "
-            f"got {given!r}"
-        )
-    return tuple(names) if not isinstance(names, (set, frozenset)) else tuple(sorted(names))
+    graph = graph.freed() if AUTO in free else graph
+    return graph.filled() if AUTO in zeros else graph
 
 
 def _analyze(
@@ -144,103 +131,36 @@ def _analyze(
     return graph
 
 
+@takes_selection(Selection)
 @_stage
-def plan(
-    model: nn.Module,
-    example_inputs: Any,
-    ratio: float | None = None,
-    importance: Importance = "l2",
-    where: Callable[[Group], bool] | None = None,
-    seed: int = 0,
-    *,
-    scope: Scope = "local",
-    ratios: Mapping[Pattern, float] | None = None,
-    scopes: Mapping[Pattern | tuple[Pattern, ...], float] | None = None,
-    max_ratio: float = 1.0,
-    keep: Pattern | Sequence[Pattern] = (),
-    round_to: int | Mapping[Pattern, int] | None = None,
-    budget: Budget | None = None,
-    heads: float = 0.0,
-    free_outputs: str | Sequence[str] = (),
-    fill_outputs: str | Sequence[str] = _AUTO,
-) -> PruningPlan:
+def plan(model: nn.Module, example_inputs: Any, selection: Selection) -> PruningPlan:
     """Decide what to remove. The same arguments give the same plan.
 
-    Layers are named as in ``model.named_modules()``: ``"layer1.0.conv1"``, ``"layer1"`` for all in it,
-    ``"layer*.conv1"``, or by type, ``nn.Conv2d``. What is meant is what the layer puts out; the inputs of
-    a layer are the outputs of others (``"fc.weight[1]"`` names that very axis).
+        plan = fxprune.plan(model, x, 0.5, "l1", scope="global")
+        plan = fxprune.plan(model, x, fxprune.Selection(0.5, "l1", scope="global"))  # the same
 
     Args:
         model: the model to prune; it is not changed.
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
-        ratio: share of units to remove, ``0 <= ratio < 1``; 0.5 unless a budget is given. Every row of
-            units keeps one.
-        importance: ``"l1"``, ``"l2"``, ``"random"`` or another name in ``fxprune.importance.BUILT_IN``; a
-            criterion, ``fxprune.importance.Taylor(loss, data)`` say; or a function ``group -> scores`` that
-            returns one number for each of ``group.size`` units. The lowest go first.
-        where: only groups for which this is true are narrowed, ``lambda group: group.exact`` say.
-        seed: for criteria with something random.
-        scope: what loses ``ratio`` of its units: ``"local"`` every group, ``"global"`` all groups ranked
-            together, ``"isomorphic"`` the groups of the same structure ranked together (Fang et al., ECCV
-            2024, https://arxiv.org/abs/2407.04616). Ranking compares scores between groups.
-        ratios: ratios of single layers, ``{"layer1": 0.3, nn.Linear: 0.2}``. Where several apply, the
-            last counts.
-        scopes: layers that are ranked together, and the ratio of their units to remove,
-            ``{("layer1", "layer2"): 0.3, "layer3": 0.6}``. ``ratios`` takes precedence.
-        max_ratio: largest share that is removed from any row.
-        keep: layers that stay as wide as they are.
-        round_to: what the units left in each row are a multiple of, as near as can be; one number, or one
-            by layer. Where rows are shorter than that, their sum is. What cannot be rounded stays whole.
-            8 if the budget has a latency, else 1.
-        budget: what may be left, in place of ``ratio``: ``Budget(macs=0.5)``.
-        heads: share of whole rows to remove: of the heads of every attention, of the groups of every grouped
-            convolution or group norm, ``0 <= heads < 1``; those with the lowest sum of scores go. The rows
-            that remain are narrowed as all else; ``ratio=0, heads=0.25`` removes heads only.
-        free_outputs: as for :func:`analyze`.
-        fill_outputs: as for :func:`analyze`.
+        selection: a :class:`Selection`, or its arguments in place of it.
 
     Raises:
         RatioError, SelectionError, BudgetError, ImportanceError, CaptureError, ExampleInputsError: for
             bad arguments; names the nearest valid choice.
     """
-    selection = Selection.checked(
-        ratio, where, scope, ratios, scopes, max_ratio, keep, round_to, budget, heads
-    )
-    return _plan(model, example_inputs, selection, importance, seed, free_outputs, fill_outputs)[0]
+    return _plan(model, example_inputs, selection)[0]
 
 
+@takes_selection(Selection)
 @_stage
-def prune(
-    model: nn.Module,
-    example_inputs: Any,
-    ratio: float | None = None,
-    importance: Importance = "l2",
-    where: Callable[[Group], bool] | None = None,
-    seed: int = 0,
-    *,
-    scope: Scope = "local",
-    ratios: Mapping[Pattern, float] | None = None,
-    scopes: Mapping[Pattern | tuple[Pattern, ...], float] | None = None,
-    max_ratio: float = 1.0,
-    keep: Pattern | Sequence[Pattern] = (),
-    round_to: int | Mapping[Pattern, int] | None = None,
-    budget: Budget | None = None,
-    heads: float = 0.0,
-    free_outputs: str | Sequence[str] = (),
-    fill_outputs: str | Sequence[str] = _AUTO,
-) -> nn.Module:
+def prune(model: nn.Module, example_inputs: Any, selection: Selection) -> nn.Module:
     """A narrower copy of ``model``; arguments as for :func:`plan`.
 
     It is a ``torch.fx.GraphModule`` where the model could be captured as a whole. Where only parts of it
     could, it is a module of the model's own type, in which those parts run as graphs. Either way the
     result's ``meta["fxprune"]`` holds the :class:`~fxprune.planning.plan.PruningPlan`.
     """
-    selection = Selection.checked(
-        ratio, where, scope, ratios, scopes, max_ratio, keep, round_to, budget, heads
-    )
-    return _finish(
-        model, *_plan(model, example_inputs, selection, importance, seed, free_outputs, fill_outputs)
-    )
+    return _finish(model, *_plan(model, example_inputs, selection))
 
 
 @_stage
@@ -300,12 +220,11 @@ def _plan(
     model: nn.Module,
     example_inputs: Any,
     selection: Selection,
-    importance: Importance,
-    seed: int,
-    free_outputs: str | Sequence[str],
-    fill_outputs: str | Sequence[str],
 ) -> tuple[PruningPlan, Rewritten]:
-    graph = analyze(model, example_inputs, free_outputs=free_outputs, fill_outputs=fill_outputs)
+    importance, seed = selection.importance, selection.seed
+    graph = analyze(
+        model, example_inputs, free_outputs=selection.free_outputs, fill_outputs=selection.fill_outputs
+    )
     args, kwargs = normalize(example_inputs)
     dissolved: frozenset[str] = frozenset()
     notes = []
@@ -365,8 +284,6 @@ def _plan(
             **selection.settings(),
             **({"left": dict(selected.left)} if selected.left else {}),
             **({"measured": meter.measured} if meter is not None else {}),
-            "importance": describe(importance),
-            "seed": seed,
         },
     )
     return made, rewritten

@@ -8,7 +8,7 @@ plan is refused.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from .passes import Narrowing, rewrite
 from .passes.parameters import narrow, surviving
 from .planning.budget import Budget
 from .planning.plan import PruningPlan
-from .planning.selection import check_ratio
+from .planning.selection import Selection
 
 Curve = Callable[[float], float]
 """From the progress, ``0 < t <= 1``, to the share of the final ratio that is gone then; 1 at ``t = 1``."""
@@ -75,7 +75,7 @@ class Step:
 def schedule(
     model: nn.Module,
     example_inputs: Any,
-    ratio: float | None = None,
+    ratio: float | Selection | None = None,
     steps: int = 5,
     curve: str | Curve = "linear",
     importance: Importance = "l2",
@@ -96,23 +96,26 @@ def schedule(
     Args:
         model: the original; it is not changed.
         example_inputs: as for :func:`fxprune.plan`.
-        ratio: share of units to remove in the end; 0.5 unless a budget is given.
+        ratio: share of units to remove in the end; 0.5 unless a budget is given. Or a
+            :class:`fxprune.Selection`, which is what is to be gone in the end.
         steps: number of steps.
         curve: how much is gone when: ``"linear"``, ``"cubic"`` (the same as ``"agp"``), or a function from
             the progress ``number / steps`` to the share of ``ratio``, such as ``fxprune.iterative.agp(0.2)``.
         importance: as for :func:`fxprune.plan`; evaluated on the current network in each step.
         seed: as for :func:`fxprune.plan`.
-        options: further arguments of :func:`fxprune.plan`.
+        options: further arguments of :class:`fxprune.Selection`.
 
     Raises:
         RatioError: for an unknown curve, or one that falls or ends elsewhere than at 1.
         BudgetError: for a budget of amounts; give shares.
         PlanError: if the network that a step was given to train has come back with other shapes.
     """
-    if ratio is None and options.get("budget") is None:
-        ratio = 0.5
-    goals = [(share, _partly(share, ratio, options)) for share in _shares(steps, curve)]
-    return _steps(model, example_inputs, goals, importance, seed)
+    if isinstance(ratio, Selection):
+        selection = ratio
+    else:
+        selection = Selection(ratio, importance, seed=seed, **options)
+    goals = [(share, _partly(share, selection)) for share in _shares(steps, curve)]
+    return _steps(model, example_inputs, goals)
 
 
 def _shares(steps: Any, curve: Any) -> list[float]:
@@ -138,44 +141,43 @@ def _shares(steps: Any, curve: Any) -> list[float]:
     return [*shares[:-1], 1.0]
 
 
-def _partly(share: float, ratio: float | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of :func:`fxprune.plan` for a part of the way."""
-    new = dict(options)
-    for name, part in {"ratio": ratio, "heads": new.get("heads")}.items():
-        if part is not None:
-            new[name] = share * check_ratio(part, name)
-    for name in ("ratios", "scopes"):
-        if isinstance(new.get(name), Mapping):
-            new[name] = {
-                key: share * check_ratio(part, f"{name}[{key!r}]") for key, part in new[name].items()
-            }
-    budget = new.get("budget")
-    if isinstance(budget, Budget) and share < 1:
-        parts = budget.settings()
-        amounts = [name for name, part in parts.items() if part > 1 or name == "size_mb"]
-        if amounts:
-            raise BudgetError(
-                f"a schedule needs the shares to keep, to go there step by step; {amounts[0]} = "
-                f"{parts[amounts[0]]:g} is an amount."
-            )
-        new["budget"] = replace(budget, **{name: 1 - share * (1 - part) for name, part in parts.items()})
-    return new
+def _partly(share: float, selection: Selection) -> Selection:
+    """The selection for a part of the way."""
+    return replace(
+        selection,
+        ratio=None if selection.ratio is None else share * selection.ratio,
+        heads=share * selection.heads,
+        ratios={key: share * part for key, part in selection.ratios.items()},
+        scopes={key: share * part for key, part in selection.scopes.items()},
+        budget=None if selection.budget is None else _part_of(share, selection.budget),
+    )
+
+
+def _part_of(share: float, budget: Budget) -> Budget:
+    if share >= 1:
+        return budget
+    parts = budget.settings()
+    amounts = [name for name, part in parts.items() if part > 1 or name == "size_mb"]
+    if amounts:
+        raise BudgetError(
+            f"a schedule needs the shares to keep, to go there step by step; {amounts[0]} = "
+            f"{parts[amounts[0]]:g} is an amount."
+        )
+    return replace(budget, **{name: 1 - share * (1 - part) for name, part in parts.items()})
 
 
 def _steps(
     model: nn.Module,
     example_inputs: Any,
-    goals: list[tuple[float, dict[str, Any]]],
-    importance: Importance,
-    seed: int,
+    goals: list[tuple[float, Selection]],
 ) -> Iterator[Step]:
     current, total = model, None
     for number, (share, goal) in enumerate(goals, 1):
         if total is None:
-            total = made = plan(model, example_inputs, importance=importance, seed=seed, **goal)
+            total = made = plan(model, example_inputs, goal)
         else:
-            carried = _carried(total, model, current, example_inputs, importance, seed)
-            wider, total = total, plan(model, example_inputs, importance=carried, seed=seed, **goal)
+            carried = _carried(total, model, current, example_inputs, goal.importance, goal.seed)
+            wider, total = total, plan(model, example_inputs, replace(goal, importance=carried))
             total = replace(total, settings={**total.settings, "importance": wider.settings["importance"]})
             made = since(total, wider, model, current)
         step = Step(number, share, made.apply(current), current, made, total)

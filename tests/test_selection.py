@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -337,7 +339,7 @@ def test_edits_of_unknown_groups_name_the_nearest(model: nn.Module) -> None:
         with pytest.raises(PlanError, match=r"'stem.weight'.*'stem.weight\[0\]'"):
             edit()
     with pytest.raises(PlanError, match=r"are a list, \[3\] say; got 3"):
-        plan.with_removed({STREAM: 3})  # type: ignore[dict-item]
+        plan.with_removed({STREAM: 3})
 
 
 # -- wrong arguments ----------------------------------------------------------------------------------
@@ -382,3 +384,40 @@ def test_wrong_arguments(
 ) -> None:
     with pytest.raises(error, match=says):
         function(model, IMAGE, **arguments)
+
+
+# -- the object ------------------------------------------------------------------------------------
+
+
+def test_a_selection_is_what_the_keywords_make(model: nn.Module) -> None:
+    selection = fxprune.Selection(0.4, "l1", scope="global", keep=nn.ConvTranspose2d, max_ratio=0.8)
+    plan = fxprune.plan(model, IMAGE, selection)
+    keywords: dict[str, Any] = {"scope": "global", "keep": nn.ConvTranspose2d, "max_ratio": 0.8}
+    assert plan == fxprune.plan(model, IMAGE, 0.4, "l1", **keywords)
+    assert plan == fxprune.plan(model, IMAGE, selection=selection)
+    assert plan.settings["scope"] == "global"
+    narrow = fxprune.prune(model, IMAGE, replace(selection, ratio=0.2))
+    assert narrow.meta["fxprune"] == fxprune.plan(model, IMAGE, ratio=0.2, importance="l1", **keywords)
+
+
+def test_all_arguments_are_those_of_the_selection() -> None:
+    stated = list(inspect.signature(fxprune.Selection).parameters)
+    for function in (fxprune.plan, fxprune.prune):
+        assert list(inspect.signature(function).parameters) == ["model", "example_inputs", *stated]
+    described = fxprune.Selection.__doc__ or ""
+    assert [name for name in stated if f"        {name}: " not in described] == []
+
+
+def test_a_selection_is_checked_when_it_is_made() -> None:
+    with pytest.raises(RatioError, match="For 50 %"):
+        fxprune.Selection(50)
+    with pytest.raises(SelectionError, match="did you mean 'global'"):
+        fxprune.Selection(scope="globl")
+    with pytest.raises(BudgetError, match="contradict"):
+        fxprune.Selection(0.5, budget=fxprune.Budget(macs=0.5))
+    with pytest.raises(SelectionError, match="stands alone"):
+        fxprune.plan(Two(), FLAT, fxprune.Selection(), scope="global")
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        fxprune.plan(Two(), FLAT, rato=0.5)
+    assert fxprune.Selection(budget=fxprune.Budget(latency=0.5)).round_to == 8
+    assert fxprune.Selection(budget=fxprune.Budget(macs=0.5)).ratio is None

@@ -71,7 +71,7 @@ class Names:
             ]
             because = f" {frozen[0]}." if frozen else ""
             raise RatioError(
-                f"{what}[{_text(pattern)}] = {ratio:g} cannot be met: nothing that it means can be "
+                f"{what}[{_quoted(pattern)}] = {ratio:g} cannot be met: nothing that it means can be "
                 f"narrowed.{because}"
             )
         return found
@@ -114,8 +114,15 @@ class Names:
         return found.union(*(self._by_name.get(name, ()) for name in names))
 
 
-def _text(pattern: Any) -> str:
-    return repr(pattern) if isinstance(pattern, str) else getattr(pattern, "__name__", repr(pattern))
+def spelled(pattern: Any) -> str:
+    """A pattern, or several, as plain text: names as they are, module types by their names."""
+    if isinstance(pattern, tuple):
+        return ", ".join(map(spelled, pattern))
+    return pattern if isinstance(pattern, str) else getattr(pattern, "__name__", repr(pattern))
+
+
+def _quoted(pattern: Any) -> str:
+    return repr(pattern) if isinstance(pattern, str) else spelled(pattern)
 
 
 def _ancestors(name: str) -> Iterator[str]:
