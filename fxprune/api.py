@@ -264,7 +264,12 @@ def _plan(
         graph = graph.hold(_around(graph, first.node))
     else:
         raise RewriteError(f"the graph could not be rewritten at node {first.node}: {first.reason}.")
-    said = [*selected.notes, *dict.fromkeys(notes), meter.note if meter is not None else ""]
+    said = [
+        *graph.captured.program.notes,
+        *selected.notes,
+        *dict.fromkeys(notes),
+        meter.note if meter is not None else "",
+    ]
     filled = graph.fill_outputs.items()
     zeros = [name for name, node in filled if rewritten.narrowing.changed(node.args[0])]
     said += [hold_zeros(zeros), graph.advice]

@@ -59,6 +59,12 @@ def keep(kept: Tensor, value: Tensor) -> None:
     kept.copy_(value)
 
 
+@has_side_effect
+def assign(tensor: Tensor, value: Tensor) -> None:
+    """``tensor.data = value``, as a forward does that merges branches or averages weights."""
+    tensor.data = value
+
+
 class Unpack(nn.Module):
     """The tensors inside of one nested input, which must be built as it was when the model was captured."""
 

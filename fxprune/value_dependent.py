@@ -19,6 +19,9 @@ from torch.nn import functional as F
 from torch.nn.utils import rnn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .errors import CaptureError
+from .nn import assign
+
 
 def _pack(
     input: Tensor, lengths: Any, batch_first: bool = False, enforce_sorted: bool = True
@@ -47,7 +50,21 @@ def _pad(
     return (padded.transpose(0, 1) if batch_first else padded), lengths
 
 
-ON_SHAPES: dict[Any, Callable[..., Any]] = {rnn.pack_padded_sequence: _pack, rnn.pad_packed_sequence: _pad}
+def _assigned(tensor: Tensor, value: Tensor) -> None:
+    """What is assigned stands where the tensor stood, index by index."""
+    if tensor.shape != value.shape:
+        raise CaptureError(
+            f"forward puts a tensor of shape {tuple(value.shape)} into .data of one of shape "
+            f"{tuple(tensor.shape)}"
+        )
+    tensor.copy_(value)
+
+
+ON_SHAPES: dict[Any, Callable[..., Any]] = {
+    rnn.pack_padded_sequence: _pack,
+    rnn.pad_packed_sequence: _pad,
+    assign: _assigned,
+}
 """What to call in place of these functions where only shapes are known."""
 
 

@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from ..program import named_modules
+from .twin import holds
 
 Apply = Callable[..., Any]
 
@@ -37,18 +38,22 @@ def autograd_functions(meet: Callable[[type, Apply, tuple[Any, ...], dict[str, A
 
 
 class Kept:
-    """Tensors that modules hold as buffers and as plain attributes, before a forward runs."""
+    """What modules hold in attributes before a forward runs, and what it leaves there for its next call."""
 
     def __init__(self, model: nn.Module) -> None:
         self._tables: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+        self._contents: list[tuple[str, Any, list[Any]]] = []
         seen: set[int] = set()
         for path, module in named_modules(model):
             if id(module) not in seen:
                 seen.add(id(module))
                 prefix = f"{path}." if path else ""
-                for table in (module._buffers, module.__dict__):
+                for table in (module._buffers, module._parameters, module._modules, module.__dict__):
                     if table:
                         self._tables.append((prefix, table, dict(table)))
+                for name, value in module.__dict__.items():
+                    if name not in _TABLES and not name.endswith("_hooks") and holds(value):
+                        self._contents.append((f"{prefix}{name}", value, _content(value)))
 
     def replaced(self, kind: type) -> Iterator[tuple[str, torch.Tensor | None, Any, Callable[[Any], None]]]:
         """What forward has put into attributes.
@@ -66,6 +71,49 @@ class Kept:
 
                 known = before if isinstance(before, torch.Tensor) else None
                 yield f"{prefix}{name}", known, table[name], write
+
+    def changed(self, kind: type) -> list[str]:
+        """Names of attributes in which forward has left something else than a ``kind``."""
+        names = [
+            f"{prefix}{name}"
+            for prefix, table, earlier in self._tables
+            for name in dict.fromkeys((*earlier, *table))
+            if name not in _TABLES
+            and not isinstance(table.get(name), kind)
+            and not _same(table.get(name, self), earlier.get(name, self))
+        ]
+        names += [name for name, value, before in self._contents if not _same(_content(value), before)]
+        return list(dict.fromkeys(names))
+
+
+def not_kept(names: list[str]) -> list[str]:
+    """The note on what forward leaves in these attributes; none where there is nothing."""
+    if not names:
+        return []
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [f"what forward leaves in {', '.join(names[:3])}{more} is not kept"]
+
+
+_TABLES = ("_buffers", "_parameters", "_modules", "_non_persistent_buffers_set")
+
+
+def _content(value: Any, depth: int = 3) -> Any:
+    """What a container or an object holds, in lists."""
+    if not holds(value) or not depth:
+        return value
+    items = value if isinstance(value, dict) else getattr(value, "__dict__", None)
+    found = [*items, *items.values()] if items is not None else value
+    return [_content(item, depth - 1) for item in found]
+
+
+def _same(now: Any, before: Any) -> bool:
+    """Whether nothing was assigned, or a plain value that is equal."""
+    if now is before:
+        return True
+    if type(now) in (tuple, list) and type(before) is type(now) and len(now) == len(before):
+        return all(map(_same, now, before))
+    plain = (bool, int, float, str)
+    return isinstance(now, plain) and isinstance(before, plain) and now == before
 
 
 AUGMENTED = {
@@ -150,4 +198,4 @@ def _is_number(node: fx.Node) -> bool:
     return module in ("_operator", "math", "builtins") and bool(inputs) and all(map(_is_number, inputs))
 
 
-__all__ = ["AUGMENTED", "Kept", "autograd_functions", "write_in_place"]
+__all__ = ["AUGMENTED", "Kept", "autograd_functions", "not_kept", "write_in_place"]

@@ -34,8 +34,9 @@ from ..nn import TrainingFlag, Unpack, keep
 from ..program import Program, Skeleton, named_tensors
 from ..trees import Structure, flatten
 from .arguments import Arguments, packing
-from .effects import Kept, autograd_functions
-from .symbolic import blame, check_value, restored
+from .effects import Kept, autograd_functions, not_kept
+from .symbolic import blame, check_value
+from .twin import Twin
 
 _INTERNAL = os.path.dirname(torch.__file__) + os.sep
 _LONGEST = 500
@@ -90,6 +91,7 @@ class _Flat(nn.Module):
             else:  # torch.export sees what is assigned to the outermost module alone
                 keep(before, value)
                 write(before)
+        self._left += kept.changed(torch.Tensor)
         self._seen[:] = [structure]
         return outputs
 
@@ -167,14 +169,13 @@ class _Exporter:
             shapes = [_free(t) if free else None for t in inputs]
             try:
                 with (
-                    restored(self.model),
                     _quiet(),
                     warnings.catch_warnings(),
                     autograd_functions(self._function),
                 ):
                     warnings.simplefilter("ignore")
                     exported = torch.export.export(
-                        _Flat(self.model, rebuild, self.output, left),
+                        _Flat(Twin(self.model, self._stand_in).model, rebuild, self.output, left),
                         tuple(inputs),
                         dynamic_shapes={"tensors": tuple(shapes)} if inputs and free else None,
                         strict=False,
@@ -187,13 +188,16 @@ class _Exporter:
                 refusal = refusal or error
                 continue
             if inputs is examples or not any(_fixed(exported)):
-                if left:
-                    self.notes.append(f"what forward leaves in {', '.join(left[:3])} is not kept")
+                self.notes += not_kept(left)
                 return exported
             refusal = refusal or CaptureError("the model fixes the batch size")
         if refusal is None:
             raise CaptureError("there is nothing to export")
         raise CaptureError(f"{type(refusal).__name__}: {_first_lines(refusal)}") from refusal
+
+    def _stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
+        """torch.export puts fake tensors in place of parameters and buffers; others are copied."""
+        return tensor if id(tensor) in self.first else tensor.detach().clone()
 
     def _function(self, function: type, apply: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An autograd function is traced into: what remains is its forward."""

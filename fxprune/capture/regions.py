@@ -202,7 +202,7 @@ def observe(
 ) -> Observed:
     """Run a copy of ``model`` and watch its submodules.
 
-    Parameters are shared with the copy, which runs without gradients; buffers and other state are its own.
+    The copy shares nothing with the model, as its forward may write anywhere, and runs without gradients.
     The state of the random number generators is restored. Given ``keep``, the paths of which to keep real
     inputs, it runs in evaluation mode.
 
@@ -223,7 +223,7 @@ def _run(
             "its parts can only be found by running it, and the model or its inputs are on meta"
         )
     try:
-        twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+        twin = copy.deepcopy(model)
     except Exception as error:  # whatever a user's attributes raise
         raise CaptureError(f"it cannot be copied: {type(error).__name__}: {error}") from error
     if evaluate:

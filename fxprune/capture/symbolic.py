@@ -20,8 +20,9 @@ import functools
 import operator
 import os
 import sys
-from collections import OrderedDict, defaultdict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType, FunctionType
 from typing import Any
 
@@ -36,13 +37,14 @@ from ..errors import CaptureError, ExampleInputsError
 from ..graph_module import clone_module
 from ..inputs import meta_like, to_meta
 from ..module_registry import leaf_for, own_kind
-from ..nn import Apply, TrainingFlag, keep, stop_gradient
+from ..nn import Apply, TrainingFlag, assign, keep, stop_gradient
 from ..nodes import by_position, is_assertion, mutable
 from ..program import Program, Skeleton, named_modules, named_tensors
 from ..trees import TENSORS, flatten
 from ..value_dependent import AS_LIST, ON_SHAPES, kept_whole
 from .arguments import LITERALS, Arguments, packing
-from .effects import AUGMENTED, Kept, autograd_functions, write_in_place
+from .effects import AUGMENTED, Kept, autograd_functions, not_kept, write_in_place
+from .twin import StandIn, Twin
 
 _SKIPPED = (
     os.path.dirname(torch.__file__) + os.sep,
@@ -114,12 +116,23 @@ def _is_numbers(given: Any) -> bool:
     return isinstance(given, list) and bool(given) and all(type(number) is int for number in given)
 
 
+_WRITTEN = frozenset(["grad", "real", "imag", "names"])
 _PLAIN = frozenset([type(None), bool, int, float, str, torch.dtype, torch.device])
 """Types of values that stand in a graph as they are."""
 
 
 class _Proxy(fx.Proxy):
-    """A proxy that remembers augmented assignments."""
+    """A proxy that remembers augmented assignments, and what is assigned to attributes of tensors."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "data":
+            self.tracer.create_proxy("call_function", assign, (self, value), {})
+        elif name == "requires_grad":
+            self.tracer.create_proxy("call_method", "requires_grad_", (self, value), {})
+        elif name in _WRITTEN:
+            raise CaptureError(f"{here()}forward assigns to .{name} of a tensor, which a graph cannot")
+        else:
+            super().__setattr__(name, value)
 
 
 def _augmented(name: str) -> Callable[[Any, Any], Any]:
@@ -147,7 +160,7 @@ class _Tracer(fx.Tracer):
         self.model = model
         self.arguments = arguments
         self.options: tuple[Any, ...] = ()
-        self.switches: set[nn.Module] = set()
+        self.switches: set[str] = set()
         self.lists_as_values = False
         self.constants: dict[str, torch.Tensor] = {}
         self.alive: list[torch.Tensor] = []  # constants whose id must stay theirs
@@ -160,7 +173,11 @@ class _Tracer(fx.Tracer):
         self.tensors = dict(named)
         self.tensor_names = {id(tensor): name for name, tensor in reversed(named)}
         self.tensor_proxies: dict[str, fx.Proxy] = {}
-        self.kept = Kept(model)
+        self.twin = Twin(model, self._stand_in)
+        for number, (tensor, _) in self.twin.tensors.items():
+            if id(tensor) in self.tensor_names:
+                self.tensor_names[number] = self.tensor_names[id(tensor)]
+        self.kept = Kept(self.twin.model)
         self.under_no_grad: dict[fx.Node, bool] = {}  # whether a node there may have a gradient all the same
         self.stops: dict[fx.Node, fx.Node] = {}
 
@@ -175,14 +192,13 @@ class _Tracer(fx.Tracer):
         asked: set[nn.Module] = set()
         try:
             with (
-                restored(self.model),
-                _dynamic_training(self.model, asked),
+                _dynamic_training(self.twin.model, asked),
                 _dynamic_factories(self),
                 _types_of_values(self),
                 autograd_functions(self._apply),
                 torch.enable_grad(),  # against which a block under torch.no_grad stands out
             ):
-                graph = super().trace(self.model)
+                graph = super().trace(self.twin.model)
         except (CaptureError, ExampleInputsError):
             raise
         except Exception as error:  # whatever a user's forward raises on symbolic values
@@ -193,7 +209,8 @@ class _Tracer(fx.Tracer):
         users = {user.target for node in lists for user in node.users}
         if not self.lists_as_values and users - {rnn.pack_padded_sequence}:
             return self._again(self.switches, True)
-        switches = {m for m in asked if not [*m.children(), *m.parameters(), *m.buffers()]} - {self.model}
+        paths = {self.path_of_module(m): m for m in asked - {self.twin.model}}
+        switches = {p for p, m in paths.items() if not [*m.children(), *m.parameters(), *m.buffers()]}
         if switches:
             return self._again(switches, self.lists_as_values)
         write_in_place(graph, self.leaf)
@@ -208,7 +225,7 @@ class _Tracer(fx.Tracer):
                     "the lengths of packed sequences are computed as a list, which would stay that of the "
                     "example; compute them as a tensor"
                 )
-        named = self.model.named_modules() if asked else ()
+        named = self.twin.model.named_modules() if asked else ()
         fixed = sorted(path for path, module in named if module in asked)
         mode = "training" if self.model.training else "evaluation"
         where = ", ".join(path or "the model" for path in fixed[:3])
@@ -224,7 +241,7 @@ class _Tracer(fx.Tracer):
             notes=tuple(self.notes),
         )
 
-    def _again(self, switches: set[nn.Module], lists_as_values: bool) -> Program:
+    def _again(self, switches: set[str], lists_as_values: bool) -> Program:
         again = type(self)(self.model, self.arguments, *self.options)
         again.switches, again.lists_as_values = switches, lists_as_values
         return again.program()
@@ -319,15 +336,24 @@ class _Tracer(fx.Tracer):
         return forward(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, TrainingFlag) or m in self.switches or is_leaf(m)
+        return isinstance(m, TrainingFlag) or module_qualified_name in self.switches or is_leaf(m)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         name = self.tensor_names.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
-        if name is None:
-            return attr_val
+        return attr_val if name is None else self.read(name)
+
+    def read(self, name: str) -> fx.Proxy:
+        """The proxy of a parameter or buffer."""
         if name not in self.tensor_proxies:
             self.tensor_proxies[name] = self.create_proxy("get_attr", name, (), {})
         return self.tensor_proxies[name]
+
+    def _stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What takes the place of a tensor in the twin: nothing that forward writes reaches the original."""
+        name = self.tensor_names.get(id(tensor))
+        if name is not None:
+            return StandIn.of(tensor, partial(self.read, name))
+        return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
     def create_arg(self, a: Any) -> Any:
         kind = type(a)
@@ -342,7 +368,7 @@ class _Tracer(fx.Tracer):
         if isinstance(a, np.generic):  # a number of NumPy, which generated code could not name
             return a.item()
         if isinstance(a, _Flag):
-            owner = self.path_of_module(a.owner) if a.owner is not self.model else ""
+            owner = self.path_of_module(a.owner) if a.owner is not self.twin.model else ""
             path = f"{owner}.training_flag" if owner else "training_flag"
             if path not in self.added:
                 self.added[path] = TrainingFlag().train(int(a) != 0)
@@ -351,7 +377,8 @@ class _Tracer(fx.Tracer):
             name = self.tensor_names.get(id(a))
             if name is None:  # made in forward, or a plain attribute
                 name = f"_constant_{len(self.constants)}"
-                self.constants[name] = a.detach()
+                own, _ = self.twin.tensors.get(id(a), (a, a))
+                self.constants[name] = (a if a._version else own).detach()  # written to, or as it was
                 self.tensors[name] = self.constants[name]
                 self.tensor_names[id(a)] = name
                 self.alive.append(a)
@@ -389,8 +416,16 @@ class _Tracer(fx.Tracer):
             self.create_proxy(
                 "call_function", keep, (self.create_proxy("get_attr", known, (), {}), value), {}
             )
-        if left:
-            self.notes.append(f"what forward leaves in {', '.join(left[:3])} is not kept")
+        self.notes += not_kept([*left, *self.kept.changed(fx.Proxy), *self._written()])
+
+    def _written(self) -> Iterator[str]:
+        """Names of plain attributes that hold a tensor into which forward has written itself."""
+        written = {number for number, (_, own) in self.twin.tensors.items() if not isinstance(own, StandIn)
+                   and own._version}  # fmt: skip
+        for path, module in named_modules(self.twin.model) if written else ():
+            for name, value in vars(module).items():
+                if written & set(map(id, pytree.tree_leaves(value))):
+                    yield f"{path}.{name}".lstrip(".")
 
     def evaluated(self, node: fx.Node) -> None:
         """Called for a node that no proxy was asked for."""
@@ -403,17 +438,21 @@ class _Tracer(fx.Tracer):
             self.evaluated(new)
         return self.stops[node]
 
-    def _without_gradient(self, kind: str, arguments: Any) -> Any:
+    def _without_gradient(self, kind: str, target: Any, arguments: Any) -> Any:
         """The arguments of a new node as ``torch.no_grad`` leaves them, where it or they stand under one."""
         inside = not torch.is_grad_enabled()
         if kind in ("placeholder", "get_attr") or not (inside or self.under_no_grad):
             return arguments
-        return map_arg(arguments, lambda n: self._stopped(n) if self.under_no_grad.get(n, inside) else n)
+        stopped = map_arg(arguments, lambda n: self._stopped(n) if self.under_no_grad.get(n, inside) else n)
+        if target is not assign:
+            return stopped
+        self.stops.pop(arguments[0][0], None)  # with the memory from before
+        return (arguments[0][0], *stopped[0][1:]), stopped[1]
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any
     ) -> fx.Node:
-        args, kwargs = self._without_gradient(kind, (args, kwargs))
+        args, kwargs = self._without_gradient(kind, target, (args, kwargs))
         if kwargs:
             args, kwargs = by_position(kind, target, args, kwargs, self.leaf)
         node = super().create_node(kind, target, args, kwargs, *rest, **options)
@@ -644,37 +683,11 @@ def _types_of_values(tracer: _Tracer) -> Iterator[None]:
                 table["isinstance"] = own
 
 
-_CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
-
-
-@contextlib.contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """Afterwards, modules are what they are now: a forward may cache what it computes, or register hooks."""
-    before = [(module, dict(module.__dict__)) for module in model.modules()]
-    contents = [
-        (value, value.copy())
-        for _, attributes in before
-        for value in attributes.values()
-        if type(value) in _CONTAINERS
-    ]
-    try:
-        yield
-    finally:
-        for module, attributes in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-        for value, content in contents:
-            if value or content:
-                value.clear()
-                value.extend(content) if isinstance(value, (list, deque)) else value.update(content)
-
-
 @contextlib.contextmanager
 def _dynamic_training(model: nn.Module, asked: set[nn.Module]) -> Iterator[None]:
     """While it lasts, ``module.training`` of the traced modules is a :class:`_Flag`.
 
-    Done with a property on ``nn.Module``, as ``torch.fx`` itself does for ``__call__`` and
-    ``__getattr__``: the modules are not written to.
+    Done with a property on ``nn.Module``, as ``torch.fx`` itself does for ``__call__`` and ``__getattr__``.
     """
     owned = {id(module) for _, module in named_modules(model)}
 
@@ -711,4 +724,12 @@ def blame(error: BaseException) -> str:
     return where
 
 
-__all__ = ["blame", "check_value", "function_name", "is_leaf", "restored", "trace", "trace_with_shapes"]
+def here() -> str:
+    """The line of the user's code that runs now, as :func:`blame` gives it."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and _is_skipped(frame.f_code.co_filename):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}: " if frame else ""
+
+
+__all__ = ["blame", "check_value", "function_name", "is_leaf", "trace", "trace_with_shapes"]
