@@ -610,11 +610,12 @@ def is_leaf(module: nn.Module) -> bool:
     """
     if leaf_for(module) is not None:
         return True
-    kind = own_kind(type(module))  # type: ignore[arg-type]  # a class is hashable
+    kind = type(module)
     if kind.__module__ == "torch.ao.quantization.stubs":
         return kind.__qualname__ != "QuantWrapper"
     if kind.__module__.startswith("torch.ao.nn."):  # also those that inherit from Sequential
         return True
+    kind = own_kind(kind)  # type: ignore[arg-type]  # a class is hashable
     holds = kind is nn.Module or isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
     return kind.__module__.startswith(("torch.nn.", "fxprune.nn")) and not holds
 
