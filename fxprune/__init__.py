@@ -1,7 +1,7 @@
 """fxprune: a compiler pass over ``torch.fx`` graphs that makes trained networks physically narrower."""
 
 from . import functional, regularize
-from .api import analyze, plan, prune
+from .api import analyze, compensate, plan, prune
 from .coupling.explain import Removal, removable
 from .coupling.graph import CouplingGraph
 from .coupling.groups import Group, Member
@@ -32,6 +32,7 @@ __all__ = [
     "Verdict",
     "VerificationError",
     "analyze",
+    "compensate",
     "count",
     "functional",
     "load",

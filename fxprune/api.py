@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
@@ -14,6 +15,7 @@ from torch import nn
 from .capture import Captured, capture
 from .capture.dynamo import named_inputs, takes_tensors
 from .capture.symbolic import function_name
+from .compensation import Pick, compensated
 from .coupling.graph import CouplingGraph
 from .coupling.outputs import fill, hold_zeros
 from .errors import CaptureError, PlanError, RewriteError, SelectionError
@@ -159,8 +161,77 @@ def prune(model: nn.Module, example_inputs: Any, selection: Selection) -> nn.Mod
     It is a ``torch.fx.GraphModule`` where the model could be captured as a whole. Where only parts of it
     could, it is a module of the model's own type, in which those parts run as graphs. Either way the
     result's ``meta["fxprune"]`` holds the :class:`~fxprune.planning.plan.PruningPlan`.
+
+    With calibration data (``calibrate``) the layers that are left make up for what went, as by
+    :func:`compensate`.
     """
-    return _finish(model, *_plan(model, example_inputs, selection))
+    made, rewritten = _plan(model, example_inputs, selection)
+    module = _finish(model, made, rewritten)
+    if selection.calibrate is not None:
+        _compensate(module, rewritten, selection.calibrate, selection.pick, True, selection.seed)
+    return module
+
+
+@_stage
+def compensate(
+    pruned: nn.Module | PruningPlan,
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    pick: Pick | None = None,
+    least_squares: bool = True,
+    seed: int = 0,
+) -> nn.Module:
+    """A copy of ``pruned`` in which the layers that are left make up for what went.
+
+    Needs inputs, but no labels, and does not train. Layer after layer, in the order of the graph, the weights
+    are found that bring the outputs nearest to those of the original, by least squares over all batches, from
+    what the layer reads in the narrowed network; with a ridge towards the weights as they are, whose strength
+    is that which does best on calibration data that are held out. A layer for which nothing is better there
+    stays as it was. Means go into biases and running means; where a layer keeps its weights, its batch
+    normalisation is measured again. The result's ``meta["compensation"]`` holds the
+    :class:`~fxprune.compensation.Compensation`: what was done, and what it brought.
+
+    Each node of both networks is run once for each batch, and memory does not grow with the number of
+    batches.
+
+    Args:
+        pruned: what :func:`prune` or :meth:`PruningPlan.apply` gave, trained further or not; or a plan, which
+            is applied first. It is not changed.
+        model: the original model; not changed.
+        batches: as ``calibrate`` of :class:`Selection`; gone through once.
+        pick: as for :class:`Selection`.
+        least_squares: change weights; if not, only biases and statistics of batch normalisations.
+        seed: for the positions of large inputs that are looked at.
+
+    Raises:
+        CalibrationError: for data that are empty, used up, or do not fit the model.
+        PlanError: if the plan does not belong to the model, or there is none.
+    """
+    made = pruned if isinstance(pruned, PruningPlan) else getattr(pruned, "meta", {}).get("fxprune")
+    if not isinstance(made, PruningPlan):
+        raise PlanError(
+            f"compensate takes what fxprune.prune or plan.apply returned, which holds its plan, or a plan; "
+            f"got {type(pruned).__name__}."
+        )
+    rewritten = rewrite(graph_for(made, model), made.removed)
+    module = _finish(model, made, rewritten) if isinstance(pruned, PruningPlan) else copy.deepcopy(pruned)
+    _compensate(module, rewritten, batches, pick, least_squares, seed)
+    return module
+
+
+def _compensate(
+    module: nn.Module,
+    rewritten: Rewritten,
+    batches: Iterable[Any],
+    pick: Pick | None,
+    least_squares: bool,
+    seed: int,
+) -> None:
+    found = compensated(module, rewritten, batches, pick, least_squares, seed)
+    meta = getattr(module, "meta", {})
+    if isinstance(meta, dict):
+        module.meta = {**meta, "compensation": found}  # type: ignore[assignment]
 
 
 @_stage

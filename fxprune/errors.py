@@ -35,6 +35,10 @@ class ImportanceError(FxpruneError, ValueError):
     """An importance is unknown, or returned something that is no score."""
 
 
+class CalibrationError(FxpruneError, ValueError):
+    """Calibration data are empty, used up, or do not fit the model."""
+
+
 class PlanError(FxpruneError):
     """A plan is malformed, or does not belong to the model that it is applied to."""
 

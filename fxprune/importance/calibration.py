@@ -151,7 +151,7 @@ def collect(
                 f"{owner} has to run the model, which is on the meta device: load weights first."
             )
         with _undisturbed(model, seed, gradients):
-            for batch in _progress(data, owner):
+            for batch in progress(data, owner):
                 step(batch, sums)
                 count += 1
     except Exception as error:
@@ -276,7 +276,7 @@ def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
         yield
 
 
-def _progress(data: Iterable[Any], owner: str) -> Iterable[Any]:
+def progress(data: Iterable[Any], owner: str) -> Iterable[Any]:
     """The batches; on a terminal, with a bar on stderr."""
     console = Console(stderr=True)
     return track(data, owner, console=console, transient=True, disable=not console.is_terminal)

@@ -18,6 +18,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .calibration import Sums
 
 
+@dataclass(frozen=True)
+class Window:
+    """How a convolution goes over its input: one number for each dimension of space.
+
+    Attributes:
+        stride: steps between windows; between inputs, if ``transposed``.
+        padding: zeros at both ends; cut off at both ends, if ``transposed``.
+        dilation: steps between the entries of a window.
+        transposed: inputs are spread over windows, instead of windows being read.
+        more: what a transposed convolution adds to the size of its output.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    more: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """A linear layer, a convolution or a matrix product of which one factor is (part of) a parameter.
@@ -32,6 +51,7 @@ class Site:
         channel: dimension of input and output in which the channels are.
         batched: the first dimension of input and output is a batch of matrices.
         groups: number of groups of a convolution.
+        window: what a convolution's windows are like; None for other products.
     """
 
     name: str
@@ -43,6 +63,7 @@ class Site:
     channel: int
     batched: bool
     groups: int
+    window: Window | None = None
 
     def folded(self, value: torch.Tensor) -> torch.Tensor:
         """The input, the output or the derivative by either as ``(groups or batch, channels, positions)``."""
@@ -191,8 +212,10 @@ class Products(TorchDispatchMode):
         shape = self.shapes[part.name]
         if operand.groups > 1 and any(part.region[d] != slice(0, shape[d]) for d in (0, 1)):
             return None  # groups of a part of a parameter
-        channel = operand.channel
-        return Site(part.name, shape, part.region, inner, outer, rows, channel, batched, operand.groups)
+        return Site(
+            part.name, shape, part.region, inner, outer, rows, operand.channel, batched, operand.groups,
+            operand.window,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,6 +289,7 @@ class _Operand:
         place: the place of the other factor among the call's inputs.
         bias: what is added, of a shape that broadcasts to the result's.
         groups: number of groups.
+        window: see :class:`Site`.
     """
 
     weight: Any
@@ -277,6 +301,7 @@ class _Operand:
     place: int
     bias: Any = None
     groups: int = 1
+    window: Window | None = None
 
 
 def _matrices(args: Any, bias: Any = None) -> list[_Operand]:
@@ -308,7 +333,12 @@ def _convolution(args: Any) -> list[_Operand]:
     inner, outer = (0, 1) if transposed else (1, 0)
     if bias is not None:
         bias = bias.reshape(-1, *[1] * (x.dim() - 2))
-    return [_Operand(weight, inner, outer, None, x, 1, 0, bias, groups)]
+    space = x.dim() - 2
+    stride, padding, dilation, more = (
+        tuple(args[place]) * (space if len(args[place]) == 1 else 1) for place in (3, 4, 5, 7)
+    )
+    window = Window(stride, padding, dilation, transposed, more)
+    return [_Operand(weight, inner, outer, None, x, 1, 0, bias, groups, window)]
 
 
 _READERS: dict[Any, Callable[[Any], list[_Operand]]] = {

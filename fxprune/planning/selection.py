@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from numbers import Real
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast, get_args, overload
@@ -63,6 +63,10 @@ class Selection:
             that remain are narrowed as all else; ``ratio=0, heads=0.25`` removes heads only.
         free_outputs: as for :func:`fxprune.analyze`.
         fill_outputs: as for :func:`fxprune.analyze`.
+        calibrate: unlabelled inputs, with which :func:`fxprune.prune` lets the layers that are left make up for
+            what went: batches in a list, a data loader or any other iterable. A batch is a tensor, a tuple of
+            positional inputs or a dict of keyword inputs.
+        pick: from a batch to the inputs, where it holds more: ``lambda batch: batch[0]``.
 
     Raises:
         RatioError, SelectionError, BudgetError: for arguments that are no such thing or contradict each
@@ -84,6 +88,8 @@ class Selection:
     heads: float = 0.0
     free_outputs: str | Sequence[str] = ()
     fill_outputs: str | Sequence[str] = AUTO
+    calibrate: Iterable[Any] | None = None
+    pick: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         self._check_amount()

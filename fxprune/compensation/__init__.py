@@ -1,0 +1,145 @@
+"""Compensation: what is left of a network makes up for what went, from unlabelled data and without training.
+
+- :mod:`.batches`: calibration data;
+- :mod:`.walk`: two networks side by side over all batches, each node run once;
+- :mod:`.moments`: what is measured of a layer, and the least-squares problem;
+- :mod:`.layers`: statistics and least squares, layer after layer;
+- :mod:`.report`: what it brought.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import CalibrationError
+from ..graph_module import clone_module
+from ..nn import MultiheadAttention
+from ..passes import Rewritten
+from ..passes.modules import free_attention
+from ..program import Program, named_modules, named_tensors
+from .batches import Kept, Pick, read
+from .layers import Layers
+from .report import Compensation, LayerEntry
+from .walk import quiet
+
+__all__ = ["Compensation", "LayerEntry", "Pick", "compensated"]
+
+_PROBES = 4
+"""Batches on which the outputs are compared before and afterwards."""
+
+
+def compensated(
+    module: nn.Module,
+    rewritten: Rewritten,
+    batches: Iterable[Any],
+    pick: Pick | None = None,
+    least_squares: bool = True,
+    seed: int = 0,
+) -> Compensation:
+    """Compensate a narrowed network, in place.
+
+    Args:
+        module: the narrowed network with the names of ``rewritten``; its tensors are changed.
+        rewritten: how it was narrowed.
+        batches: calibration data.
+        pick: see :data:`.batches.Pick`.
+        least_squares: see :class:`Layers`.
+        seed: see :class:`Layers`.
+
+    Raises:
+        CalibrationError: for data that do not fit, and for a model without weights.
+    """
+    program = rewritten.narrowing.graph.captured.program
+    if any(tensor.is_meta for tensor in program.tensors.values()):
+        raise CalibrationError(
+            "to compensate, the model has to be run, and it is on the meta device: load weights."
+        )
+    if len(program.pieces()) > 1 or "" not in program.pieces():
+        note = "a network that could be captured in parts only is not compensated"
+        return Compensation(float("nan"), float("nan"), (), 0, (note,))
+    device = next((t.device for t in program.tensors.values()), torch.device("cpu"))
+    narrow = rewritten.materialize()
+    dense = _alike(_private(program), narrow).module().eval()
+    own = dict(named_tensors(module))
+    for name, tensor in named_tensors(narrow):
+        tensor.detach().copy_(own[name])
+    assert isinstance(narrow, fx.GraphModule)
+    plain = copy.deepcopy(narrow).eval()
+    layers = Layers(dense, narrow.eval(), rewritten.narrowing, least_squares, seed)
+    probes: list[list[Any]] = []
+    with quiet(), Kept() as state:
+        for number, values in enumerate(read(program, batches, pick, device)):
+            state.add((layers.dense.start(_own(values)), layers.narrow.start(_own(values))))
+            if number < _PROBES or number % 4 == 3:  # those that are held out, where there are enough
+                probes = [*probes, values][-_PROBES:]
+        entries = tuple(layers.run(state))
+        count = len(state)
+        before, after = (_divergence(dense, other, probes) for other in (plain, narrow))
+    if not after <= before:
+        note = f"taken back: with the compensation the outputs differ by {after:.3g}"
+        return Compensation(before, before, entries, count, (note,))
+    for name, tensor in named_tensors(narrow):
+        own[name].detach().copy_(tensor)
+    return Compensation(before, after, entries, count)
+
+
+def _private(program: Program) -> Program:
+    """The program with buffers of its own: a network may write into them."""
+    made: dict[int, torch.Tensor] = {}
+    for tensor in program.tensors.values():
+        if not isinstance(tensor, nn.Parameter):
+            made.setdefault(id(tensor), tensor.clone())
+    tensors = {name: made.get(id(tensor), tensor) for name, tensor in program.tensors.items()}
+    extras = {name: tensor.clone() for name, tensor in program.extras.items()}
+    return replace(program, tensors=tensors, extras=extras)
+
+
+def _alike(program: Program, narrow: nn.Module) -> Program:
+    """The program with attention layers that compute as those of ``narrow`` do, step by step."""
+    modules = dict(program.modules)
+    for path, leaf in program.modules.items():
+        inner = {
+            name: free_attention(module, {k: tuple(p.shape) for k, p in module.named_parameters()})
+            for name, module in named_modules(leaf)
+            if type(module) is nn.MultiheadAttention
+            and isinstance(narrow.get_submodule(f"{path}.{name}" if name else path), MultiheadAttention)
+        }
+        if inner:
+            modules[path] = inner.get("") or clone_module(leaf, lambda _, tensor: tensor, share=True)
+            for name, attention in inner.items():
+                if name:
+                    modules[path].set_submodule(name, attention)
+    return replace(program, modules=modules)
+
+
+def _own(values: list[Any]) -> list[Any]:
+    return pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, values)
+
+
+def _divergence(dense: nn.Module, other: nn.Module, probes: list[list[Any]]) -> float:
+    """Mean square difference of the outputs, as a share of the variance of the original's."""
+    different, spread = 0.0, 0.0
+    for values in probes:
+        wanted, got = (
+            [
+                leaf
+                for leaf in pytree.tree_leaves(module.forward(*_own(values)))
+                if isinstance(leaf, torch.Tensor)
+            ]
+            for module in (dense, other)
+        )
+        for a, b in itertools.zip_longest(wanted, got):
+            if a is None or b is None or a.shape != b.shape or not a.is_floating_point():
+                continue
+            a, b = a.double(), b.double()
+            different += float((a - b).square().mean())
+            spread += float((a - a.mean()).square().mean())
+    return different / spread if spread else different

@@ -1,0 +1,226 @@
+"""Second moments of what a product reads, and the least-squares problem that they pose.
+
+A product is ``y = W u``, with ``u`` the entries that one output position reads: the channels of a linear
+layer's input, those of a convolution's window. With the wanted outputs ``t`` and the residual ``r = t - y``
+the change ``D`` of the weights (and of the bias, for which ``u`` ends in a one) minimises
+
+    ``mean |r - D u|^2 + ridge * |D|^2``,  so  ``D = E[r u'] (E[u u'] + ridge)^-1``.
+
+Only the moments ``E[u u']``, ``E[r u']`` and ``E[r^2]`` are kept, so that memory does not grow with the data,
+and the error of any change on held-out data follows from the moments of those data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional as F
+
+from ..importance.products import Site
+
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
+"""Strengths that are tried, as shares of the mean square of what is read."""
+
+BIAS_ONLY = 1e9
+"""A strength with which nothing but the bias changes."""
+
+
+@dataclass
+class Sums:
+    """Moments of one product over some data.
+
+    Attributes:
+        second: ``(groups, n + 1, n + 1)`` sums of ``u u'``, a one being the last entry of ``u``.
+        cross: ``(groups, outputs, n + 1)`` sums of ``r u'``.
+        square: sum of ``r^2``.
+        wanted: sum of ``t^2``.
+        count: number of positions.
+    """
+
+    second: torch.Tensor | None = None
+    cross: torch.Tensor | None = None
+    square: float = 0.0
+    wanted: float = 0.0
+    count: int = 0
+
+    def add(self, u: torch.Tensor, r: torch.Tensor, t: torch.Tensor) -> None:
+        """``u (groups, n, positions)``, ``r`` and ``t (groups, outputs, positions)``."""
+        if not u.shape[2]:
+            return
+        u = torch.cat([u, u.new_ones(u.shape[0], 1, u.shape[2])], 1)
+        second = (u @ u.mT).double()
+        cross = (r @ u.mT).double()
+        self.second = second if self.second is None else self.second + second
+        self.cross = cross if self.cross is None else self.cross + cross
+        self.square += float(r.double().square().sum())
+        self.wanted += float(t.double().square().sum())
+        self.count += u.shape[2]
+
+    def plus(self, other: Sums) -> Sums:
+        """Moments over both."""
+        if other.second is None or other.cross is None:
+            return self
+        if self.second is None or self.cross is None:
+            return other
+        return Sums(
+            self.second + other.second, self.cross + other.cross, self.square + other.square,
+            self.wanted + other.wanted, self.count + other.count,
+        )  # fmt: skip
+
+    def error(self, change: torch.Tensor | None) -> float:
+        """Mean square of what is missing from the wanted outputs after a change of the weights."""
+        found = self.square
+        if change is not None and self.second is not None and self.cross is not None:
+            found += float(((change @ self.second - 2 * self.cross) * change).sum())
+        return max(found, 0.0) / max(self.count, 1)
+
+    def solve(self, ridge: float, bias: bool) -> torch.Tensor | None:
+        """The change ``(groups, outputs, n + 1)``; None where it cannot be computed."""
+        if self.second is None or self.cross is None:
+            return None
+        n = self.second.shape[1] - 1
+        size = n + 1 if bias else n
+        second = self.second[:, :size, :size].clone()
+        diagonal = second.diagonal(dim1=1, dim2=2)
+        scale = diagonal[:, :n].mean(1, keepdim=True)
+        if bias:  # the ridge counts for the deviations from the mean
+            mean = second[:, :n, n] / max(self.count, 1)
+            scale = (diagonal[:, :n] - self.count * mean.square()).mean(1, keepdim=True)
+        floor = 1e-9 * diagonal[:, :n].mean(1, keepdim=True) + 1e-30
+        diagonal[:, :n] += ridge * scale.clamp(min=0) + floor
+        factor, failed = torch.linalg.cholesky_ex(second)
+        if bool(failed.any()):
+            return None
+        change = torch.cholesky_solve(self.cross[:, :, :size].mT.contiguous(), factor).mT
+        if not bool(torch.isfinite(change).all()):
+            return None
+        return change if bias else F.pad(change, (0, 1))
+
+
+@dataclass
+class Problem:
+    """A least-squares problem, with data set aside to judge its solutions."""
+
+    fit: Sums = field(default_factory=Sums)
+    held: Sums = field(default_factory=Sums)
+
+    def add(self, u: torch.Tensor, r: torch.Tensor, t: torch.Tensor, number: int, batches: int) -> None:
+        """Add what was seen of batch ``number``; arguments as for :meth:`Sums.add`.
+
+        Every fourth batch is held out; where there are fewer, the last quarter of the positions of each.
+        """
+        if batches >= 4:
+            (self.held if number % 4 == 3 else self.fit).add(u, r, t)
+            return
+        cut = u.shape[2] - u.shape[2] // 4
+        self.fit.add(u[:, :, :cut], r[:, :, :cut], t[:, :, :cut])
+        self.held.add(u[:, :, cut:], r[:, :, cut:], t[:, :, cut:])
+
+    def best(
+        self, bias: bool, ridges: Sequence[float] = RIDGES
+    ) -> tuple[torch.Tensor | None, float, float, float]:
+        """``(change, ridge, error before, error after)``, errors on held-out data, relative to the outputs.
+
+        The strength of the ridge is that with the least error on held-out data; with it the change is solved
+        for once more on all data. None where no change is better than none there.
+        """
+        before = least = self.held.error(None)
+        chosen = None
+        for ridge in (*ridges, *([BIAS_ONLY] if bias and BIAS_ONLY not in ridges else [])):
+            change = self.fit.solve(ridge, bias)
+            error = math.inf if change is None else self.held.error(change)
+            if error < least:
+                least, chosen = error, ridge
+        scale = max(self.held.wanted / max(self.held.count, 1), 1e-30)
+        if chosen is None:
+            return None, 0.0, before / scale, before / scale
+        return self.fit.plus(self.held).solve(chosen, bias), chosen, before / scale, least / scale
+
+
+def matrix(site: Site, weight: torch.Tensor) -> torch.Tensor:
+    """The weights of a product as ``(groups or rows, outputs, entries read)``, a view where that can be."""
+    part = weight[site.region]
+    if site.window is not None and site.window.transposed:
+        part = part.reshape(site.groups, part.shape[0] // site.groups, part.shape[1], -1)
+        return part.permute(0, 2, 1, 3).flatten(2)
+    if site.window is not None:
+        return part.reshape(site.groups, part.shape[0] // site.groups, -1)
+    if site.batched and site.rows is not None:
+        return part.permute(site.rows, site.outer, site.inner)
+    return part.movedim((site.outer, site.inner), (0, 1)).reshape(1, part.shape[site.outer], -1)
+
+
+def write(site: Site, weight: torch.Tensor, change: torch.Tensor) -> None:
+    """Add ``change``, laid out as by :func:`matrix`, to the weights in place."""
+    part = weight[site.region]
+    if site.window is not None and site.window.transposed:
+        groups, inner = site.groups, part.shape[0] // site.groups
+        change = change.reshape(groups, part.shape[1], inner, -1).permute(0, 2, 1, 3).reshape(part.shape)
+    elif site.window is not None:
+        change = change.reshape(part.shape)
+    elif site.batched and site.rows is not None:
+        change = change.permute([(site.rows, site.outer, site.inner).index(d) for d in range(3)])
+    else:
+        moved = part.movedim((site.outer, site.inner), (0, 1))
+        change = change.reshape(moved.shape).movedim((0, 1), (site.outer, site.inner))
+    part += change.to(part)
+
+
+def places(site: Site, output: torch.Tensor, most: int, generator: torch.Generator) -> torch.Tensor | None:
+    """Positions of the output to look at, ascending; None for all of them."""
+    count = output.numel() // output.shape[site.channel]
+    if site.batched:
+        count //= output.shape[0]
+    if count <= most:
+        return None
+    return torch.randperm(count, generator=generator)[:most].sort().values
+
+
+def outputs(site: Site, y: torch.Tensor, at: torch.Tensor | None) -> torch.Tensor:
+    """The outputs of a product as ``(groups or rows, outputs, positions)``."""
+    y = y.movedim(site.channel, 1).flatten(2) if site.batched else y.movedim(site.channel, 0)
+    if site.batched:
+        folded = y
+    else:
+        folded = y.reshape(site.groups, y.shape[0] // site.groups, -1)
+    return _wide(folded if at is None else folded[:, :, at])
+
+
+def inputs(site: Site, x: torch.Tensor, at: torch.Tensor | None) -> torch.Tensor:
+    """What a product reads as ``(groups or rows, entries read, positions)``; see :func:`matrix`."""
+    if site.window is None:
+        folded = x.movedim(site.channel, 1).flatten(2) if site.batched else x.movedim(site.channel, 0)
+        folded = folded if site.batched else folded.reshape(1, folded.shape[0], -1)
+        return _wide(folded if at is None else folded[:, :, at])
+    window, space = site.window, x.dim() - 2
+    sizes = [part.stop - part.start for part in site.region[2:]]
+    padding = list(window.padding)
+    stride = list(window.stride)
+    ends = [0] * space
+    if window.transposed:
+        spread = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], stride, strict=True)]
+        wide = x.new_zeros(*x.shape[:2], *spread)
+        at_inputs = [slice(None), slice(None)] + [slice(None, None, step) for step in stride]
+        wide[tuple(at_inputs)] = x
+        x, stride, ends = wide, [1] * space, list(window.more)
+        padding = [d * (k - 1) - p for d, k, p in zip(window.dilation, sizes, padding, strict=True)]
+    x = F.pad(x, [n for p, more in reversed([*zip(padding, ends, strict=True)]) for n in (p, p + more)])
+    for d in range(space):
+        reach = window.dilation[d] * (sizes[d] - 1) + 1
+        x = x.unfold(2 + d, reach, stride[d])[..., :: window.dilation[d]]
+    if window.transposed:
+        x = x.flip(list(range(2 + space, 2 + 2 * space)))
+    x = x.movedim(1, 1 + space)  # (batch, *positions, channels, *window)
+    if at is not None:
+        x = x[torch.unravel_index(at.to(x.device), x.shape[: 1 + space])]
+    else:
+        x = x.flatten(0, space)
+    count = x.shape[0]
+    return _wide(x.reshape(count, site.groups, -1).permute(1, 2, 0))
+
+
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().to(torch.promote_types(value.dtype, torch.float32))

@@ -1,0 +1,320 @@
+"""Compensation: what is reproduced exactly, what gets better, what is refused and said."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fxprune
+from fxprune.compensation import Compensation
+from fxprune.compensation.moments import inputs, matrix, outputs, write
+from fxprune.compensation.walk import Runner, quiet
+from fxprune.errors import CalibrationError, PlanError
+
+
+class Residual(nn.Module):
+    """Two residual blocks with batch norms, the second narrower in space, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.one = nn.Conv2d(8, 12, 3, padding=1, bias=False)
+        self.norm_one = nn.BatchNorm2d(12)
+        self.two = nn.Conv2d(12, 8, 3, padding=1, bias=False)
+        self.norm_two = nn.BatchNorm2d(8)
+        self.three = nn.Conv2d(8, 12, 3, stride=2)
+        self.four = nn.Conv2d(8, 12, 3, stride=2)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        x = F.relu(x + self.norm_two(self.two(F.relu(self.norm_one(self.one(x))))))
+        return self.head(F.relu(self.three(x) + self.four(x)).mean((2, 3)))
+
+
+def settled(model: nn.Module, *shape: int) -> nn.Module:
+    """Batch norms with statistics, scales and shifts as trained networks have them."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+    model.train()
+    with torch.no_grad():
+        for _ in range(30):
+            model(torch.randn(*shape))
+    return model.eval()
+
+
+def batches(count: int = 6, *shape: int) -> list[torch.Tensor]:
+    return [torch.randn(*(shape or (8, 3, 12, 12))) for _ in range(count)]
+
+
+def divergence(model: nn.Module, other: nn.Module, x: Any) -> float:
+    with torch.no_grad():
+        wanted, got = model.double()(x.double()), other.double()(x.double())
+    model.float(), other.float()
+    return float((wanted - got).square().sum() / (wanted - wanted.mean()).square().sum())
+
+
+def found(module: nn.Module) -> Compensation:
+    compensation: Any = module.meta["compensation"]  # type: ignore[index]
+    assert isinstance(compensation, Compensation)
+    return compensation
+
+
+def test_outputs_come_nearer_on_other_data() -> None:
+    model = settled(Residual(), 8, 3, 12, 12)
+    plain = fxprune.prune(model, torch.randn(1, 3, 12, 12), 0.4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    kept = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    data = batches(12)
+    better = fxprune.compensate(plain, model, data)
+    statistics = fxprune.compensate(plain, model, data, least_squares=False)
+    test = torch.randn(32, 3, 12, 12)
+    errors = [divergence(model, other, test) for other in (plain, statistics, better)]
+    assert errors[2] < errors[1] < 0.1 * errors[0]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(kept[name], tensor) for name, tensor in plain.state_dict().items())
+    said = found(better)
+    assert said.after < said.before
+    assert said.batches == 12
+    assert all(not entry.after > entry.before for entry in said.layers)
+    assert "two.weight: error" in str(said)
+    assert said.as_dict()["layers"]
+
+
+def test_one_call_is_prune_then_compensate() -> None:
+    model, data = settled(Residual(), 8, 3, 12, 12), batches()
+    x = torch.randn(1, 3, 12, 12)
+    one = fxprune.prune(model, x, budget=fxprune.Budget(macs=0.6), calibrate=data)
+    two = fxprune.compensate(fxprune.plan(model, x, budget=fxprune.Budget(macs=0.6)), model, iter(data))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert not one.training
+    assert isinstance(one.meta["fxprune"], fxprune.PruningPlan)  # type: ignore[index]
+
+
+def twins(copies: bool) -> tuple[nn.Module, Any]:
+    """A network in which what is removed are copies of what stays, or zero; and its pruned plan."""
+    model = settled(Residual(), 8, 3, 12, 12)
+    with torch.no_grad():
+        for module, name in ((model.one, "weight"), (model.norm_one, "weight"), (model.norm_one, "bias")):
+            tensor = getattr(module, name)
+            tensor[6:] = tensor[:6] if copies else 0
+        if copies:
+            model.norm_one.running_mean[6:] = model.norm_one.running_mean[:6]
+            model.norm_one.running_var[6:] = model.norm_one.running_var[:6]
+    scores = lambda group: [1.0] * 6 + [0.0] * 6  # noqa: E731
+    only = lambda group: group.name == "one.weight[0]"  # noqa: E731
+    return model, fxprune.plan(model, torch.randn(1, 3, 12, 12), 0.5, scores, only)
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_copies_and_zeros_are_reproduced(copies: bool) -> None:
+    model, made = twins(copies)
+    test = torch.randn(16, 3, 12, 12)
+    assert made.removed == {"one.weight[0]": [6, 7, 8, 9, 10, 11]}
+    if copies:
+        assert divergence(model, made.apply(model), test) > 1e-3
+    assert divergence(model, fxprune.compensate(made, model, batches()), test) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_types(dtype: torch.dtype) -> None:
+    model = settled(Residual(), 8, 3, 12, 12).to(dtype)
+    data = [batch.to(dtype) for batch in batches()]
+    plain = fxprune.prune(model, data[0][:1], 0.4)
+    better = fxprune.compensate(plain, model, data)
+    assert found(better).after < found(better).before
+    assert {p.dtype for p in better.parameters()} == {dtype}
+
+
+def layers(kind: str) -> tuple[nn.Module, tuple[int, ...]]:
+    made: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+        "plain": (nn.Conv2d(4, 6, 3, padding=1, stride=2, dilation=2), (2, 4, 11, 9)),
+        "grouped": (nn.Conv2d(4, 6, (3, 2), groups=2), (2, 4, 7, 6)),
+        "depthwise": (nn.Conv2d(4, 4, 3, groups=4), (2, 4, 7, 6)),
+        "1d": (nn.Conv1d(4, 6, 3, stride=2, padding=2), (3, 4, 9)),
+        "3d": (nn.Conv3d(4, 6, (2, 3, 1), padding=(1, 0, 0)), (2, 4, 4, 5, 3)),
+        "transposed": (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), (2, 4, 5, 4)),
+        "transposed grouped": (nn.ConvTranspose1d(4, 6, 4, stride=3, groups=2, dilation=2), (2, 4, 5)),
+        "linear": (nn.Linear(4, 6), (3, 5, 4)),
+        "batched": (Batched(), (3, 5, 4)),
+        "turned": (Turned(), (5, 4)),
+    }
+    return made[kind]
+
+
+class Batched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+class Turned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.weight.t() @ x.t()).t()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "plain",
+        "grouped",
+        "depthwise",
+        "1d",
+        "3d",
+        "transposed",
+        "transposed grouped",
+        "linear",
+        "batched",
+        "turned",
+    ],
+)
+def test_what_a_product_reads(kind: str) -> None:
+    """Outputs are weights times what ``inputs`` gives, anywhere; ``write`` adds to those."""
+    layer, shape = layers(kind)
+    model = nn.Sequential(layer)
+    graph = torch.fx.symbolic_trace(model)  # type: ignore[attr-defined]
+    runner = Runner(graph)
+    values = runner.start([torch.randn(shape)])
+    products = []
+    with quiet():
+        for number, node in enumerate(runner.nodes):
+            if node.op not in ("placeholder", "get_attr", "output"):
+                products += runner.look(values, number).products
+    (product,) = products
+    site, weight = product.site, dict(graph.named_parameters())[product.site.name]
+    bias = product.bias if product.bias is not None else torch.zeros(())
+    y = product.output - bias
+    for at in (None, torch.tensor([0, 3, 4])):
+        u, wanted = inputs(site, product.input, at), outputs(site, y, at)
+        assert torch.allclose(matrix(site, weight) @ u, wanted, atol=1e-5)
+    change = torch.randn_like(matrix(site, weight))
+    before = matrix(site, weight).detach().clone()
+    write(site, weight.detach(), change)
+    assert torch.allclose(matrix(site, weight), before + change, atol=1e-5)
+
+
+class Siamese(nn.Module):
+    """One layer used twice, and a head tied to an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.up = nn.Linear(8, 16)
+        self.down = nn.Linear(16, 8)
+        self.head = nn.Linear(8, 20, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        x = x + self.down(F.gelu(self.up(x)))
+        x = x + self.down(F.gelu(self.up(x)))
+        return self.head(x)
+
+
+def test_shared_weights_stay_and_are_named() -> None:
+    model = Siamese().eval()
+    data = [torch.randint(20, (4, 6)) for _ in range(5)]
+    pruned = fxprune.prune(model, data[0], 0.5, calibrate=data)
+    reasons = {entry.name: entry.reason for entry in found(pruned).layers}
+    assert reasons["up.weight"] == reasons["down.weight"] == "used at several places"
+    assert reasons.get("embed.weight", reasons.get("head.weight")) == "used at several places"
+    assert pruned.embed.weight is pruned.head.weight
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(6, 16, batch_first=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(x)[0])
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.down(F.gelu(self.up(x)))
+
+
+@pytest.mark.parametrize(("model", "shape"), [(Recurrent(), (32, 7, 6)), (Attention(), (32, 7, 16))])
+def test_recurrent_layers_and_attention(model: nn.Module, shape: tuple[int, ...]) -> None:
+    data = batches(12, *shape)
+    plain = fxprune.prune(model.eval(), data[0], 0.5)
+    better = fxprune.compensate(plain, model, data)
+    test = torch.randn(shape)
+    assert divergence(model, better, test) < 0.9 * divergence(model, plain, test)
+
+
+def test_pairs_with_labels_are_picked() -> None:
+    model, made = twins(True)
+    data = [(batch, torch.zeros(8)) for batch in batches()]
+    with pytest.raises(CalibrationError, match=r"pick=lambda batch: batch\[0\]"):
+        fxprune.compensate(made, model, data)
+    better = fxprune.compensate(made, model, data, pick=lambda batch: batch[0])
+    assert found(better).batches == 6
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "hold no batch"),
+        (torch.randn(2, 3, 12, 12), "as a list that holds it"),
+        (3, "got int"),
+        ([{"y": torch.randn(2, 3, 12, 12)}], "no input named 'y'"),
+    ],
+)
+def test_bad_data(data: Any, message: str) -> None:
+    model, made = twins(True)
+    with pytest.raises(CalibrationError, match=message):
+        fxprune.compensate(made, model, data)
+
+
+def test_no_plan_and_no_weights() -> None:
+    model, made = twins(True)
+    with pytest.raises(PlanError, match="holds its plan"):
+        fxprune.compensate(model, model, batches())
+    with pytest.raises(CalibrationError, match="meta device"):
+        fxprune.compensate(made, copy.deepcopy(model).to("meta"), batches())
+
+
+def test_little_data_harms_nothing() -> None:
+    """With two images a layer is changed only where it is better on what was held out."""
+    model = settled(Residual(), 8, 3, 12, 12)
+    plain = fxprune.prune(model, torch.randn(1, 3, 12, 12), 0.4)
+    better = fxprune.compensate(plain, model, [torch.randn(2, 3, 12, 12)])
+    said = found(better)
+    assert all(not entry.after > entry.before for entry in said.layers)
+    assert said.after <= said.before
+
+
+def test_many_values_go_to_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = twins(True)
+    data = batches()
+    in_memory = fxprune.compensate(made, model, data)
+    monkeypatch.setattr("fxprune.compensation.batches._IN_MEMORY", 1000)
+    on_disk = fxprune.compensate(made, model, data)
+    for a, b in zip(in_memory.parameters(), on_disk.parameters(), strict=True):
+        assert torch.equal(a, b)
