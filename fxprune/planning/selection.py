@@ -64,8 +64,8 @@ class Selection:
         free_outputs: as for :func:`fxprune.analyze`.
         fill_outputs: as for :func:`fxprune.analyze`.
         calibrate: unlabelled inputs, with which :func:`fxprune.prune` lets the layers that are left make up
-            for what went: batches in a list, a data loader or any other iterable. A batch is a tensor, a tuple
-            of positional inputs or a dict of keyword inputs.
+            for what went: batches in a list, a data loader or any other iterable. A batch is a tensor, a
+            tuple of positional inputs or a dict of keyword inputs.
         pick: from a batch to the inputs, where it holds more: ``lambda batch: batch[0]``.
 
     Raises:
