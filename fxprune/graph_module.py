@@ -69,7 +69,7 @@ class OwnedModule(fx.GraphModule):
         module._graph = graph
         graph.owning_module = module
         for name in _GENERATED:
-            del module.__dict__[name]
+            module.__dict__.pop(name, None)  # older versions of torch know fewer of them
         type(module).forward = _Deferred(module)  # type: ignore[assignment]
         return module
 
