@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
+from torch.fx.graph import CodeGen
 
 from .graph_record import record, replay
 
@@ -48,6 +49,25 @@ class _Deferred:
         return getattr(owner if instance is None else instance, "forward")  # noqa: B009  (now another one)
 
 
+class _NamedOutputs(CodeGen):
+    """Code that knows the classes of the named tuples that it returns: before torch 2.14 it lacks them."""
+
+    def __init__(self, classes: dict[str, type]) -> None:
+        super().__init__()
+        self.classes = classes
+
+    def additional_globals(self) -> list[tuple[str, Any]]:
+        return [*super().additional_globals(), *self.classes.items()]
+
+
+def _parts(tree: Any) -> Iterator[Any]:
+    """A tree of containers, and everything in it."""
+    yield tree
+    if isinstance(tree, (tuple, list, dict)):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            yield from _parts(part)
+
+
 class OwnedModule(fx.GraphModule):
     """A ``GraphModule`` that keeps all of its module tree, its name and its ``meta`` through copies.
 
@@ -72,6 +92,16 @@ class OwnedModule(fx.GraphModule):
             module.__dict__.pop(name, None)  # older versions of torch know fewer of them
         type(module).forward = _Deferred(module)  # type: ignore[assignment]
         return module
+
+    def recompile(self) -> Any:
+        """Generate the code of ``forward``, which may build named tuples for its outputs."""
+        codegen: Any = self._graph._codegen
+        if type(codegen) is CodeGen:
+            outputs = [node.args for node in self._graph.nodes if node.op == "output"]
+            classes = {type(part) for part in _parts(outputs) if hasattr(part, "_fields")}
+            if classes:
+                self._graph.set_codegen(_NamedOutputs({c.__name__: c for c in classes}))
+        return super().recompile()
 
     def __reduce__(self) -> tuple[Any, ...]:
         own = {registry: self.__dict__[registry] for registry in _REGISTRIES}
