@@ -6,7 +6,7 @@ import copy
 import functools
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 
 from .capture import Captured, capture
 from .capture.dynamo import named_inputs, takes_tensors
+from .capture.numbers import Comparison
 from .capture.symbolic import function_name
 from .compensation import Pick, compensated
 from .coupling.graph import CouplingGraph
@@ -22,6 +23,7 @@ from .errors import CaptureError, PlanError, RewriteError, SelectionError
 from .importance import score
 from .inputs import describe_inputs, in_dtype_of, normalize, restore_inputs
 from .origins import remember
+from .own_class import holds, line_notes, marked_copy, rewrite_in_class
 from .passes import Rewritten, rewrite
 from .planning.budget import Budget
 from .planning.latency import Meter
@@ -160,7 +162,9 @@ def prune(model: nn.Module, example_inputs: Any, selection: Selection) -> nn.Mod
 
     It is a ``torch.fx.GraphModule`` where the model could be captured as a whole. Where only parts of it
     could, it is a module of the model's own type, in which those parts run as graphs. Either way the
-    result's ``meta["fxprune"]`` holds the :class:`~fxprune.planning.plan.PruningPlan`.
+    result's ``meta["fxprune"]`` holds the :class:`~fxprune.planning.plan.PruningPlan`. With
+    ``into="module"`` it is a module of the model's own class, whose ``forward`` and other methods are the
+    user's own.
 
     With calibration data (``calibrate``) the layers that are left make up for what went, as by
     :func:`compensate`.
@@ -237,7 +241,11 @@ def _compensate(
 @_stage
 def apply(made: PruningPlan, model: nn.Module) -> nn.Module:
     """See :meth:`PruningPlan.apply`."""
-    rewritten = rewrite(graph_for(made, model), made.removed)
+    own = _OwnClass.of(made.into, model)
+    rewritten = rewrite(graph_for(made, own.source), made.removed)
+    if not rewritten.violations:
+        args, kwargs = restore_inputs(in_dtype_of(model, made.inputs))
+        rewritten = own.rewritten(rewritten, args, kwargs, frozenset(made.dissolved))
     if rewritten.violations:
         first = rewritten.violations[0]
         raise PlanError(
@@ -293,9 +301,11 @@ def _plan(
     selection: Selection,
 ) -> tuple[PruningPlan, Rewritten]:
     importance, seed = selection.importance, selection.seed
-    graph = analyze(
-        model, example_inputs, free_outputs=selection.free_outputs, fill_outputs=selection.fill_outputs
-    )
+    own = _OwnClass.of(selection.into, model)
+    free, zeros = selection.free_outputs, selection.fill_outputs
+    if own.marked is not None:
+        zeros = ()  # its own code returns what it returns
+    graph = analyze(own.source, example_inputs, free_outputs=free, fill_outputs=zeros)
     args, kwargs = normalize(example_inputs)
     dissolved: frozenset[str] = frozenset()
     notes = []
@@ -306,6 +316,17 @@ def _plan(
     for _ in range(_ATTEMPTS):
         selected = select(graph, selection, scores, owner, meter)
         rewritten = rewrite(graph, selected.removed)
+        if not rewritten.violations and own.marked is not None:
+            rewritten = own.rewritten(rewritten, args, kwargs, dissolved)
+            if rewritten.violations and any(selected.removed.values()):
+                program = graph.captured.program
+                found = holds(program, rewritten.narrowing, rewritten.violations)
+                held = found.keys() - set(graph.held)
+                if not held:  # of these dimensions all that may stay does; now the nodes themselves
+                    held = set().union(*(_around(graph, name.partition("[")[0]) for name in found))
+                notes += line_notes(program, {name: v for name, v in found.items() if name in held} or found)
+                graph, first = graph.hold(set(held)), rewritten.violations[0]
+                continue
         if not rewritten.violations or not any(selected.removed.values()):  # nothing narrower, nothing wrong
             if meter is None or meter.accepts(selected.left["latency"], rewritten.materialize()):
                 break
@@ -315,7 +336,7 @@ def _plan(
             # The widths are numbers inside these functions: trace into them, then decide again.
             try:
                 opened = _analyze(
-                    model,
+                    own.source,
                     args,
                     kwargs,
                     dissolved | whole,
@@ -354,6 +375,7 @@ def _plan(
         dissolved=tuple(sorted(dissolved)),
         free_outputs=graph.captured.program.free_outputs,
         fill_outputs=tuple(graph.fill_outputs),
+        into=selection.into,
         regions=graph.captured.regions,
         notes=tuple(filter(None, said)),
         settings={
@@ -363,6 +385,45 @@ def _plan(
         },
     )
     return made, rewritten
+
+
+@dataclass(frozen=True)
+class _OwnClass:
+    """What it takes to decide on a result in the model's own class.
+
+    Attributes:
+        model: the original.
+        marked: a copy whose numbers remember their attributes; None where the result is a graph.
+        questions: what the copy's code asks while it is captured.
+    """
+
+    model: nn.Module
+    marked: nn.Module | None
+    questions: list[Comparison]
+
+    @staticmethod
+    def of(into: str, model: nn.Module) -> _OwnClass:
+        if into == "graph" or not isinstance(model, nn.Module):
+            return _OwnClass(model, None, [])
+        if takes_tensors(model):
+            raise SelectionError(
+                'into="module" needs the model that the graph was made from; a graph that takes its '
+                "parameters as inputs has no class of its own. Prune that model instead."
+            )
+        return _OwnClass(model, *marked_copy(model))
+
+    @property
+    def source(self) -> nn.Module:
+        """What is captured."""
+        return self.marked if self.marked is not None else self.model
+
+    def rewritten(
+        self, rewritten: Rewritten, args: tuple[Any, ...], kwargs: dict[str, Any], dissolved: frozenset[str]
+    ) -> Rewritten:
+        """``rewritten`` in the form that is asked for."""
+        if self.marked is None:
+            return rewritten
+        return rewrite_in_class(self.model, self.questions, rewritten, args, kwargs, dissolved)
 
 
 def _meter(

@@ -32,6 +32,7 @@ from .planning.plan import PruningPlan
 from .program import Program
 from .region_program import RegionModule, RegionProgram
 from .trees import Leaf, flatten
+from .verify_class import as_graph, compare_classes
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def verify(
 
     Both are run in evaluation mode, as copies in ``dtype``. If an inexact group was narrowed, the
     networks differ legitimately from there on; then the graphs are run side by side, each node on the
-    masked original's narrowed values wherever an inexact node came before.
+    masked original's narrowed values wherever an inexact node came before. Of a result in the model's own
+    class, its own ``forward`` is compared as well, in both modes (with dropout off) where the plan is exact.
 
     Args:
         model: the original model; not changed.
@@ -98,16 +100,26 @@ def verify(
     if any(t.device.type == "meta" for t in [*model.parameters(), *model.buffers()]):
         raise VerificationError("the model is on the meta device, so there are no weights to verify.")
     limit = tolerance if tolerance is not None else 1e-8 if dtype == torch.float64 else 1e-3
+    if plan.into == "module":
+        form, made = as_graph(model, pruned, plan), replace(plan, into="graph")
+        verdict = verify(model, form, made, example_inputs, dtype=dtype, tolerance=tolerance)
+        error = compare_classes(
+            model,
+            pruned,
+            plan,
+            form,
+            verdict.exact,
+            example_inputs,
+            lambda module: _converted(module, dtype),
+            lambda tree: _cast(tree, dtype),
+            limit,
+        )
+        return replace(verdict, error=max(verdict.error, error))
     graph = graph_for(plan, model)
     narrowing = Narrowing(graph, plan.removed)
     program = graph.captured.program
     originals = _masked(program, narrowing, dtype).pieces()
-    candidate = copy.deepcopy(pruned)._apply(lambda tensor: tensor.to(_wide(tensor.dtype, dtype))).eval()
-    for inner in candidate.modules():
-        if isinstance(inner, RegionModule):
-            RegionModule.take_over(inner, _recast(inner.graph, dtype))
-        elif isinstance(inner, fx.GraphModule):
-            inner.graph = _recast(inner.graph, dtype)
+    candidate = _converted(pruned, dtype).eval()
     inexact = {
         event.node.name: None
         for event in graph.run.coupler.inexact
@@ -154,6 +166,17 @@ def verify(
     if inexact:
         _compare_weights(program, pruned, narrowing)  # the skipped nodes' own weights, too
     return Verdict(worst, compared, tuple(inexact), dtype)
+
+
+def _converted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of ``module`` in ``dtype``."""
+    new = copy.deepcopy(module)._apply(lambda tensor: tensor.to(_wide(tensor.dtype, dtype)))
+    for inner in new.modules():
+        if isinstance(inner, RegionModule):
+            RegionModule.take_over(inner, _recast(inner.graph, dtype))
+        elif isinstance(inner, fx.GraphModule):
+            inner.graph = _recast(inner.graph, dtype)
+    return new
 
 
 def _wide(own: torch.dtype, dtype: torch.dtype) -> torch.dtype:

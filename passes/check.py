@@ -20,10 +20,17 @@ from .base import Narrowing
 
 @dataclass(frozen=True)
 class Violation:
-    """A node of the rewritten graph that does not do what the narrowing predicts."""
+    """A node of the rewritten graph that does not do what the narrowing predicts.
+
+    Attributes:
+        node: its name.
+        reason: what it does instead.
+        dims: the dimensions of its output in which it shows; empty where that is not known.
+    """
 
     node: str
     reason: str
+    dims: tuple[int, ...] = ()
 
 
 def check(program: Program, narrowing: Narrowing) -> list[Violation]:
@@ -171,9 +178,9 @@ def _compare(run: Run, narrowing: Narrowing, compact: Any) -> list[Violation]:
             if isinstance(old, Value) and isinstance(new, Value):
                 if new.shape == old.shape and old.state is not None and old.state.tensor is None:
                     continue  # a constant that is narrowed by the node that follows
-                reason = _differs(old, new, run, narrowing, compact)
+                reason, dims = _differs(old, new, run, narrowing, compact)
                 if reason:
-                    found.append(Violation(node.name, reason))
+                    found.append(Violation(node.name, reason, dims))
                     break
         if not _same(run.scalars.get(node, ()), old_scalars.get(node.name, ())):
             found.append(Violation(node.name, "a number in a pointwise operator changed with the width"))
@@ -202,11 +209,15 @@ def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     )
 
 
-def _differs(old: Value, new: Value, run: Run, narrowing: Narrowing, compact: Any) -> str:
-    """Why a value is not the predicted one, or an empty string."""
+def _differs(
+    old: Value, new: Value, run: Run, narrowing: Narrowing, compact: Any
+) -> tuple[str, tuple[int, ...]]:
+    """Why a value is not the predicted one, or an empty string; and in which dimensions."""
     expected = narrowing.shape(old)
     if new.shape != expected:
-        return f"has shape {new.shape}, expected {expected}"
+        same = len(new.shape) == len(expected)
+        dims = tuple(d for d, size in enumerate(expected) if new.shape[d] != size) if same else ()
+        return f"has shape {new.shape}, expected {expected}", dims
     for dim in range(len(expected)):
         label, other = old.label(dim), new.label(dim)
         if label is None or label.over or expected[dim] == 1 or not narrowing.narrows(label):
@@ -216,14 +227,14 @@ def _differs(old: Value, new: Value, run: Run, narrowing: Narrowing, compact: An
             continue
         if new.is_open(dim):
             continue
-        if other is None and _alike(old, dim, narrowing, compact):
-            continue
+        if other is None and (_alike(old, dim, narrowing, compact) or (wanted == wanted[0]).all()):
+            continue  # of one unit alone (a head that goes as a whole) there is no order
         if other is None:
-            return f"lost track of dimension {dim}"
+            return f"lost track of dimension {dim}", (dim,)
         if other.over:
             continue
         got = run.coupler.units.find(other.ids)
         both = (wanted != 0) & (got != 0) & (got <= run.coupler.units.anchors)
         if got.shape != wanted.shape or (got[both] != wanted[both]).any():
-            return f"has other units, or in another order, along dimension {dim}"
-    return ""
+            return f"has other units, or in another order, along dimension {dim}", (dim,)
+    return "", ()

@@ -263,6 +263,12 @@ _RULES: list[tuple[type, Attributes]] = [
 ]
 
 
+def narrowed_attributes(module: nn.Module, shapes: Shapes) -> dict[str, Any]:
+    """What a layer remembers of its widths, for these shapes of its own tensors."""
+    rule = _rule_for(type(module))  # type: ignore[arg-type]  # a class is hashable
+    return dict(rule(module, shapes, None, None)) if rule is not None and shapes else {}
+
+
 def _attributes(
     module: nn.Module, shapes: Shapes, inputs: Shape | None, outputs: Shape | None
 ) -> Mapping[str, Any]:
@@ -278,4 +284,4 @@ def _rule_for(module_class: type) -> Attributes | None:
     return next((rule for kind, rule in _RULES if issubclass(module_class, kind)), None)
 
 
-__all__ = ["UpdateModules", "free_attention"]
+__all__ = ["UpdateModules", "free_attention", "narrowed_attributes"]

@@ -39,10 +39,13 @@ class Rewritten:
 
     def materialize(self) -> nn.Module:
         """The module with the real, narrowed weights."""
-        captured = self.narrowing.graph.captured
-        narrowed = NarrowParameters()(captured.program, self.narrowing)
+        return self.narrowed().result(self.narrowing.graph.captured.class_name)
+
+    def narrowed(self) -> Program:
+        """The program with the real, narrowed weights."""
+        narrowed = NarrowParameters()(self.narrowing.graph.captured.program, self.narrowing)
         extras = {**self.program.extras, **narrowed.extras}
-        return replace(self.program, tensors=narrowed.tensors, extras=extras).result(captured.class_name)
+        return replace(self.program, tensors=narrowed.tensors, extras=extras)
 
 
 def rewrite(graph: CouplingGraph, removed: Mapping[str, Sequence[int]]) -> Rewritten:

@@ -23,7 +23,7 @@ from ..region_program import RegionProgram
 from . import dynamo, exported, regions, symbolic
 from .composites import dissolve as dissolve_composites
 
-__all__ = ["Captured", "capture"]
+__all__ = ["Captured", "capture", "recapture"]
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,36 @@ def capture(
             f"{quantised[0]} ({kinds[quantised[0]].__qualname__}) says that the model is quantised: from "
             f"packed weights nothing can be removed. Next: prune the model before it is converted."
         ) from refusal
+
+
+def recapture(
+    captured: Captured,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dissolve: frozenset[str] = frozenset(),
+) -> Program:
+    """Capture another copy of the model that ``captured`` is of, in the same way.
+
+    Raises:
+        CaptureError: if it cannot be captured.
+        ExampleInputsError: if it fails on the inputs.
+    """
+    rungs: dict[str, Rung] = {
+        **RUNGS,
+        "symbolic tracing with known shapes": partial(symbolic.trace_with_shapes, dissolve=dissolve),
+    }
+
+    def whole(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, str]:
+        found = _climb(module, args, kwargs, rungs, lambda captured: None)
+        return found.program, found.rung
+
+    if captured.regions:
+        program: Program = regions.again(model, captured.regions, whole)
+    else:
+        program = rungs[captured.rung](model, args, kwargs)
+    dissolve_composites(program.graph, program.tensors)
+    return program
 
 
 _QUANTISED = re.compile(r"torch\.ao\.nn(\.intrinsic)?\.quantized\.")

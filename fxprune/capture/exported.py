@@ -35,6 +35,7 @@ from ..program import Program, Skeleton, named_tensors
 from ..trees import Structure, flatten
 from .arguments import Arguments, packing
 from .effects import Kept, autograd_functions, not_kept
+from .numbers import Recorder, carries_numbers
 from .symbolic import blame, check_value
 from .twin import Twin
 
@@ -79,12 +80,15 @@ class _Flat(nn.Module):
         self.model = model
         self.training = model.training
         self._rebuild, self._seen, self._left = rebuild, seen, left
+        self._marked = carries_numbers(model)
 
     def forward(self, *tensors: Any) -> list[Any]:
         _refuse_sizes_from_values(tensors)
         args, kwargs = self._rebuild(tensors)
         kept, buffers = Kept(self.model), dict(self.model.named_buffers(remove_duplicate=False))
-        outputs, structure = flatten(self.model(*args, **kwargs))
+        with Recorder() if self._marked else contextlib.nullcontext():
+            results = self.model(*args, **kwargs)
+        outputs, structure = flatten(results)
         for name, before, value, write in kept.replaced(torch.Tensor):
             if before is None or name not in buffers:  # nobody knows whether it was read
                 self._left.append(name)
@@ -274,6 +278,8 @@ class _Exporter:
             elif not str(getattr(node.target, "__name__", "")).startswith(_ASSERTIONS):
                 new = self.graph.node_copy(node, lambda n: env[n])
                 new.meta = {"source": source} if (source := source_line(node)) else {}
+                if "origins" in node.meta:
+                    new.meta["origins"] = node.meta["origins"]
                 self._switch(node, new)
                 env[node] = new
         return None

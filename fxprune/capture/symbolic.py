@@ -44,6 +44,7 @@ from ..trees import TENSORS, flatten
 from ..value_dependent import AS_LIST, ON_SHAPES, kept_whole
 from .arguments import LITERALS, Arguments, packing
 from .effects import AUGMENTED, Kept, autograd_functions, not_kept, write_in_place
+from .numbers import note_question, settle
 from .twin import StandIn, Twin
 
 _SKIPPED = (
@@ -214,6 +215,7 @@ class _Tracer(fx.Tracer):
         if switches:
             return self._again(switches, self.lists_as_values)
         write_in_place(graph, self.leaf)
+        settle(graph)
         graph._tracer_cls = None  # a copy must not try to make a tracer of ours from nothing
         for node in graph.nodes:
             if function_name(node.target) is None:
@@ -488,6 +490,9 @@ class _ShapeProxy(_Proxy):
         return self.value
 
     def __bool__(self) -> bool:
+        if self.node.target in (operator.eq, operator.ne):
+            note_question(*(self.tracer.values.get(a, a) if isinstance(a, fx.Node) else a
+                            for a in self.node.args))  # fmt: skip
         return bool(self._number())
 
     def __index__(self) -> int:

@@ -108,8 +108,10 @@ def holds(value: Any) -> bool:
     if kind in _CONTAINERS:
         return True
     foreign = kind.__module__.partition(".")[0] in _FOREIGN
-    return not foreign and hasattr(value, "__dict__") and not isinstance(value, (type, enum.Enum, nn.Module))
+    return not foreign and hasattr(value, "__dict__") and not isinstance(value, _IMMUTABLE)
 
+
+_IMMUTABLE = (type, enum.Enum, nn.Module, int)
 
 _CONTAINERS: dict[type, Callable[[Twin, Any], Any]] = {
     **dict.fromkeys([dict, OrderedDict, defaultdict], Twin._mapping),

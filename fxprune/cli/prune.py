@@ -139,6 +139,13 @@ def add_prune_parser(commands: _SubParsers) -> None:
         "remove, 0 <= HEADS < 1; what remains is narrowed as all else (default: 0)",
     )
     pruning.add_argument(
+        "--into",
+        choices=["graph", "module"],
+        default="graph",
+        help="form of the result: a graph, in which every number can be rewritten (default), or the model's "
+        "own class with its own methods, in which what its code says stays",
+    )
+    pruning.add_argument(
         "--importance",
         choices=list(BUILT_IN),
         default="l2",
@@ -214,6 +221,7 @@ def run(options: argparse.Namespace) -> int:
             heads=options.heads,
             free_outputs=options.free_output,
             fill_outputs=fill_outputs(options),
+            into=options.into,
         )
         asked = (
             ", ".join(f"{name} {value:g}" for name, value in given.items())

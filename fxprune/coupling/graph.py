@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,15 +21,20 @@ from ..errors import PlanError
 from ..nodes import describe_source
 from ..program import Program
 from ..trees import Leaf
+from .coupler import Coupler
 from .grouping import form_groups
 from .groups import Group, Grouping, RowSet
 from .interpreter import Run, interpret
 from .outputs import beside, fill, fills, holding, short_names
 from .roles import Use
-from .units import Axis, Event, Ids, Label, Rectangle, State, Value
+from .units import FIXED, Axis, Event, Ids, Label, Rectangle, State, Value
 
 if TYPE_CHECKING:
     from ..report import Report
+
+_DIM = re.compile(r"(.+)\[(\d+)\]")
+
+_IN_CLASS = "the model's own code keeps this extent"
 
 _MUCH = 0.1
 """Share of the parameters that is worth a word."""
@@ -108,10 +115,12 @@ class CouplingGraph:
     """
 
     def __init__(self, captured: Captured, held: tuple[str, ...] = ()) -> None:
-        """``held`` are names of graph nodes around which nothing is to be narrowed."""
+        """``held``: see :meth:`hold`."""
         self.captured = captured
         self.held = held
         self._run: Run = interpret(captured.program, self.inputs)
+        if held:
+            self._hold_dims(held)
         self._regroup()
 
     def _regroup(self) -> None:
@@ -127,14 +136,47 @@ class CouplingGraph:
             self.__dict__.pop(name, None)
 
     def hold(self, names: set[str]) -> CouplingGraph:
-        """The same analysis with nothing narrowed around the nodes ``names``."""
+        """The same analysis with nothing narrowed around the nodes ``names``.
+
+        ``"view_3[2]"`` stands for dimension 2 of what ``view_3`` puts out (or of a parameter or buffer of
+        that name): it keeps its extent. Where it has rows (as the columns of attention heads have), whole
+        rows may go.
+        """
         other = object.__new__(CouplingGraph)
         other.captured, other._run = self.captured, self._run
         other.held = tuple(sorted({*self.held, *names}))
+        other._hold_dims(sorted(names - set(self.held)))
         other._regroup()
         return other
 
+    def _hold_dims(self, names: Sequence[str]) -> None:
+        """Freeze single dimensions, in a copy of the analysis that it was made from."""
+        dims = [match for name in names if (match := _DIM.fullmatch(name))]
+        if not dims:
+            return
+        coupler = copy.copy(self._run.coupler)
+        coupler.units = coupler.units.copy()
+        coupler.frozen, coupler.edges = list(coupler.frozen), list(coupler.edges)
+        self._run = replace(self._run, coupler=coupler)
+        nodes = {node.name: node for node in self.captured.program.graph.nodes}
+        for match in dims:
+            name, dim = match[1], int(match[2])
+            values = list(tree_values(self._run.values.get(nodes[name]))) if name in nodes else []
+            if name in self._run.states:
+                state = self._run.states[name]
+                values = [Value(state.shape, [], state, tuple(range(len(state.shape))))]
+            if not values:
+                raise PlanError(f"the plan holds {match[0]!r}, which this model does not have.")
+            coupler.node = nodes.get(name)
+            for value in values:
+                label = value.label(dim) if dim < len(value.shape) else None
+                if label is not None:
+                    coupler.freeze(label, _IN_CLASS, 'into="graph" narrows it')
+        _tie_beside(coupler)
+
     def _hold(self, name: str) -> Iterator[Event]:
+        if _DIM.fullmatch(name):
+            return
         node = next((n for n in self.captured.program.graph.nodes if n.name == name), None)
         if node is None:
             raise PlanError(f"the plan holds the graph node {name!r}, which this model does not have.")
@@ -387,6 +429,19 @@ class CouplingGraph:
     def tensor_names(self) -> dict[str, list[int]]:
         """Shape of every parameter and buffer, by name: the architecture as plain data."""
         return {name: list(tensor.shape) for name, tensor in self.captured.program.tensors.items()}
+
+
+def _tie_beside(coupler: Coupler) -> None:
+    """Where one row of a rectangle goes as a whole or not at all, so do all others: they stay as long."""
+    tied = True
+    while tied:
+        tied = False
+        for rectangle in coupler.rectangles:
+            cells = coupler.units.find(rectangle.cells)
+            whole = (cells == cells[:, :1]).all(axis=1)
+            if cells.shape[1] > 1 and whole.any() and not whole.all():
+                coupler.units.merge(rectangle.cells[:, :1], rectangle.cells)
+                tied = bool((cells[~whole] != FIXED).any())
 
 
 def tree_values(tree: Any) -> Iterator[Value]:

@@ -6,6 +6,7 @@ units is a union-find over numpy arrays, so that no operation loops over channel
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -53,6 +54,12 @@ class Units:
         self._parent: Ids = np.arange(max(4096, 2 * self.count), dtype=np.int64)
         self._loose = np.zeros(self._parent.size, dtype=bool)
         self.any_loose = False
+
+    def copy(self) -> Units:
+        """Another union-find of the same units, in the same classes."""
+        new = copy.copy(self)
+        new._parent, new._loose = self._parent.copy(), self._loose.copy()
+        return new
 
     def fresh(self, *shape: int, loose: bool = False) -> Ids:
         """New units, as an array of the given shape; for ``loose`` see :meth:`loosen`."""

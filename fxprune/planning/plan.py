@@ -86,6 +86,7 @@ class PruningPlan:
         fill_outputs: names of outputs that hold zeros in place of what was removed.
         regions: where the model is captured in parts: by path of a submodule a description of its inputs
             and the names of its tensors that are used outside of it, too.
+        into: the form of the result: ``"graph"``, or ``"module"`` for the model's own class.
         notes: why nodes were held, and what would let more go, for people.
         settings: how the plan was made (ratio, importance, seed); for the record only.
     """
@@ -102,6 +103,7 @@ class PruningPlan:
     settings: Mapping[str, Any] = field(default_factory=dict)
     free_outputs: tuple[str, ...] = ()
     fill_outputs: tuple[str, ...] = ()
+    into: str = "graph"
 
     def apply(self, model: nn.Module) -> nn.Module:
         """A narrowed copy of ``model``, which may be any copy of the architecture that the plan is for.

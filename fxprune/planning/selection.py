@@ -18,6 +18,7 @@ from .budget import Budget
 from .patterns import Pattern, nearest, spelled
 
 Scope = Literal["local", "global", "isomorphic"]
+Form = Literal["graph", "module"]
 
 AUTO = "auto"
 """Stands for all outputs that keep several layers wide, in ``fill_outputs`` for those beside the result."""
@@ -62,7 +63,11 @@ class Selection:
             convolution or group norm, ``0 <= heads < 1``; those with the lowest sum of scores go. The rows
             that remain are narrowed as all else; ``ratio=0, heads=0.25`` removes heads only.
         free_outputs: as for :func:`fxprune.analyze`.
-        fill_outputs: as for :func:`fxprune.analyze`.
+        fill_outputs: as for :func:`fxprune.analyze`; with ``into="module"`` none, since the code stays.
+        into: the form of the result. ``"graph"``: a ``torch.fx.GraphModule``, in which every literal can be
+            rewritten. ``"module"``: a copy of the model of its own class, with its own methods; what its code
+            keeps as wide as it is stays whole, or goes by whole rows (attention heads), and the plan's notes
+            name the lines.
         calibrate: unlabelled inputs, with which :func:`fxprune.prune` lets the layers that are left make up
             for what went: batches in a list, a data loader or any other iterable. A batch is a tensor, a
             tuple of positional inputs or a dict of keyword inputs.
@@ -88,6 +93,7 @@ class Selection:
     heads: float = 0.0
     free_outputs: str | Sequence[str] = ()
     fill_outputs: str | Sequence[str] = AUTO
+    into: Form = "graph"
     calibrate: Iterable[Any] | None = None
     pick: Callable[[Any], Any] | None = None
 
@@ -99,6 +105,11 @@ class Selection:
         self._check_rounding()
         for name in ("free_outputs", "fill_outputs"):
             self._set(name, output_names(name, getattr(self, name)))
+        if self.into == "module" and set(self.fill_outputs) - {AUTO}:
+            raise SelectionError(
+                f'fill_outputs={self.fill_outputs!r} needs a graph: with into="module" the code of the model '
+                f"returns what it returns. Leave one of the two out."
+            )
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -133,6 +144,9 @@ class Selection:
                 f"unknown scope {self.scope!r}; did you mean {nearest(str(self.scope), valid)[0]!r}? "
                 f"There are {', '.join(map(repr, valid))}."
             )
+
+        if self.into not in get_args(Form):
+            raise SelectionError(f"into is one of {', '.join(map(repr, get_args(Form)))}; got {self.into!r}.")
 
     def _check_tables(self) -> None:
         for name in ("ratios", "scopes"):

@@ -1,0 +1,551 @@
+"""Results in the model's own class.
+
+The result is a copy of the module tree in which parameters, the numbers that layers keep of their widths, and
+numbers in attributes of the user's modules (:mod:`.capture.numbers`) are narrowed, and whose ``forward`` and
+other methods are the user's own. What the passes would have written into a graph shows what that takes: the
+new value of an attribute is solved from the literals that come from it. The proof is that the copy's own
+``forward``, captured again, does in every node what the narrowing predicts. Where it does not, the dimension
+keeps its extent.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from .capture import recapture
+from .capture.numbers import (
+    Comparison,
+    Number,
+    Origin,
+    Place,
+    evaluate,
+    mark,
+    numbers,
+    places,
+    unmarked,
+)
+from .capture.twin import Twin
+from .coupling.units import Value
+from .errors import CaptureError, ExampleInputsError, FxpruneError
+from .graph_module import clone_module
+from .nodes import describe_source, operator_name
+from .passes import Narrowing, Rewritten
+from .passes.check import Violation, check
+from .passes.modules import narrowed_attributes
+from .passes.movements import NarrowConstants, PickFromTables, SelectMovements
+from .program import Program, named_modules, named_tensors
+
+
+def copy_of(
+    model: nn.Module, tensors: Mapping[int, torch.Tensor], modules: Mapping[int, nn.Module] | None = None
+) -> nn.Module:
+    """A deep copy of ``model`` with other tensors, and other modules where ``modules`` has any, by ``id``.
+
+    No tensor is copied but those in plain attributes.
+
+    Raises:
+        CaptureError: if the class cannot be copied.
+    """
+    memo: dict[int, Any] = {**tensors, **(modules or {})}
+    for _, module in named_modules(model):
+        for value in module.__dict__.values():
+            if isinstance(value, torch.Tensor) and id(value) not in memo:
+                memo[id(value)] = value.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # whatever a user's class raises
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), as a result in its "
+            f'own class needs. Next: make copy.deepcopy(model) work, or use into="graph".'
+        ) from error
+
+
+def marked_copy(model: nn.Module) -> tuple[nn.Module, list[Comparison]]:
+    """A copy that shares its tensors with ``model``, and whose numbers remember their attributes."""
+    new = Twin(model, lambda tensor: tensor).model
+    return new, mark(new)
+
+
+@dataclass(frozen=True)
+class InOwnClass(Rewritten):
+    """A rewritten program, and what it takes to have the same in the model's own class.
+
+    Attributes:
+        model: the original.
+        attributes: new numbers in attributes of the copy.
+    """
+
+    model: nn.Module
+    attributes: Mapping[Place, int]
+
+    def materialize(self) -> nn.Module:
+        return build(self.model, self.narrowed(), self.attributes)
+
+
+def build(model: nn.Module, program: Program, attributes: Mapping[Place, int]) -> nn.Module:
+    """A copy of ``model`` with the tensors and layers of ``program`` and these numbers in its attributes."""
+    tensors = {id(tensor): program.tensors[name] for name, tensor in named_tensors(model)}
+    own = dict(named_modules(model))
+    modules: dict[int, nn.Module] = {}
+    for path, layer in program.modules.items():
+        if path in own:
+            modules[id(own[path])] = _layer(path, layer, program)
+    new = copy_of(model, tensors, modules)
+    for path, module in named_modules(new):
+        _plain(module)
+        if id(own[path]) not in modules:
+            shapes = {
+                key: tuple(tensor.shape)
+                for key, tensor in [*module._parameters.items(), *module._buffers.items()]
+                if tensor is not None
+            }
+            before = {
+                key: tuple(tensor.shape)
+                for key, tensor in [*own[path]._parameters.items(), *own[path]._buffers.items()]
+                if tensor is not None
+            }
+            if shapes != before and not isinstance(module, nn.MultiheadAttention):
+                module.__dict__.update(narrowed_attributes(module, shapes))
+    for place, value in attributes.items():
+        _write(new, place, value)
+    for module in new.modules():
+        for key, hook in [*module._forward_pre_hooks.items()]:
+            if getattr(hook, "until_narrowed", False):
+                del module._forward_pre_hooks[key]
+    return new
+
+
+def _layer(path: str, layer: nn.Module, program: Program) -> nn.Module:
+    def owned(name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        return program.tensors.get(f"{path}.{name}")
+
+    new = clone_module(layer, owned)
+    for module in new.modules():
+        _plain(module)
+    return new
+
+
+def _plain(module: nn.Module) -> None:
+    for name, value in module.__dict__.items():
+        if isinstance(value, Number) or (type(value) in (tuple, list) and any(map(_is_number, value))):
+            module.__dict__[name] = unmarked(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Number)
+
+
+def _write(model: nn.Module, place: Place, value: int) -> None:
+    *holders, name = place.name.split(".")
+    owner: Any = model.get_submodule(place.path)
+    for holder in holders:
+        owner = owner.__dict__[holder]
+    if place.item is not None:
+        old = owner.__dict__[name]
+        items = [value if i == place.item else item for i, item in enumerate(old)]
+        value = type(old)(items)
+    owner.__dict__[name] = value
+
+
+def read(model: nn.Module, place: Place) -> int:
+    """The number that ``model`` keeps at ``place``."""
+    *holders, name = place.name.split(".")
+    owner: Any = model.get_submodule(place.path)
+    for holder in holders:
+        owner = owner.__dict__[holder]
+    found = owner.__dict__[name]
+    return int(found if place.item is None else found[place.item])
+
+
+# -- which attributes change -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Equation:
+    """What the number at an origin has to be.
+
+    Attributes:
+        origin: where the number comes from; a number where it stands in the code itself.
+        value: what it has to be.
+        node: the node whose literal it is; empty for a question.
+        dim: the dimension of the node's output that it is the extent of, if that is known.
+    """
+
+    origin: Origin
+    value: int
+    node: str = ""
+    dim: int | None = None
+
+
+def solve(
+    model: nn.Module,
+    before: Program,
+    after: Program,
+    narrowing: Narrowing,
+    literal: bool,
+    asked: Iterable[Comparison] = (),
+) -> tuple[dict[Place, int], list[Violation]]:
+    """Numbers for attributes of ``model`` from which its own code would make the literals of ``after``.
+
+    Every literal with an origin, narrowed or not, is an equation, as are the answers to questions that have
+    to stay what they were. Where two contradict each other, the attribute stays what it is; then some
+    literals are not what they would have to be, which are the violations.
+
+    Args:
+        model: the original.
+        before: what was captured of its marked copy.
+        after: what the passes made of it.
+        narrowing: what goes.
+        literal: whether plain numbers in ``before`` stand in the code, or may also have been read off shapes.
+        asked: questions and the numbers that answer them as before.
+    """
+    equations = [*_equations(before, after, narrowing), *(_Equation(c.origin, c.other) for c in asked)]
+    old = {place: read(model, place) for e in equations for place in places(e.origin)}
+    wanted: dict[Place, set[int]] = defaultdict(set)
+    for equation in equations:
+        if isinstance(equation.origin, Place):
+            wanted[equation.origin].add(equation.value)
+    known = {
+        place: next(iter(values)) if len(values) == 1 else old[place] for place, values in wanted.items()
+    }
+    for equation in sorted(equations, key=lambda e: len(set(places(e.origin)))):
+        missing = set(places(equation.origin)) - known.keys()
+        if len(missing) != 1:
+            continue
+        (place,) = missing
+        if evaluate(equation.origin, {**old, **known}) == equation.value:
+            continue
+        for value in range(1, old[place]):
+            if _holds(equation, {**old, **known, place: value}):
+                known[place] = value
+                break
+    values = {**old, **known}
+    unmet = [
+        Violation(e.node, f"the code says {_text(e.origin)}", () if e.dim is None else (e.dim,))
+        for e in equations
+        if e.node and (literal or isinstance(e.origin, Place)) and not _holds(e, values)
+    ]  # fmt: skip
+    return {place: value for place, value in known.items() if value != old[place]}, unmet
+
+
+def _text(origin: Origin) -> str:
+    """An origin for people, the same for all modules of a kind."""
+    if isinstance(origin, Place):
+        return f"self.{origin.name}" + ("" if origin.item is None else f"[{origin.item}]")
+    if isinstance(origin, tuple):
+        signs = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%"}
+        return f"{_text(origin[1])} {signs[origin[0]]} {_text(origin[2])}"
+    return str(origin)
+
+
+def _holds(equation: _Equation, values: Mapping[Place, int]) -> bool:
+    try:
+        return evaluate(equation.origin, values) == equation.value
+    except ZeroDivisionError:
+        return False
+
+
+def _equations(before: Program, after: Program, narrowing: Narrowing) -> Iterator[_Equation]:
+    rewritten = {node.name: node for node in after.graph.nodes}
+    for node in before.graph.nodes:
+        new = rewritten.get(node.name)
+        if new is None or not _makes_tensors(node, narrowing):
+            continue  # what a number is computed from follows by itself
+        leaves, written = numbers(node.args, node.kwargs), numbers(new.args, new.kwargs)
+        origins: Mapping[int, Origin] = node.meta.get("origins", {})
+        same = len(leaves) == len(written)
+        if not same:
+            if operator_name(node) == "split" and isinstance(new.args[1], (list, tuple)) and 1 in origins:
+                yield _Equation(
+                    origins[1], new.args[1][0], node.name
+                )  # sizes of parts in place of one for all
+                continue
+            put_together = _entries(node, len(written) - 1)
+            if put_together is None:
+                continue
+            origins = {place + 1: origin for place, origin in put_together.items()}
+        value = narrowing.value(node)
+        sizes = value is not None and len(value.shape) == len(written) - 1  # a view's
+        for at, number in enumerate(written):
+            if type(number) is int and (at in origins or (same and type(leaves[at]) is int)):
+                origin = origins[at] if at in origins else leaves[at]
+                if origin != number:
+                    yield _Equation(origin, number, node.name, at - 1 if sizes else None)
+
+
+def _entries(view: fx.Node, count: int) -> dict[int, Origin] | None:
+    """Origins of the entries of a shape that the code puts together: ``x.size()[:-1] + (self.width,)``."""
+    sizes = view.args[1] if len(view.args) > 1 else None
+    if not isinstance(sizes, fx.Node) or operator_name(sizes) != "add":
+        return None
+    left, right = sizes.args
+    if isinstance(left, fx.Node) == isinstance(right, fx.Node):
+        return None
+    origins: Mapping[int, Origin] = sizes.meta.get("origins", {})
+    if isinstance(left, fx.Node):
+        length = len(numbers(right, {}))
+        return {count - length + at - 1: origin for at, origin in origins.items()}
+    return dict(origins)
+
+
+def _makes_tensors(node: fx.Node, narrowing: Narrowing) -> bool:
+    return any(isinstance(leaf, Value) for leaf in pytree.tree_leaves(narrowing.tree(node.name)))
+
+
+# -- the proof ---------------------------------------------------------------------------------------
+
+
+def rewrite_in_class(
+    model: nn.Module,
+    questions: list[Comparison],
+    rewritten: Rewritten,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dissolve: frozenset[str],
+) -> InOwnClass:
+    """What ``rewritten`` does to a graph, done to a copy of ``model``; violations say where that falls short.
+
+    Args:
+        model: the original.
+        questions: what the marked copy's code asked while it was captured.
+        rewritten: the rewritten graph of its marked copy, without violations of its own.
+        args: positional inputs.
+        kwargs: keyword inputs.
+        dissolve: functions that were traced into.
+    """
+    narrowing = rewritten.narrowing
+    captured = narrowing.graph.captured
+    before = captured.program
+    hopeless = _beyond(before, narrowing)
+    if hopeless:
+        return InOwnClass(rewritten.program, narrowing, tuple(hopeless), model, {})
+    known: list[Comparison] = []
+    empty = _empty(rewritten.program, before)
+    while True:
+        literal = captured.rung.startswith("symbolic")
+        attributes, unmet = solve(model, before, rewritten.program, narrowing, literal, known)
+        if unmet:
+            return InOwnClass(rewritten.program, narrowing, tuple(unmet), model, attributes)
+        candidate = build(model, empty, attributes)
+        asked = mark(candidate)
+        try:
+            after = recapture(captured, candidate, args, kwargs, dissolve)
+        except (CaptureError, ExampleInputsError) as error:
+            answers = _other_answers(questions, asked, known)
+            if answers:
+                known += answers
+                continue
+            found = _blamed(before, narrowing, error)
+            return InOwnClass(rewritten.program, narrowing, tuple(found), model, attributes)
+        after = replace(after, free_outputs=before.free_outputs)
+        found = _differences(before, rewritten.program, after, narrowing)
+        answers = _other_answers(questions, asked, known) if found else []
+        if answers:
+            known += answers
+            continue
+        return InOwnClass(rewritten.program, narrowing, tuple(found), model, attributes)
+
+
+def _empty(program: Program, before: Program) -> Program:
+    """``program`` with tensors of its shapes, on the devices of the originals, whose values do not matter."""
+    made: dict[int, torch.Tensor] = {}
+    tensors = {}
+    for name, tensor in program.tensors.items():
+        if id(tensor) not in made:
+            old = before.tensors[name]
+            new = tensor.detach()
+            if tensor.is_meta and not old.is_meta:
+                new = torch.empty(tensor.shape, dtype=old.dtype, device=old.device)
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=old.requires_grad)
+            made[id(tensor)] = new
+        tensors[name] = made[id(tensor)]
+    return replace(program, tensors=tensors)
+
+
+def _other_answers(
+    questions: list[Comparison], asked: list[Comparison], known: list[Comparison]
+) -> list[Comparison]:
+    """Questions that the original answered by yes and the copy by no: what the numbers would have to be."""
+    were = {(q.origin, q.own) for q in questions if q.own == q.other}
+    found = []
+    for question in asked:
+        origin = question.origin
+        if question.own != question.other and any(o == origin for o, _ in were):
+            answer = Comparison(origin, question.other, question.other)
+            if answer not in known and answer not in found:
+                found.append(answer)
+    return found
+
+
+def _beyond(program: Program, narrowing: Narrowing) -> list[Violation]:
+    """What only a graph can do: picks by number, and an explicit scale of attention."""
+    found = []
+    for name in SelectMovements().requires(program, narrowing):
+        node = next(node for node in program.graph.nodes if node.name == name)
+        taken = narrowing.take(node)
+        if taken is not None:
+            origin, take = taken
+            found.append(Violation(origin, "channels are moved by number", (take.dim,)))
+    for name in NarrowConstants().requires(program, narrowing):
+        value = narrowing.value(next(node for node in program.graph.nodes if node.name == name))
+        assert value is not None
+        dims = tuple(d for d in range(len(value.shape)) if narrowing.narrows(value.label(d)))
+        found.append(Violation(name, "a constant that is counted up meets narrower values", dims))
+    for user, _, picks in PickFromTables().requires(program, narrowing):
+        value = narrowing.value(next(node for node in program.graph.nodes if node.name == user))
+        assert value is not None
+        dims = tuple(dict.fromkeys(pick.dim + len(value.shape) for pick in picks))
+        found.append(Violation(user, "a table (of rotary angles, say) stays as wide as it is", dims))
+    for node in program.graph.nodes:
+        if operator_name(node) == "scaled_dot_product_attention" and node.kwargs.get("scale") is None:
+            query: Any = node.args[0] if node.args else node.kwargs["query"]
+            value = narrowing.value(query)
+            if value is not None and narrowing.shape(value)[-1] != value.shape[-1]:
+                reason = "attention's own scale would follow the width of its heads"
+                found.append(Violation(query.name, reason, (len(value.shape) - 1,)))
+    for name, tensor in program.extras.items():
+        labels = narrowing.graph.labels(tensor)
+        dims = tuple(d for d, label in enumerate(labels) if narrowing.narrows(label))
+        if dims:
+            found.append(Violation(name, "a tensor that is written down in the code", dims))
+    return found
+
+
+def _differences(
+    before: Program, rewritten: Program, after: Program, narrowing: Narrowing
+) -> list[Violation]:
+    """Where the copy's own code does not do what the narrowing predicts."""
+    for old, new in zip(before.graph.nodes, after.graph.nodes, strict=False):
+        if (old.name, old.op) != (new.name, new.op) or _target(old) != _target(new):
+            return [Violation(old.name, f"the code goes another way ({new.name} in its place)")]
+    if len(before.graph.nodes) != len(after.graph.nodes):
+        return [Violation("output", "the code goes another way")]
+    found = _numbers_that_differ(before, rewritten, after, narrowing)
+    return found or check(after, narrowing)
+
+
+def _target(node: fx.Node) -> Any:
+    return node.target if isinstance(node.target, str) else operator_name(node)
+
+
+def _numbers_that_differ(
+    before: Program, rewritten: Program, after: Program, narrowing: Narrowing
+) -> list[Violation]:
+    """Literals of the copy's code that are others than those that the passes wrote."""
+    nodes = {node.name: node for node in rewritten.graph.nodes}
+    found = []
+    for old, new in zip(before.graph.nodes, after.graph.nodes, strict=True):
+        wanted = nodes.get(old.name)
+        if wanted is None or wanted.op != new.op or not _makes_tensors(old, narrowing):
+            continue
+        leaves, others = numbers(new.args, new.kwargs), numbers(wanted.args, wanted.kwargs)
+        if len(leaves) != len(others):
+            continue  # shapes and units will tell
+        pairs = [(a, b) for a, b in zip(leaves, others, strict=True) if _plain_number(a) and _plain_number(b)]
+        if any(a != b for a, b in pairs):
+            value = narrowing.value(old)
+            dims: tuple[int, ...] = ()
+            if value is not None and len(value.shape) <= len(leaves):
+                own = leaves[-len(value.shape) :], others[-len(value.shape) :]
+                dims = tuple(
+                    d
+                    for d, (a, b) in enumerate(zip(*own, strict=True))
+                    if _plain_number(a) and _plain_number(b) and a != b and narrowing.narrows(value.label(d))
+                )
+            a, b = next((a, b) for a, b in pairs if a != b)
+            found.append(Violation(old.name, f"the code says {a} where {b} is needed", dims))
+    return found
+
+
+def _plain_number(leaf: Any) -> bool:
+    return type(leaf) in (int, float)
+
+
+def _blamed(program: Program, narrowing: Narrowing, error: FxpruneError) -> list[Violation]:
+    """The narrowed nodes of the line at which the copy's code failed."""
+    text = str(error)
+    reason = text.strip().splitlines()[0][:300]
+    found = []
+    for node in program.graph.nodes:
+        source = node.meta.get("source")
+        if source and f"{source[0]}:{source[1]} " in text and _touched(node, narrowing):
+            found.append(Violation(node.name, reason))
+    if not found:
+        found = [Violation(node.name, reason) for node in program.graph.nodes if _touched(node, narrowing)][
+            :1
+        ]
+    return found
+
+
+def _touched(node: fx.Node, narrowing: Narrowing) -> bool:
+    return any(narrowing.changed(near) for near in (node, *node.all_input_nodes))
+
+
+def holds(program: Program, narrowing: Narrowing, violations: Iterable[Violation]) -> dict[str, Violation]:
+    """What to hold so that the ``violations`` go away, by the names that :meth:`CouplingGraph.hold` takes.
+
+    A line of code says the same in every layer, so all nodes of the same line and kind are held.
+    """
+    nodes = {node.name: node for node in program.graph.nodes}
+    found: dict[str, Violation] = {}
+    for violation in violations:
+        node = nodes.get(violation.node)
+        alike = [node] if node is None or not violation.dims else _alike(program, node)
+        for other in alike:
+            name = other.name if other is not None else violation.node
+            value = narrowing.value(other) if other is not None else None
+            if value is not None and len(value.shape) <= max(violation.dims, default=0):
+                continue
+            for dim in violation.dims:
+                found[f"{name}[{dim}]"] = violation
+            if not violation.dims:
+                found[name] = violation
+    return found
+
+
+def _alike(program: Program, node: fx.Node) -> list[fx.Node]:
+    """All nodes that the same line of code makes by the same operator."""
+    source = node.meta.get("source")
+    if not source:
+        return [node]
+    return [
+        other
+        for other in program.graph.nodes
+        if other.meta.get("source") == source and other.op == node.op and _target(other) == _target(node)
+    ] or [node]
+
+
+def line_notes(program: Program, held: Mapping[str, Violation]) -> list[str]:
+    """One note for each line of code that holds something, for people."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    lines: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, violation in held.items():
+        node = nodes.get(violation.node)
+        lines[describe_source(node) or violation.node, violation.reason].append(name)
+    notes = []
+    for (line, reason), names in lines.items():
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        notes.append(f'{line} keeps {shown} as wide as it is: {reason}; into="graph" narrows it')
+    return notes
+
+
+__all__ = [
+    "InOwnClass",
+    "build",
+    "copy_of",
+    "holds",
+    "line_notes",
+    "marked_copy",
+    "read",
+    "rewrite_in_class",
+    "solve",
+]

@@ -1,0 +1,142 @@
+"""Verify for results in the model's own class: its own forward, in both modes, against the masked original.
+
+Two steps. The graph that the plan describes, with the weights of the result, is compared with the masked
+original (:mod:`.verify`); then the class's own ``forward`` is: with the masked original's where the plan is
+exact, else with that graph's.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils import _pytree as pytree
+
+from .api import graph_for
+from .errors import VerificationError
+from .inputs import normalize
+from .passes import rewrite
+from .passes.parameters import NarrowParameters
+from .planning.plan import PruningPlan
+from .program import named_tensors
+from .trees import flatten
+
+_OWN_PRECISION = 1e-6
+"""What a class may differ by that computes parts in float32, whatever the dtype of its weights."""
+
+
+def as_graph(model: nn.Module, pruned: nn.Module, plan: PruningPlan) -> nn.Module:
+    """What the plan makes of ``model`` in the form of a graph, with the weights of ``pruned``.
+
+    Raises:
+        VerificationError: if ``pruned`` is not what the plan gives.
+        PlanError: if the plan does not belong to the model.
+    """
+    graph = graph_for(plan, model)
+    rewritten = rewrite(graph, plan.removed)
+    if rewritten.violations:
+        first = rewritten.violations[0]
+        raise VerificationError(f"the plan cannot be carried out: node {first.node}: {first.reason}")
+    own = dict(named_tensors(pruned))
+    for name, tensor in rewritten.program.tensors.items():
+        shape = tuple(own[name].shape) if name in own else None
+        if shape != tuple(tensor.shape):
+            has = "no such tensor" if shape is None else f"shape {shape}"
+            raise VerificationError(
+                f"{name} has shape {tuple(tensor.shape)} by the plan, {type(pruned).__name__} has {has}. "
+                f"Give verify the module that plan.apply(model) returned."
+            )
+    program, narrowing = rewritten.program, rewritten.narrowing
+    extras = NarrowParameters()(replace(graph.captured.program, tensors={}), narrowing).extras
+    tensors = {name: own[name] for name in program.tensors}
+    return replace(program, tensors=tensors, extras={**program.extras, **extras}).result(plan.model)
+
+
+def compare_classes(
+    model: nn.Module,
+    pruned: nn.Module,
+    plan: PruningPlan,
+    graph: nn.Module,
+    exact: bool,
+    example_inputs: Any,
+    convert: Callable[[nn.Module], nn.Module],
+    cast: Callable[[Any], Any],
+    limit: float,
+) -> float:
+    """The largest relative difference between what the result's own forward gives and what it should.
+
+    Args:
+        model: the original.
+        pruned: the result.
+        plan: the plan.
+        graph: what :func:`as_graph` gave.
+        exact: whether the result equals the masked original.
+        example_inputs: real inputs.
+        convert: brings a copy of a module into the precision of the comparison.
+        cast: brings inputs there.
+        limit: largest error allowed.
+
+    Raises:
+        VerificationError: where the outputs differ, or the class fails.
+    """
+    limit = max(limit, _OWN_PRECISION)
+    reference = convert(plan.mask(model) if exact else graph)
+    candidate = convert(pruned)
+    for module in [*reference.modules(), *candidate.modules()]:
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+    worst = 0.0
+    for training in (False, True) if exact else (False,):
+        wanted = _outputs(reference.train(training), cast(example_inputs), 0)
+        if training and _difference(wanted, _outputs(reference, cast(example_inputs), 1)) > limit:
+            continue  # what is drawn at random depends on widths
+        error = _difference(wanted, _outputs(candidate.train(training), cast(example_inputs), 0))
+        worst = max(worst, error)
+        if not error <= limit:
+            mode = "training" if training else "evaluation"
+            raise VerificationError(
+                f"in {mode} mode, {type(pruned).__name__}.forward differs by {error:.1e} (relative) from the "
+                f"{'masked original' if exact else 'graph that the plan describes'}: was it changed since it "
+                f"was pruned? Give verify what plan.apply(model) returned."
+            )
+    return worst
+
+
+def _outputs(module: nn.Module, example_inputs: Any, seed: int) -> list[Any]:
+    args, kwargs = normalize(copy.deepcopy(example_inputs))
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            outputs = module(*args, **kwargs)
+        except Exception as error:
+            raise VerificationError(
+                f"{type(module).__name__} fails: {type(error).__name__}: {error}"
+            ) from error
+    return [tensor.detach().clone() for tensor in flatten(outputs)[0] if isinstance(tensor, torch.Tensor)]
+
+
+def _difference(wanted: list[Any], got: list[Any]) -> float:
+    """Largest relative difference; of outputs that may be narrower, only that they are as many."""
+    if len(wanted) != len(got):
+        return float("inf")
+    worst = 0.0
+    for one, other in zip(pytree.tree_leaves(wanted), pytree.tree_leaves(got), strict=True):
+        if one.shape != other.shape:
+            continue
+        if not one.is_floating_point():
+            worst = max(worst, float(not torch.equal(one, other)))
+            continue
+        size = float(one[one.isfinite()].abs().max()) if one.isfinite().any() else 0.0
+        apart = (one - other).abs()[one.isfinite() | other.isfinite()]
+        error = float(apart.max()) / (size or 1.0) if apart.numel() else 0.0
+        worst = max(worst, float("inf") if math.isnan(error) else error)
+    return worst
+
+
+__all__ = ["as_graph", "compare_classes"]
