@@ -71,6 +71,18 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                     yield f"{path}.{name}" if path else name, tensor
 
 
+def exchange(model: nn.Module, new: Mapping[int, torch.Tensor]) -> None:
+    """Put other parameters and buffers into ``model``, in place, each by the ``id`` of the one that goes."""
+    for _, module in named_modules(model):
+        for registry in ("_parameters", "_buffers"):
+            table = module.__dict__[registry]
+            for name, tensor in table.items():
+                table[name] = new.get(id(tensor), tensor)
+        if "_flat_weights" in module.__dict__:  # recurrent layers keep a second list of their parameters
+            names: Any = module._flat_weights_names
+            module.__dict__["_flat_weights"] = [getattr(module, name, None) for name in names]
+
+
 def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """``model.named_modules(remove_duplicate=False)`` as a list, which is made several times faster."""
     found: list[tuple[str, nn.Module]] = []

@@ -25,7 +25,7 @@ from .graph_module import clone_module
 from .inputs import meta_like
 from .origins import made_in_training, plans_of
 from .planning.plan import PruningPlan
-from .program import named_modules, named_tensors
+from .program import exchange, named_modules, named_tensors
 
 __all__ = ["load", "plans_in", "save"]
 
@@ -274,19 +274,12 @@ def _filled(model: nn.Module, saved: _Saved, path: Path) -> nn.Module:
 def _retype(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give the tensors of ``model`` the dtypes that they have in the file: the graph may depend on them."""
     made: dict[int, Tensor] = {}
-    for path, module in named_modules(model):
-        for registry in ("_parameters", "_buffers"):
-            table = module.__dict__[registry]
-            for key, tensor in table.items():
-                saved = tensors.get(f"{path}.{key}" if path else key)
-                if tensor is None or saved is None or saved.dtype == tensor.dtype:
-                    continue
-                new = tensor.detach().to(saved.dtype)
-                made[id(tensor)] = (
-                    nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-                )
-            for key, tensor in table.items():
-                table[key] = made.get(id(tensor), tensor)
+    for name, tensor in named_tensors(model):
+        if name in tensors and tensors[name].dtype != tensor.dtype:
+            new = tensor.detach().to(tensors[name].dtype)
+            parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if parameter else new
+    exchange(model, made)
 
 
 def _fill(model: nn.Module, saved: _Saved, path: Path) -> None:
@@ -328,15 +321,7 @@ def _fill(model: nn.Module, saved: _Saved, path: Path) -> None:
                 value, old.requires_grad and (value.is_floating_point() or value.is_complex())
             )
         new[number] = value
-    for _, module in named_modules(model):
-        for registry in ("_parameters", "_buffers"):
-            table = module.__dict__[registry]
-            for key, tensor in table.items():
-                if id(tensor) in new:
-                    table[key] = new[id(tensor)]
-        if "_flat_weights" in module.__dict__:  # recurrent layers keep a second list of their parameters
-            own: Any = module._flat_weights_names
-            module.__dict__["_flat_weights"] = [getattr(module, name, None) for name in own]
+    exchange(model, new)
 
 
 def _empty(model: nn.Module) -> Iterator[str]:

@@ -1,0 +1,313 @@
+"""The backend for ``torch.compile``: it prunes each graph that Dynamo hands over, and passes it on.
+
+``torch.compile(model, backend="fxprune", options={"ratio": 0.5})`` works wherever fxprune is installed,
+without an import: it is registered under the entry point ``torch_dynamo_backends``.
+
+The narrow network has tensors of its own; those of the model are neither read again nor trained. Where torch
+compiles a model a second time (for another batch size, for the other of train and eval mode), what was
+removed is removed again, and the narrow tensors are the same ones.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .api import analyze, plan
+from .capture.dynamo import named_inputs
+from .coupling.graph import CouplingGraph
+from .coupling.groups import Group
+from .errors import PlanError, SelectionError
+from .planning.patterns import nearest
+from .planning.plan import PruningPlan
+from .program import exchange, named_tensors
+
+__all__ = ["backend", "parameters", "state_dict"]
+
+_LOG = logging.getLogger("fxprune")
+_OWN = ("inner", "inner_options", "plan")
+_PLANNING = (
+    "ratio",
+    "importance",
+    "where",
+    "seed",
+    "scope",
+    "ratios",
+    "scopes",
+    "max_ratio",
+    "keep",
+    "round_to",
+    "budget",
+    "heads",
+    "free_outputs",
+    "fill_outputs",
+)
+
+
+def backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Prune a graph of Dynamo's and have another backend compile it; called by ``torch.compile``.
+
+    What a graph takes and gives at a graph break keeps its width; a warning of the logger ``fxprune`` says
+    where a graph breaks.
+
+    Args:
+        gm: the graph.
+        example_inputs: its inputs.
+        options: the arguments of :func:`fxprune.plan` by name, ``{"ratio": 0.5, "importance": "l1"}``; or
+            ``"plan"``, a :class:`~fxprune.PruningPlan` for the model or the path of a plan file, in place of
+            them. ``"inner"`` is the backend that compiles the narrow graph, ``"inductor"`` unless given;
+            ``"inner_options"`` are its own options.
+        mode: mode of the inner backend, ``"max-autotune"`` say.
+
+    Raises:
+        SelectionError: for an option that there is not; names the nearest. Else as :func:`fxprune.plan`.
+    """
+    given = dict(options or {})
+    unknown = [name for name in given if name not in (*_OWN, *_PLANNING)]
+    if unknown:
+        close = ", ".join(map(repr, nearest(str(unknown[0]), (*_OWN, *_PLANNING))))
+        raise SelectionError(f"the backend fxprune has no option {unknown[0]!r}; the nearest are {close}.")
+    inner, inner_options = given.pop("inner", "inductor"), given.pop("inner_options", None)
+    run = _RUNS.setdefault(_signature(given), _Run())
+    number = next(run.numbers)
+    narrow = run.narrow(gm, tuple(example_inputs), given, number)
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is not None and getattr(reason, "graph_break", False):
+        _LOG.warning(
+            "graph %d ends at a graph break (%s): what crosses it keeps its width", number, reason.reason
+        )
+    compiled: Callable[..., Any] = _inner(inner, mode, inner_options)(narrow, list(example_inputs))
+    return compiled
+
+
+def state_dict(model: nn.Module) -> dict[str, Any]:
+    """The state dict of ``model`` with the narrow tensors in place of those that the backend has pruned.
+
+    It has all keys of ``model.state_dict()``. Of a model that was compiled with several options it holds what
+    the last compilation made.
+
+    Args:
+        model: the model that was compiled, or what ``torch.compile`` returned, after it has run once.
+    """
+    known = _known_tensors()
+    state = getattr(model, "_orig_mod", model).state_dict(keep_vars=True)
+    return {
+        name: known.get(value, value).detach() if isinstance(value, Tensor) else value
+        for name, value in state.items()
+    }
+
+
+def parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters to train: the narrow ones in place of those that the backend has pruned.
+
+    Args:
+        model: the model that was compiled, or what ``torch.compile`` returned, after it has run once.
+    """
+    known = _known_tensors()
+    for parameter in getattr(model, "_orig_mod", model).parameters():
+        yield known.get(parameter, parameter)
+
+
+def _reset() -> None:
+    """Forget all models; ``torch._dynamo.reset`` calls it."""
+    _RUNS.clear()
+
+
+backend.reset = _reset  # type: ignore[attr-defined]
+
+
+@dataclass
+class _Run:
+    """What was pruned with the same options.
+
+    Attributes:
+        tensors: by tensor of a model the narrow one.
+        removed: by tensor of a model, for each group that begins there, its size and the positions that went.
+        numbers: of the graphs.
+    """
+
+    tensors: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    removed: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    numbers: Iterator[int] = field(default_factory=lambda: iter(range(1, 1 << 62)))
+
+    def narrow(
+        self, gm: fx.GraphModule, inputs: tuple[Any, ...], options: dict[str, Any], number: int
+    ) -> nn.Module:
+        """The narrow graph, or ``gm`` itself where it has to stay as it is."""
+        named = {**dict(named_tensors(gm)), **named_inputs(gm, inputs)}
+        graph = analyze(
+            gm,
+            inputs,
+            **{name: options[name] for name in ("free_outputs", "fill_outputs") if name in options},
+        )
+        known = self._known(graph, named)
+        fixed = {group.name for group, _ in known.values()}
+        if "plan" in options:
+            made = plan(gm, inputs, 0.0)
+            wanted = _of_plan(graph, _loaded(options["plan"]), fixed)
+        else:
+            made, wanted = self._planned(gm, inputs, graph, options, fixed), {}
+        for group, removed in known.values():
+            wanted[group.name] = removed
+        pruned = made.with_removed(wanted).apply(gm) if wanted or made.removed else gm
+        if pruned is not gm and not self._share(pruned, named):
+            _LOG.warning(
+                "graph %d shares tensors with another that narrows them differently; it stays as it is",
+                number,
+            )
+            return gm
+        if pruned is not gm:
+            self._remember(graph, pruned, named, {**made.removed, **wanted})
+        _LOG.info("graph %d: %s", number, made.with_removed(wanted))
+        return pruned
+
+    def _known(self, graph: CouplingGraph, named: Mapping[str, Tensor]) -> dict[str, tuple[Group, list[int]]]:
+        """The groups that were pruned before, with the positions to remove."""
+        found = {}
+        for name, (group, order) in _begin(graph, lambda tensor: tensor).items():
+            tensor, _, suffix = name.rpartition("[")
+            groups = self.removed.get(named[tensor], {}) if tensor in named else {}
+            size, positions = groups.get(suffix, (None, ()))
+            if size == group.size:
+                found[name] = group, sorted(order[i] for i in positions)
+        return found
+
+    def _planned(
+        self,
+        gm: fx.GraphModule,
+        inputs: tuple[Any, ...],
+        graph: CouplingGraph,
+        options: dict[str, Any],
+        fixed: set[str],
+    ) -> PruningPlan:
+        """A plan for what was not pruned before."""
+        if fixed >= {group.name for group in graph.groups}:
+            return plan(gm, inputs, 0.0)
+        where = options.get("where")
+        if fixed:
+            options = {
+                **options,
+                "where": lambda group: group.name not in fixed and (where is None or where(group)),
+            }
+        return plan(gm, inputs, **options)
+
+    def _share(self, pruned: nn.Module, named: Mapping[str, Tensor]) -> bool:
+        """Give ``pruned`` the narrow tensors that are there; false where they have other shapes."""
+        new: dict[int, Tensor] = {}
+        for name, tensor in named_tensors(pruned):
+            known = self.tensors.get(named[name]) if name in named else None
+            if known is not None:
+                if known.shape != tensor.shape:
+                    return False
+                new[id(tensor)] = known
+        exchange(pruned, new)
+        return True
+
+    def _remember(
+        self,
+        graph: CouplingGraph,
+        pruned: nn.Module,
+        named: Mapping[str, Tensor],
+        removed: Mapping[str, Sequence[int]],
+    ) -> None:
+        for name, narrow in named_tensors(pruned):
+            if name in named:
+                self.tensors[named[name]] = narrow
+        for name, (group, order) in _begin(graph, lambda tensor: tensor).items():
+            tensor, _, suffix = name.rpartition("[")
+            place = {position: i for i, position in enumerate(order)}
+            positions = sorted(place[i] for i in removed.get(group.name, ()))
+            self.removed[named[tensor]] = {
+                **self.removed.get(named[tensor], {}),
+                suffix: (group.size, positions),
+            }
+
+
+_RUNS: dict[str, _Run] = {}
+
+
+def _known_tensors() -> WeakTensorKeyDictionary:
+    known = WeakTensorKeyDictionary()
+    for run in _RUNS.values():
+        known.update(run.tensors)
+    return known
+
+
+def _signature(options: Mapping[str, Any]) -> str:
+    """The same for the same options."""
+    return repr(sorted((name, repr(value)) for name, value in options.items()))
+
+
+def _begin(graph: CouplingGraph, rank: Callable[[str], Any]) -> dict[str, tuple[Group, list[int]]]:
+    """The groups of ``graph`` by the axis on which each begins when tensors are ordered by ``rank``.
+
+    Groups are named after the first of their axes, and their units are counted along it; the order of the
+    tensors in a graph of Dynamo's is another than in a state dict. With each group come its positions in the
+    order of the new first axis.
+    """
+    found: list[tuple[Any, list[int], Group, str]] = []
+    for group in graph.groups:
+        members = sorted(group.members, key=lambda member: (rank(member.axis.name), member.axis.dim))
+        units = [int(unit) for member in members for unit in member.units.reshape(-1) if unit >= 0]
+        axis, along = members[0].axis, members[0].units.reshape(-1)
+        begin = rank(axis.name), axis.dim, int((along >= 0).argmax())
+        found.append((begin, list(dict.fromkeys(units)), group, str(axis)))
+    named: dict[str, tuple[Group, list[int]]] = {}
+    counts: dict[str, int] = {}
+    for _, order, group, axis in sorted(found, key=lambda item: item[0]):
+        counts[axis] = counts.get(axis, 0) + 1
+        named[axis if counts[axis] == 1 else f"{axis}:{counts[axis]}"] = group, order
+    return named
+
+
+def _of_plan(graph: CouplingGraph, given: PruningPlan, fixed: set[str]) -> dict[str, list[int]]:
+    """What of a plan for the model this graph can do, by the graph's own names of groups.
+
+    Raises:
+        PlanError: if a group has another size in the plan.
+    """
+    places = {name: i for i, name in enumerate(given.shapes)}
+    wanted: dict[str, list[int]] = {}
+    for name, (group, order) in _begin(graph, lambda tensor: places.get(tensor, len(places))).items():
+        if name not in given.removed or group.name in fixed:
+            continue
+        if given.sizes[name] != group.size:
+            raise PlanError(
+                f"the plan has {given.sizes[name]} units in the group {name!r}, the graph that "
+                "torch.compile made "
+                f"has {group.size}. Plan with the backend's own options in place of a plan."
+            )
+        wanted[group.name] = sorted(order[i] for i in given.removed[name])
+    return wanted
+
+
+def _loaded(given: Any) -> PruningPlan:
+    if isinstance(given, PruningPlan):
+        return given
+    if isinstance(given, (str, Path)):
+        return PruningPlan.load(given)
+    raise SelectionError(f"the option 'plan' takes a plan or the path of a plan file, got {given!r}.")
+
+
+def _inner(inner: Any, mode: str | None, options: Any) -> Callable[[nn.Module, list[Any]], Any]:
+    """The backend that compiles what is left."""
+    if callable(inner):
+        return inner
+    if inner == "inductor":
+        return torch._TorchCompileInductorWrapper(mode, options, None)
+    found = torch._dynamo.lookup_backend(inner)
+    extra = {name: value for name, value in (("mode", mode), ("options", options)) if value}
+    return lambda gm, inputs: found(gm, inputs, **extra)  # type: ignore[arg-type]
