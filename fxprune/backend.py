@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +27,14 @@ from .coupling.groups import Group
 from .errors import PlanError, SelectionError
 from .planning.patterns import nearest
 from .planning.plan import PruningPlan
+from .planning.selection import Selection
 from .program import exchange, named_tensors
 
 __all__ = ["backend", "parameters", "state_dict"]
 
 _LOG = logging.getLogger("fxprune")
 _OWN = ("inner", "inner_options", "plan")
-_PLANNING = (
-    "ratio",
-    "importance",
-    "where",
-    "seed",
-    "scope",
-    "ratios",
-    "scopes",
-    "max_ratio",
-    "keep",
-    "round_to",
-    "budget",
-    "heads",
-    "free_outputs",
-    "fill_outputs",
-)
+_PLANNING = tuple(item.name for item in fields(Selection))
 
 
 def backend(
@@ -267,9 +253,9 @@ def _begin(graph: CouplingGraph, rank: Callable[[str], Any]) -> dict[str, tuple[
         found.append((begin, list(dict.fromkeys(units)), group, str(axis)))
     named: dict[str, tuple[Group, list[int]]] = {}
     counts: dict[str, int] = {}
-    for _, order, group, axis in sorted(found, key=lambda item: item[0]):
-        counts[axis] = counts.get(axis, 0) + 1
-        named[axis if counts[axis] == 1 else f"{axis}:{counts[axis]}"] = group, order
+    for _, order, group, name in sorted(found, key=lambda item: item[0]):
+        counts[name] = counts.get(name, 0) + 1
+        named[name if counts[name] == 1 else f"{name}:{counts[name]}"] = group, order
     return named
 
 
