@@ -3,21 +3,21 @@
 - :mod:`.batches`: calibration data;
 - :mod:`.walk`: two networks side by side over all batches, each node run once;
 - :mod:`.moments`: what is measured of a layer, and the least-squares problem;
+- :mod:`.choice`: what is given up, and how much of each group;
 - :mod:`.layers`: statistics and least squares, layer after layer;
+- :mod:`.outputs`: comparing outputs;
 - :mod:`.report`: what it brought.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from ..errors import CalibrationError
 from ..graph_module import clone_module
@@ -26,11 +26,13 @@ from ..passes import Rewritten
 from ..passes.modules import free_attention
 from ..program import Program, named_modules, named_tensors
 from .batches import Kept, Pick, read
+from .choice import Reconstruction
 from .layers import Layers
+from .outputs import divergence, own, private
 from .report import Compensation, LayerEntry
 from .walk import quiet
 
-__all__ = ["Compensation", "LayerEntry", "Pick", "compensated"]
+__all__ = ["Compensation", "LayerEntry", "Pick", "Reconstruction", "compensated"]
 
 _PROBES = 4
 """Batches on which the outputs are compared before and afterwards."""
@@ -67,39 +69,31 @@ def compensated(
         return Compensation(float("nan"), float("nan"), (), 0, (note,))
     device = next((t.device for t in program.tensors.values()), torch.device("cpu"))
     narrow = rewritten.materialize()
-    dense = _alike(_private(program), narrow).module().eval()
-    own = dict(named_tensors(module))
+    dense = _alike(private(program), narrow).module().eval()
+    target = dict(named_tensors(module))
     for name, tensor in named_tensors(narrow):
-        tensor.detach().copy_(own[name])
+        tensor.detach().copy_(target[name])
     assert isinstance(narrow, fx.GraphModule)
     plain = copy.deepcopy(narrow).eval()
     layers = Layers(dense, narrow.eval(), rewritten.narrowing, least_squares, seed)
     probes: list[list[Any]] = []
     with quiet(), Kept() as state:
         for number, values in enumerate(read(program, batches, pick, device)):
-            state.add((layers.dense.start(_own(values)), layers.narrow.start(_own(values))))
+            state.add((layers.dense.start(own(values)), layers.narrow.start(own(values))))
             if number < _PROBES or number % 4 == 3:  # those that are held out, where there are enough
                 probes = [*probes, values][-_PROBES:]
         entries = tuple(layers.run(state))
         count = len(state)
-        before, after = (_divergence(dense, other, probes) for other in (plain, narrow))
+        wanted, *others = (
+            [network.forward(*own(values)) for values in probes] for network in (dense, plain, narrow)
+        )
+        before, after = (divergence(wanted, got) for got in others)
     if not after <= before:
         note = f"taken back: with the compensation the outputs differ by {after:.3g}"
         return Compensation(before, before, entries, count, (note,))
     for name, tensor in named_tensors(narrow):
-        own[name].detach().copy_(tensor)
+        target[name].detach().copy_(tensor)
     return Compensation(before, after, entries, count)
-
-
-def _private(program: Program) -> Program:
-    """The program with buffers of its own: a network may write into them."""
-    made: dict[int, torch.Tensor] = {}
-    for tensor in program.tensors.values():
-        if not isinstance(tensor, nn.Parameter):
-            made.setdefault(id(tensor), tensor.clone())
-    tensors = {name: made.get(id(tensor), tensor) for name, tensor in program.tensors.items()}
-    extras = {name: tensor.clone() for name, tensor in program.extras.items()}
-    return replace(program, tensors=tensors, extras=extras)
 
 
 def _alike(program: Program, narrow: nn.Module) -> Program:
@@ -118,28 +112,3 @@ def _alike(program: Program, narrow: nn.Module) -> Program:
                 if name:
                     modules[path].set_submodule(name, attention)
     return replace(program, modules=modules)
-
-
-def _own(values: list[Any]) -> list[Any]:
-    return pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, values)
-
-
-def _divergence(dense: nn.Module, other: nn.Module, probes: list[list[Any]]) -> float:
-    """Mean square difference of the outputs, as a share of the variance of the original's."""
-    different, spread = 0.0, 0.0
-    for values in probes:
-        wanted, got = (
-            [
-                leaf
-                for leaf in pytree.tree_leaves(module.forward(*_own(values)))
-                if isinstance(leaf, torch.Tensor)
-            ]
-            for module in (dense, other)
-        )
-        for a, b in itertools.zip_longest(wanted, got):
-            if a is None or b is None or a.shape != b.shape or not a.is_floating_point():
-                continue
-            a, b = a.double(), b.double()
-            different += float((a - b).square().mean())
-            spread += float((a - a.mean()).square().mean())
-    return different / spread if spread else different

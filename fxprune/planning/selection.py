@@ -41,7 +41,8 @@ class Selection:
     Attributes:
         ratio: share of units to remove, ``0 <= ratio < 1``; 0.5 unless a budget is given. Every row of
             units keeps one.
-        importance: ``"l1"``, ``"l2"``, ``"random"`` or another name in ``fxprune.importance.BUILT_IN``; a
+        importance: by default what costs least, as calibration data say if there are any, ``"l2"`` else;
+            ``"l1"``, ``"l2"``, ``"random"`` or another name in ``fxprune.importance.BUILT_IN``; a
             criterion, ``fxprune.importance.Taylor(loss, data)`` say; or a function ``group -> scores`` that
             returns one number for each of ``group.size`` units. The lowest go first.
         where: only groups for which this is true are narrowed, ``lambda group: group.exact`` say.

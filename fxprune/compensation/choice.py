@@ -1,0 +1,460 @@
+"""Choosing with compensation in mind: what can be given up best once the others make up for it.
+
+A consumer ``y = W u`` of a group reads ``u``, of second moments ``A``. With ``H = A^-1``, the least mean square
+error that is left when the entries ``S`` of ``u`` go, and the other weights are the best without them, is
+``tr(W_S (H_SS)^-1 W_S')``: the optimal brain surgeon (Hassibi and Stork, NeurIPS 1992) for whole columns. Units
+go one after the other, the cheapest first, and ``W`` and ``H`` are updated each time. So of two units that carry
+the same one goes, and the other stays.
+
+How much each group gives follows from measurement: every group alone gives half of its units, its consumers
+make up for it, and the outputs of the network are compared with what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from ..coupling.graph import CouplingGraph
+from ..coupling.groups import Group, Member
+from ..coupling.units import Ids
+from ..importance.base import Criterion, Scores
+from ..importance.calibration import Sums, collect, progress
+from ..importance.magnitude import magnitude
+from ..importance.products import Products, Site
+from ..inputs import normalize
+from ..nodes import operator_name
+from ..planning.cost_model import CostModel
+from .batches import Pick
+from .moments import inputs, matrix, places, write
+from .outputs import divergence, own, private
+from .walk import Runner, quiet
+
+_ENTRIES = 5000
+"""Largest number of entries that a consumer may read."""
+
+_POSITIONS = 1 << 12
+"""Positions of a product that are looked at in each batch."""
+
+_RIDGE = 1e-3
+"""Share of the mean square that is added to each, so that the moments can be inverted."""
+
+_PROBES, _SAMPLES = 4, 64
+"""Outputs are compared on so many batches, or on as many as hold so many samples."""
+
+_STEPS = 64
+"""A group is given up in about so many steps at least."""
+
+
+@dataclass(eq=False)
+class _Consumer:
+    """A product that reads the channels of a group.
+
+    Attributes:
+        site: where.
+        units: the unit of each entry that it reads, -1 for none; ``(n,)``.
+        weight: ``(outputs, n)``.
+        mean: mean of what is read, ``(n,)``; None where nothing can take up a shift.
+        second: second moments, about the mean if there is one, ``(n, n)``.
+        shift: names of the tensors that take up a shift, with its sign.
+    """
+
+    site: Site
+    units: Ids
+    weight: torch.Tensor
+    mean: torch.Tensor | None
+    second: torch.Tensor
+    shift: tuple[str, int] | None
+
+    def __post_init__(self) -> None:
+        n = self.second.shape[0]
+        floor = self.second.diagonal().mean().clamp(min=1e-20)
+        self.second = self.second + _RIDGE * floor * torch.eye(n, dtype=self.second.dtype)
+        power = float(((self.weight @ self.second) * self.weight).sum())
+        self.share = 1 / max(power, 1e-30)
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.second))
+        self.left = self.weight.clone()
+        order = np.argsort(self.units, kind="stable")
+        self.entries = {
+            int(unit): torch.from_numpy(own)
+            for unit, own in zip(
+                *_runs(self.units[order], order),
+                strict=True,
+            )
+            if unit >= 0
+        }
+
+    def errors(self, units: list[int]) -> torch.Tensor:
+        """The error that each unit adds if it goes next, as a share of the outputs' mean square."""
+        found = torch.zeros(len(units), dtype=torch.float64)
+        by_size: dict[int, list[int]] = {}
+        for place, unit in enumerate(units):
+            if unit in self.entries:
+                by_size.setdefault(len(self.entries[unit]), []).append(place)
+        for own_places in by_size.values():
+            index = torch.stack([self.entries[units[place]] for place in own_places])
+            block = self.inverse[index[:, :, None], index[:, None, :]]
+            columns = self.left[:, index].permute(1, 2, 0)
+            found[own_places] = (columns * torch.linalg.solve(block, columns)).sum((1, 2)).double()
+        return found * self.share
+
+    def remove(self, units: list[int]) -> None:
+        """The others make up for these units."""
+        own = [self.entries[unit] for unit in units if unit in self.entries]
+        if not own:
+            return
+        gone = torch.cat(own)
+        across = self.inverse[:, gone]
+        solved = torch.linalg.solve(across[gone], across.mT)
+        self.left -= self.left[:, gone] @ solved
+        self.inverse -= across @ solved
+        self.left[:, gone] = 0
+        self.inverse[gone, :] = 0
+        self.inverse[:, gone] = 0
+        self.inverse[gone, gone] = 1e-30
+
+    def solved(self, gone: Ids) -> torch.Tensor:
+        """The best weights without these units, zero at theirs, ``(outputs, n)``."""
+        dead = torch.from_numpy(np.isin(self.units, gone))
+        alive = ~dead
+        change = torch.linalg.solve(
+            self.second[alive][:, alive], self.second[alive][:, dead] @ self.weight[:, dead].mT
+        )
+        new = torch.zeros_like(self.weight)
+        new[:, alive] = self.weight[:, alive] + change.mT
+        return new
+
+
+def _runs(values: Ids, items: Ids) -> tuple[list[int], list[Ids]]:
+    """The distinct ones of sorted ``values``, and the ``items`` that stand at each."""
+    if not values.size:
+        return [], []
+    starts = np.flatnonzero(np.diff(values, prepend=values[0] - 1))
+    return values[starts].tolist(), np.split(items, starts[1:])
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction(Criterion):
+    """What the consumers of a group cannot make up for.
+
+    ``s(u)`` is the error that ``u`` adds to the outputs of the group's consumers when it goes, after all units
+    with lower scores, and the weights that are left are the best without it: see
+    :mod:`fxprune.compensation.choice`. With ``cost`` the errors are those of the network's outputs, as measured
+    by giving up half of each group alone, for each parameter, multiply-accumulate, ... that the unit saves, so
+    that groups can be ranked together.
+
+    Groups that no product consumes alone (queries and keys, which are multiplied with each other; channels of
+    depthwise convolutions on their way) are ordered by the size of their weights.
+
+    Attributes:
+        data: batches, as for ``calibrate`` of :class:`fxprune.Selection`; gone through once.
+        pick: from a batch to the inputs.
+        cost: ``"params"``, ``"macs"``, ``"activations"`` or ``"size_mb"``; None if groups are not compared.
+    """
+
+    data: Iterable[Any] | None = None
+    pick: Pick | None = None
+    cost: str | None = None
+
+    def prepare(self, graph: CouplingGraph, model: nn.Module, seed: int) -> Callable[[Group], Scores]:
+        """See :meth:`Criterion.prepare`."""
+        seen = _Seen.of(graph, model, self.data or (), self.pick, seed)
+        by_class = magnitude(graph, 2)
+        found = {}
+        for group in progress(graph.groups, "groups"):
+            consumers = seen.consumers(group)
+            found[group.name] = _Given(group, consumers, *_order(group, consumers, by_class[group.units]))
+        worth = _Worth(graph, self.cost, seen.probes).of(list(found.values())) if self.cost else {}
+        scores: dict[str, Scores] = {}
+        for name, given in found.items():
+            values = np.empty(given.group.size)
+            values[given.order] = np.maximum.accumulate(given.added) * worth.get(name, 1.0)
+            scores[name] = values
+        return lambda group: scores[group.name]
+
+
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """A group, what reads it, the order in which its units go, and the error that each adds."""
+
+    group: Group
+    consumers: list[_Consumer]
+    order: Ids
+    added: Scores
+
+
+def _order(group: Group, consumers: list[_Consumer], weights: Scores) -> tuple[Ids, Scores]:
+    """The units in the order in which they go, and the error that each adds."""
+    if not consumers:
+        order = np.argsort(weights, kind="stable")
+        squares = weights[order] ** 2
+        return order, squares / max(float(squares.sum()), 1e-300)
+    alive = list(range(group.size))
+    order_list: list[int] = []
+    added: list[float] = []
+    while alive:
+        errors = torch.zeros(len(alive), dtype=torch.float64)
+        for consumer in consumers:
+            errors += consumer.errors(alive)
+        count = max(1, min(len(alive) // 8, group.size // _STEPS))
+        lowest = torch.argsort(errors, stable=True)[:count]
+        gone = [alive[place] for place in lowest.tolist()]
+        order_list += gone
+        added += errors[lowest].clamp(min=0).tolist()
+        for consumer in consumers:
+            consumer.remove(gone)
+        taken = set(gone)
+        alive = [unit for unit in alive if unit not in taken]
+    return np.array(order_list, dtype=np.int64), np.array(added)
+
+
+class _Worth:
+    """What a unit's error counts for: as measured at the network's outputs, for each thing that it saves.
+
+    Args:
+        graph: the analysis.
+        metric: what is saved.
+        probes: inputs of the model, on which the outputs are compared.
+    """
+
+    def __init__(self, graph: CouplingGraph, metric: str, probes: list[Any]) -> None:
+        self.program = private(graph.captured.program)
+        self.costs, self.metric = CostModel(graph), metric
+        whole = list(self.program.pieces()) == [""]
+        self.probes = probes if whole else []  # parts of a model cannot be run on its inputs
+        self.order = {node.name: place for place, node in enumerate(self.program.graph.nodes)}
+
+    def of(self, groups: list[_Given]) -> dict[str, float]:
+        """For each group the factor of its errors."""
+        halves = {given.group.name: _half(given.group, given.order) for given in groups}
+        saved = {}
+        for name, gone in halves.items():
+            full, less = self.costs({}), self.costs({name: gone.tolist()})
+            saved[name] = max(_amount(full, self.metric) - _amount(less, self.metric), 1e-9) / max(gone.size, 1)
+        found = {name: 1 / cost for name, cost in saved.items()}
+        if not self.probes:
+            return found
+        with quiet():
+            for given, measured in self._measured(groups, halves):
+                gone = np.isin(given.order, halves[given.group.name])
+                predicted = float(given.added[gone].sum())
+                found[given.group.name] *= measured / max(predicted, 1e-12)
+        return found
+
+    def _measured(self, groups: list[_Given], halves: dict[str, Ids]) -> Iterator[tuple[_Given, float]]:
+        """How far the outputs are off when a group alone gives half of its units."""
+        dense = Runner(self.program.module().eval())
+        end = len(dense.nodes)
+        outputs = []
+        for probe in self.probes:
+            values = dense.start(own(self.program.bind(*probe)))
+            dense.run(values, 0, end)
+            outputs.append(values[dense.nodes[-1]])
+        state = [dense.start(own(self.program.bind(*probe))) for probe in self.probes]
+        given_at = []
+        for given in groups:
+            gone = halves[given.group.name]
+            if gone.size:
+                tensors = self._changed(given, gone)
+                given_at.append((self._first(tensors), given, gone))
+        place = 0
+        for start, given, gone in progress(sorted(given_at, key=lambda item: item[0]), "groups alone"):
+            for values in state:
+                dense.run(values, place, start)
+            place = max(place, start)
+            tensors = dict(self.program.tensors) | self._changed(given, gone)
+            other = Runner(replace(self.program, tensors=tensors).module().eval())
+            got = []
+            for values in state:
+                values = own(values)
+                other.run(values, place, end)
+                got.append(values[other.nodes[-1]])
+            yield given, divergence(outputs, got)
+
+    def _first(self, tensors: dict[str, torch.Tensor]) -> int:
+        """The place of the first node that reads one of these tensors."""
+        for place, node in enumerate(self.program.graph.nodes):
+            path = f"{node.target}."
+            if node.op == "get_attr" and node.target in tensors:
+                return min(self.order[user.name] for user in node.users)
+            if node.op == "call_module" and any(name.startswith(path) for name in tensors):
+                return place
+        return 0
+
+    def _changed(self, given: _Given, gone: Ids) -> dict[str, torch.Tensor]:
+        """The tensors that are others without these units, by all of their names."""
+        originals = self.program.tensors
+        changed: dict[int, torch.Tensor] = {}
+
+        def writable(tensor: torch.Tensor) -> torch.Tensor:
+            return changed.setdefault(id(tensor), tensor.detach().clone())
+
+        if not given.consumers or not given.group.exact:
+            for member in given.group.members:
+                original = originals.get(member.axis.name)
+                if original is not None and member.masked and member.trainable:
+                    _mask(writable(original), member, gone)
+        for consumer in given.consumers:
+            weight = writable(originals[consumer.site.name])
+            new = consumer.solved(gone)
+            write(consumer.site, weight, new.to(weight)[None] - matrix(consumer.site, weight))
+            if consumer.shift is not None and consumer.mean is not None:
+                name, sign = consumer.shift
+                shifted = writable(originals[name])
+                shifted += (sign * ((consumer.weight - new) @ consumer.mean)).to(shifted)
+        found = {}
+        for name, tensor in originals.items():
+            if id(tensor) in changed:
+                made = changed[id(tensor)]
+                is_parameter = isinstance(tensor, nn.Parameter)
+                found[name] = nn.Parameter(made, requires_grad=False) if is_parameter else made
+        return found
+
+
+def _amount(count: Any, metric: str) -> float:
+    return float(count.bytes if metric == "size_mb" else getattr(count, metric))
+
+
+def _half(group: Group, order: Ids) -> Ids:
+    """Half of the units of each row, those that go first."""
+    place = np.empty(group.size, dtype=np.int64)
+    place[order] = np.arange(group.size)
+    rows = [row for band in group.balance for row in band]
+    return (
+        np.concatenate([row[np.argsort(place[row])][: row.size // 2] for row in rows])
+        if rows
+        else order[: order.size // 2]
+    )
+
+
+def _mask(tensor: torch.Tensor, member: Member, gone: Ids) -> None:
+    """Zeros where a member holds units that are ``gone``."""
+    dead = torch.from_numpy(np.isin(member.units, gone)).to(tensor.device)
+    dims = (*member.over, member.axis.dim)
+    order = sorted(range(len(dims)), key=lambda place: dims[place])
+    shape = [tensor.shape[d] if d in dims else 1 for d in range(tensor.dim())]
+    tensor.masked_fill_(dead.permute(order).reshape(shape), 0)
+
+
+@dataclass(eq=False)
+class _Seen:
+    """What consumers read, added up over the data."""
+
+    graph: CouplingGraph
+    sums: Sums
+    sites: dict[Any, Site]
+    biases: dict[Any, str]
+    probes: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, graph: CouplingGraph, model: nn.Module, data: Iterable[Any], pick: Pick | None, seed: int
+    ) -> _Seen:
+        """Run the model over all batches."""
+        wanted = {member.axis.name for group in graph.groups for member in group.consumers}
+        first = {
+            id(tensor): name for name, tensor in reversed([*model.named_parameters(remove_duplicate=False)])
+        }
+        wanted |= {
+            first[id(t)] for name, t in model.named_parameters(remove_duplicate=False) if name in wanted
+        }
+        memory = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters()}
+        found = cls(graph, {}, {}, {})
+        generator = torch.Generator().manual_seed(seed)
+        samples = 0
+
+        def step(batch: Any, sums: Sums) -> None:
+            nonlocal samples
+
+            def see(site: Site, x: torch.Tensor, y: torch.Tensor, bias: Any) -> None:
+                if site.name not in wanted or site.groups > 1 or site.batched:
+                    return
+                key = (site.name, tuple((part.start, part.stop) for part in site.region))
+                at = places(site, y, _POSITIONS, generator)
+                u = inputs(site, x, at)[0]
+                if u.shape[0] > _ENTRIES:
+                    return
+                found.sites[key] = site
+                if bias is not None and bias.untyped_storage().data_ptr() in memory:
+                    found.biases[key] = memory[bias.untyped_storage().data_ptr()]
+                u = torch.cat([u, u.new_ones(1, u.shape[1])])
+                square = u @ u.mT
+                sums[key] = sums[key] + square if key in sums else square
+
+            given = batch if pick is None else pick(batch)
+            args, kwargs = normalize(tuple(given) if type(given) is list else given)
+            with Products(model, see):
+                model(*args, **kwargs)
+            if len(found.probes) < _PROBES and samples < _SAMPLES:
+                found.probes.append((args, kwargs))
+                leaves = [
+                    leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+                ]
+                samples += leaves[0].shape[0] if leaves and leaves[0].dim() else 1
+
+        found.sums, _ = collect("Reconstruction", model, data, step, seed, gradients=False)
+        return found
+
+    def consumers(self, group: Group) -> list[_Consumer]:
+        """The products that read the channels of a group; none unless all that are known were seen."""
+        found = []
+        tensors = self.graph.captured.program.tensors
+        for member in group.consumers:
+            own_keys = [
+                key
+                for key in self.sites
+                if tensors.get(key[0]) is member.tensor or key[0] == member.axis.name
+            ]
+            keys = [key for key in own_keys if self.sites[key].inner == member.axis.dim]
+            if not keys or member.over or len(keys) > 1:
+                return []
+            (key,) = keys
+            site = self.sites[key]
+            weight = matrix(site, member.tensor.detach())[0].double().cpu()
+            sums = self.sums[key].double().cpu()
+            n = weight.shape[1]
+            if sums.shape[0] != n + 1:
+                return []
+            part = site.region[site.inner]
+            units = member.units[part.start : part.stop]
+            units = np.repeat(units, n // units.size)
+            count = float(sums[n, n])
+            mean, second = sums[:n, n] / count, sums[:n, :n] / count
+            shift = self._shift(key, member)
+            if shift is not None:
+                second = second - mean[:, None] * mean[None, :]
+            found.append(_Consumer(site, units, weight, mean if shift is not None else None, second, shift))
+        return found
+
+    def _shift(self, key: Any, member: Member) -> tuple[str, int] | None:
+        """The bias, or the running mean of the batch normalisation that follows, and the sign of a shift."""
+        if key in self.biases:
+            name = self.biases[key]
+            tensor = self.graph.captured.program.tensors.get(name)
+            outer = self.sites[key].outer
+            return (name, 1) if tensor is not None and tensor.numel() == member.tensor.shape[outer] else None
+        for use in member.consuming:
+            users = list(use.node.users)
+            name = _running_mean(users[0]) if len(users) == 1 else ""
+            if name in self.graph.captured.program.tensors:
+                return name, -1
+        return None
+
+
+def _running_mean(node: fx.Node) -> str:
+    """Name of the running mean of a batch normalisation; empty for other nodes."""
+    if node.op == "call_module":
+        return f"{node.target}.running_mean"
+    if "batch_norm" in operator_name(node):
+        names = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+        return next((name for name in names if name.endswith("running_mean")), "")
+    return ""
+
+
+__all__ = ["Reconstruction"]
