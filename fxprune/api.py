@@ -16,7 +16,7 @@ from .capture import Captured, capture
 from .capture.dynamo import named_inputs, takes_tensors
 from .capture.numbers import Comparison
 from .capture.symbolic import function_name
-from .compensation import Pick, compensated
+from .compensation import Pick, Reconstruction, compensated
 from .coupling.graph import CouplingGraph
 from .coupling.outputs import fill, hold_zeros
 from .errors import CaptureError, PlanError, RewriteError, SelectionError
@@ -300,6 +300,7 @@ def _plan(
     example_inputs: Any,
     selection: Selection,
 ) -> tuple[PruningPlan, Rewritten]:
+    selection = _resolved(selection)
     importance, seed = selection.importance, selection.seed
     own = _OwnClass.of(selection.into, model)
     free, zeros = selection.free_outputs, selection.fill_outputs
@@ -424,6 +425,18 @@ class _OwnClass:
         if self.marked is None:
             return rewritten
         return rewrite_in_class(self.model, self.questions, rewritten, args, kwargs, dissolved)
+
+
+def _resolved(selection: Selection) -> Selection:
+    """With calibration data, units are chosen by them; for a budget, how much each group gives as well."""
+    if selection.calibrate is None or selection.importance != AUTO:
+        return selection
+    metric = next(iter(selection.budget.settings())) if selection.budget is not None else None
+    importance = Reconstruction(
+        selection.calibrate, selection.pick, "macs" if metric == "latency" else metric
+    )
+    scope = "global" if metric is not None and selection.scope == "local" else selection.scope
+    return replace(selection, importance=importance, scope=scope)
 
 
 def _meter(

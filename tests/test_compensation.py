@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 
 import fxprune
 from fxprune.compensation import Compensation
+from fxprune.compensation.choice import _Consumer, _order
 from fxprune.compensation.moments import inputs, matrix, outputs, write
 from fxprune.compensation.walk import Runner, quiet
 from fxprune.errors import CalibrationError, PlanError
@@ -92,8 +95,9 @@ def test_outputs_come_nearer_on_other_data() -> None:
 def test_one_call_is_prune_then_compensate() -> None:
     model, data = settled(Residual(), 8, 3, 12, 12), batches()
     x = torch.randn(1, 3, 12, 12)
-    one = fxprune.prune(model, x, budget=fxprune.Budget(macs=0.6), calibrate=data)
-    two = fxprune.compensate(fxprune.plan(model, x, budget=fxprune.Budget(macs=0.6)), model, iter(data))
+    options: Any = {"budget": fxprune.Budget(macs=0.6), "calibrate": data}
+    one = fxprune.prune(model, x, **options)
+    two = fxprune.compensate(fxprune.plan(model, x, **options), model, iter(data))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert not one.training
     assert isinstance(one.meta["fxprune"], fxprune.PruningPlan)  # type: ignore[index]
@@ -318,3 +322,56 @@ def test_many_values_go_to_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     on_disk = fxprune.compensate(made, model, data)
     for a, b in zip(in_memory.parameters(), on_disk.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_of_two_copies_one_goes() -> None:
+    """Whatever the weights' sizes: the first half is given up by its copies, and costs nothing."""
+    model, _ = twins(True)
+    with torch.no_grad():
+        model.two.weight[:, :6] *= torch.rand(6).reshape(1, 6, 1, 1) + 1
+    only = lambda group: group.name == "one.weight[0]"  # noqa: E731
+    data = batches()
+    pruned = fxprune.prune(model, data[0], 0.5, where=only, calibrate=data)
+    (gone,) = pruned.meta["fxprune"].removed.values()  # type: ignore[index, union-attr]
+    assert sorted(unit % 6 for unit in gone) == [0, 1, 2, 3, 4, 5]
+    assert divergence(model, pruned, torch.randn(16, 3, 12, 12)) < 1e-6
+
+
+def test_an_error_is_what_is_left_after_a_new_fit() -> None:
+    """The errors of the order are those of least squares without the units that went."""
+    torch.manual_seed(0)
+    x = torch.randn(500, 9, dtype=torch.float64) @ torch.randn(9, 9, dtype=torch.float64)
+    weight = torch.randn(4, 9, dtype=torch.float64)
+    units = np.repeat(np.arange(3), 3)
+    site: Any = None
+    consumer = _Consumer(site, units, weight, None, x.mT @ x / 500, None)
+    group: Any = SimpleNamespace(size=3)
+    order, added = _order(group, [consumer], np.zeros(3))
+    y = x @ weight.mT
+    for count in (1, 2):
+        kept = [entry for entry in range(9) if units[entry] not in order[:count]]
+        fitted = x[:, kept] @ torch.linalg.lstsq(x[:, kept], y).solution
+        error = float((y - fitted).square().sum() / y.square().sum())
+        assert sum(added[:count]) == pytest.approx(error, rel=0.1)
+
+
+def test_groups_that_cost_little_give_more() -> None:
+    """A budget takes from the layer whose channels are copies, not from the one that carries everything."""
+    model, _ = twins(True)
+    data = batches()
+    x = torch.randn(1, 3, 12, 12)
+    budget = fxprune.Budget(macs=0.7)
+    given = fxprune.plan(model, x, budget=budget, calibrate=data)
+    even = fxprune.plan(model, x, budget=budget)
+    assert len(given.removed["one.weight[0]"]) > len(even.removed["one.weight[0]"])
+    assert given.settings["left"]["macs"] <= 0.7 * fxprune.count(model, x).macs
+    test = torch.randn(16, 3, 12, 12)
+    errors = [divergence(model, fxprune.compensate(plan, model, data), test) for plan in (given, even)]
+    assert errors[0] < errors[1]
+
+
+def test_an_iterator_serves_plan_and_weights() -> None:
+    model, data = settled(Residual(), 8, 3, 12, 12), batches()
+    one = fxprune.prune(model, data[0], 0.4, calibrate=iter(data))
+    two = fxprune.prune(model, data[0], 0.4, calibrate=data)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))

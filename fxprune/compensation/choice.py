@@ -1,10 +1,10 @@
 """Choosing with compensation in mind: what can be given up best once the others make up for it.
 
-A consumer ``y = W u`` of a group reads ``u``, of second moments ``A``. With ``H = A^-1``, the least mean square
-error that is left when the entries ``S`` of ``u`` go, and the other weights are the best without them, is
-``tr(W_S (H_SS)^-1 W_S')``: the optimal brain surgeon (Hassibi and Stork, NeurIPS 1992) for whole columns. Units
-go one after the other, the cheapest first, and ``W`` and ``H`` are updated each time. So of two units that carry
-the same one goes, and the other stays.
+A consumer ``y = W u`` of a group reads ``u``, of second moments ``A``. With ``H = A^-1``, the least mean
+square error that is left when the entries ``S`` of ``u`` go, and the other weights are the best without them,
+is ``tr(W_S (H_SS)^-1 W_S')``: the optimal brain surgeon (Hassibi and Stork, NeurIPS 1992) for whole columns.
+Units go one after the other, the cheapest first, and ``W`` and ``H`` are updated each time. So of two units
+that carry the same one goes, and the other stays.
 
 How much each group gives follows from measurement: every group alone gives half of its units, its consumers
 make up for it, and the outputs of the network are compared with what they were.
@@ -143,11 +143,11 @@ def _runs(values: Ids, items: Ids) -> tuple[list[int], list[Ids]]:
 class Reconstruction(Criterion):
     """What the consumers of a group cannot make up for.
 
-    ``s(u)`` is the error that ``u`` adds to the outputs of the group's consumers when it goes, after all units
-    with lower scores, and the weights that are left are the best without it: see
-    :mod:`fxprune.compensation.choice`. With ``cost`` the errors are those of the network's outputs, as measured
-    by giving up half of each group alone, for each parameter, multiply-accumulate, ... that the unit saves, so
-    that groups can be ranked together.
+    ``s(u)`` is the error that ``u`` adds to the outputs of the group's consumers when it goes, after all
+    units with lower scores, and the weights that are left are the best without it: see
+    :mod:`fxprune.compensation.choice`. With ``cost`` the errors are those of the network's outputs, as
+    measured by giving up half of each group alone, for each parameter, multiply-accumulate, ... that the unit
+    saves, so that groups can be ranked together.
 
     Groups that no product consumes alone (queries and keys, which are multiplied with each other; channels of
     depthwise convolutions on their way) are ordered by the size of their weights.
@@ -236,14 +236,16 @@ class _Worth:
         saved = {}
         for name, gone in halves.items():
             full, less = self.costs({}), self.costs({name: gone.tolist()})
-            saved[name] = max(_amount(full, self.metric) - _amount(less, self.metric), 1e-9) / max(gone.size, 1)
+            saved[name] = max(_amount(full, self.metric) - _amount(less, self.metric), 1e-9) / max(
+                gone.size, 1
+            )
         found = {name: 1 / cost for name, cost in saved.items()}
         if not self.probes:
             return found
         with quiet():
             for given, measured in self._measured(groups, halves):
-                gone = np.isin(given.order, halves[given.group.name])
-                predicted = float(given.added[gone].sum())
+                first = np.isin(given.order, halves[given.group.name])
+                predicted = float(given.added[first].sum())
                 found[given.group.name] *= measured / max(predicted, 1e-12)
         return found
 
@@ -272,9 +274,9 @@ class _Worth:
             other = Runner(replace(self.program, tensors=tensors).module().eval())
             got = []
             for values in state:
-                values = own(values)
-                other.run(values, place, end)
-                got.append(values[other.nodes[-1]])
+                rest = own(values)
+                other.run(rest, place, end)
+                got.append(rest[other.nodes[-1]])
             yield given, divergence(outputs, got)
 
     def _first(self, tensors: dict[str, torch.Tensor]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,9 +25,12 @@ def private(program: Program) -> Program:
     return replace(program, tensors=tensors, extras=extras)
 
 
-def own(values: list[Any]) -> list[Any]:
-    """Copies of the tensors: a network may write into what it is given."""
-    copies: list[Any] = pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, values)
+_T = TypeVar("_T")
+
+
+def own(values: _T) -> _T:
+    """A tree with copies of its tensors: a network may write into what it is given."""
+    copies: _T = pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, values)
     return copies
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from numbers import Real
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast, get_args, overload
@@ -21,7 +21,8 @@ Scope = Literal["local", "global", "isomorphic"]
 Form = Literal["graph", "module"]
 
 AUTO = "auto"
-"""Stands for all outputs that keep several layers wide, in ``fill_outputs`` for those beside the result."""
+"""All outputs that keep several layers wide, in ``fill_outputs`` those beside the result; as an importance,
+the best that what is given allows."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,11 @@ class Selection:
     Attributes:
         ratio: share of units to remove, ``0 <= ratio < 1``; 0.5 unless a budget is given. Every row of
             units keeps one.
-        importance: by default what costs least, as calibration data say if there are any, ``"l2"`` else;
-            ``"l1"``, ``"l2"``, ``"random"`` or another name in ``fxprune.importance.BUILT_IN``; a
+        importance: ``"l1"``, ``"l2"``, ``"random"`` or another name in ``fxprune.importance.BUILT_IN``; a
             criterion, ``fxprune.importance.Taylor(loss, data)`` say; or a function ``group -> scores`` that
-            returns one number for each of ``group.size`` units. The lowest go first.
+            returns one number for each of ``group.size`` units. The lowest go first. ``"auto"`` is ``"l2"``,
+            and with calibration data :class:`fxprune.compensation.Reconstruction`; with a budget, groups are
+            then ranked together.
         where: only groups for which this is true are narrowed, ``lambda group: group.exact`` say.
         seed: for criteria with something random.
         scope: what loses ``ratio`` of its units: ``"local"`` every group, ``"global"`` all groups ranked
@@ -80,7 +82,7 @@ class Selection:
     """
 
     ratio: float | None = None
-    importance: Importance = "l2"
+    importance: Importance = AUTO
     where: Callable[[Group], bool] | None = None
     seed: int = 0
     _: KW_ONLY
@@ -99,6 +101,7 @@ class Selection:
     pick: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
+        self._check_calibration()
         self._check_amount()
         self._check_choice()
         self._check_tables()
@@ -114,6 +117,12 @@ class Selection:
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
+
+    def _check_calibration(self) -> None:
+        if self.calibrate is None and self.importance == AUTO:
+            self._set("importance", "l2")
+        if isinstance(self.calibrate, Iterator):  # data are gone through for the plan and for the weights
+            self._set("calibrate", list(self.calibrate))
 
     def _check_amount(self) -> None:
         ratio, budget = self.ratio, self.budget
