@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ParamSpec, TypeVar
@@ -15,6 +14,7 @@ from torch import nn
 from .capture import Captured, capture
 from .capture.dynamo import named_inputs, takes_tensors
 from .capture.numbers import Comparison
+from .capture.patches import without_collector
 from .capture.symbolic import function_name
 from .compensation import Pick, Reconstruction, compensated
 from .coupling.graph import CouplingGraph
@@ -49,14 +49,8 @@ def _stage(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(function)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            with torch.inference_mode(False):
-                return function(*args, **kwargs)
-        finally:
-            if collecting:
-                gc.enable()
+        with without_collector(), torch.inference_mode(False):
+            return function(*args, **kwargs)
 
     return run
 

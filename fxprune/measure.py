@@ -12,7 +12,6 @@ import copy
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -25,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from .capture.dynamo import named_inputs
+from .capture.patches import PlainAttention
 from .errors import ExampleInputsError
 from .inputs import normalize, to_meta
 
@@ -202,21 +202,10 @@ def _work(model: nn.Module, args: Any, kwargs: Any) -> tuple[int, int]:
 
 def _counted(twin: nn.Module, args: Any, kwargs: Any) -> tuple[int, int]:
     counter, activations = FlopCounterMode(display=False), _Activations()
-    with _slow_attention(), torch.no_grad(), activations, counter:
+    with PlainAttention(), torch.no_grad(), activations, counter:
         twin.eval()(*args, **kwargs)
     # FlopCounterMode counts a multiplication and an addition as two.
     return int(counter.get_total_flops()) // 2, activations.count
-
-
-@contextmanager
-def _slow_attention() -> Iterator[None]:
-    """Switch off the fused attention path, whose single call hides its matrix products."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _meta_copy(model: nn.Module) -> nn.Module:

@@ -20,7 +20,7 @@ from ..errors import CaptureError, ExampleInputsError
 from ..inputs import to_meta
 from ..program import Program, computed_tensors, named_tensors
 from ..region_program import RegionProgram
-from . import dynamo, exported, regions, symbolic
+from . import dynamo, exported, patches, regions, symbolic
 from .composites import dissolve as dissolve_composites
 
 __all__ = ["Captured", "capture", "recapture"]
@@ -87,6 +87,18 @@ def capture(
     lazy = next((name for name, tensor in named_tensors(model) if nn.parameter.is_lazy(tensor)), None)
     if lazy is not None:
         raise CaptureError(f"{lazy} is uninitialized: run the model once on real inputs, then prune it.")
+    with patches.LOCK:  # nobody traces the same model meanwhile
+        return _captured_by_one(model, args, kwargs, dissolve, known, accept)
+
+
+def _captured_by_one(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dissolve: frozenset[str],
+    known: Mapping[str, Any] | None,
+    accept: Accept,
+) -> Captured:
     if dynamo.takes_tensors(model):
         if dissolve:
             raise CaptureError("what Dynamo left as one function cannot be traced into")

@@ -1,40 +1,15 @@
-"""What a forward does beside computing its result: gradients of its own, and tensors that it keeps."""
+"""What a forward does beside computing its result: it keeps tensors, and writes into them in place."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils.checkpoint import CheckpointFunction
 
 from ..program import named_modules
 from .twin import holds
-
-Apply = Callable[..., Any]
-
-
-@contextlib.contextmanager
-def autograd_functions(meet: Callable[[type, Apply, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
-    """While it lasts, ``Function.apply(*args)`` returns ``meet(Function, apply, args, kwargs)``.
-
-    Blocks under ``torch.utils.checkpoint`` are run as if they stood there themselves.
-    """
-    inherited = torch.autograd.Function.__dict__["apply"]
-
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if cls is CheckpointFunction:
-            block, _, *inputs = args
-            return block(*inputs)
-        return meet(cls, inherited.__get__(None, cls), args, kwargs)
-
-    torch.autograd.Function.apply = classmethod(apply)
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = inherited
 
 
 class Kept:
@@ -198,4 +173,4 @@ def _is_number(node: fx.Node) -> bool:
     return module in ("_operator", "math", "builtins") and bool(inputs) and all(map(_is_number, inputs))
 
 
-__all__ = ["AUGMENTED", "Kept", "autograd_functions", "not_kept", "write_in_place"]
+__all__ = ["AUGMENTED", "Kept", "not_kept", "write_in_place"]

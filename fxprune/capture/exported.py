@@ -9,13 +9,10 @@ nested inputs and outputs, the parameters' names in a module tree, and switches 
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import operator
 import os
 import re
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -33,8 +30,9 @@ from ..errors import CaptureError
 from ..nn import TrainingFlag, Unpack, keep
 from ..program import Program, Skeleton, named_tensors
 from ..trees import Structure, flatten
+from . import patches
 from .arguments import Arguments, packing
-from .effects import Kept, autograd_functions, not_kept
+from .effects import Kept, not_kept
 from .numbers import Recorder, carries_numbers
 from .symbolic import blame, check_value
 from .twin import Twin
@@ -56,18 +54,6 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pr
         ExampleInputsError: if the inputs do not fit the signature of ``forward``.
     """
     return _Exporter(model, Arguments.of(model, args, kwargs)).program()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the graphs that torch.export logs and prints where it refuses: the reason is in the error."""
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
 
 
 class _Flat(nn.Module):
@@ -171,19 +157,24 @@ class _Exporter:
                 continue
             left: list[str] = []
             shapes = [_free(t) if free else None for t in inputs]
+
+            def export(
+                left: list[str] = left, inputs: Any = tuple(inputs), shapes: Any = shapes, free: bool = free
+            ) -> Any:
+                flat = _Flat(Twin(self.model, self._stand_in).model, rebuild, self.output, left)
+                dynamic = {"tensors": tuple(shapes)} if inputs and free else None
+                return torch.export.export(flat, inputs, dynamic_shapes=dynamic, strict=False)
+
             try:
-                with (
-                    _quiet(),
-                    warnings.catch_warnings(),
-                    autograd_functions(self._function),
-                ):
-                    warnings.simplefilter("ignore")
-                    exported = torch.export.export(
-                        _Flat(Twin(self.model, self._stand_in).model, rebuild, self.output, left),
-                        tuple(inputs),
-                        dynamic_shapes={"tensors": tuple(shapes)} if inputs and free else None,
-                        strict=False,
-                    )
+                exported = patches.within(
+                    (
+                        patches.fx_tracing,
+                        patches.exporting,
+                        patches.autograd_functions(self._function),
+                        patches.flags(True, set()),
+                    ),
+                    export,
+                )
             except DynamicOutputShapeException as error:
                 raise CaptureError(
                     f"{blame(error)}the sizes of what {error.func} returns depend on values"
@@ -203,12 +194,12 @@ class _Exporter:
         """torch.export puts fake tensors in place of parameters and buffers; others are copied."""
         return tensor if id(tensor) in self.first else tensor.detach().clone()
 
-    def _function(self, function: type, apply: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _function(self, function: type, args: tuple[Any, ...]) -> Any:
         """An autograd function is traced into: what remains is its forward."""
         note = f"the gradient of {function.__qualname__} is that of its forward, not the one that it defines"
         if note not in self.notes and not function.__module__.startswith("torch."):
             self.notes.append(note)
-        return apply(*args, **kwargs)
+        return NotImplemented
 
     def _note_fixed(self, exported: torch.export.ExportedProgram) -> None:
         if any(_fixed(exported)):

@@ -15,7 +15,6 @@ shapes is decided by them, while sizes stay symbolic in the graph. Given names o
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import operator
 import os
@@ -42,8 +41,9 @@ from ..nodes import by_position, is_assertion, mutable
 from ..program import Program, Skeleton, named_modules, named_tensors
 from ..trees import TENSORS, flatten
 from ..value_dependent import AS_LIST, ON_SHAPES, kept_whole
+from . import patches
 from .arguments import LITERALS, Arguments, packing
-from .effects import AUGMENTED, Kept, autograd_functions, not_kept, write_in_place
+from .effects import AUGMENTED, Kept, not_kept, write_in_place
 from .numbers import note_question, settle
 from .twin import StandIn, Twin
 
@@ -111,6 +111,10 @@ class _Flag(int):
     def __bool__(self) -> bool:
         self.asked.add(self.owner)
         return int(self) != 0
+
+
+def _holds_proxies(tree: Any) -> bool:
+    return any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(tree))
 
 
 def _is_numbers(given: Any) -> bool:
@@ -192,14 +196,7 @@ class _Tracer(fx.Tracer):
         """
         asked: set[nn.Module] = set()
         try:
-            with (
-                _dynamic_training(self.twin.model, asked),
-                _dynamic_factories(self),
-                _types_of_values(self),
-                autograd_functions(self._apply),
-                torch.enable_grad(),  # against which a block under torch.no_grad stands out
-            ):
-                graph = super().trace(self.twin.model)
+            graph = patches.within(self._patches(asked), self._traced)
         except (CaptureError, ExampleInputsError):
             raise
         except Exception as error:  # whatever a user's forward raises on symbolic values
@@ -242,6 +239,52 @@ class _Tracer(fx.Tracer):
             extras=self.constants,
             notes=tuple(self.notes),
         )
+
+    def _traced(self) -> fx.Graph:
+        with torch.enable_grad():  # against which a block under torch.no_grad stands out
+            return super().trace(self.twin.model)
+
+    def _patches(self, asked: set[nn.Module]) -> list[patches.Patch]:
+        """What is replaced while tracing; ``asked`` receives the modules that are asked for their mode.
+
+        ``torch.zeros(proxy, 4)``, ``torch.finfo(proxy)`` and the like become nodes: their arguments are
+        parsed without regard to proxies. With shapes known, all calls become nodes, so that a tensor made by
+        one can be assigned to in slices. A proxy cannot say itself that its value is a tensor: PyTorch would
+        take it for one, and read memory that it does not have.
+        """
+        owned = {id(module) for _, module in named_modules(self.twin.model)}
+
+        def flag(module: nn.Module, mode: bool) -> Any:
+            if id(module) not in owned:
+                return mode
+            flag = _Flag(mode)
+            flag.owner, flag.asked = module, asked
+            return flag
+
+        def dynamic(original: Any) -> Callable[..., Any]:
+            def make(*args: Any, **kwargs: Any) -> Any:
+                made = original.__name__ in _FACTORIES and self.wants_factory()
+                if made or _holds_proxies((args, kwargs)):
+                    return self.create_proxy("call_function", original, args, kwargs)
+                return original(*args, **kwargs)
+
+            return make
+
+        def is_instance(value: Any, kinds: Any) -> bool:
+            plain = isinstance(value, kinds)
+            return plain or (isinstance(value, _Proxy) and issubclass(self.type_of(value.node), kinds))
+
+        files = {c.__module__ for kind in set(map(type, self.modules.values())) for c in kind.__mro__}
+        tables = [vars(sys.modules[file]) for file in files if file in sys.modules
+                  and file.partition(".")[0] not in ("torch", "builtins")]  # fmt: skip
+        return [
+            patches.fx_tracing,
+            patches.training(flag),
+            patches.functions((*_FACTORIES, *_LIMITS), dynamic),
+            patches.types_of_values(tables, is_instance),
+            patches.autograd_functions(self._apply),
+            patches.flags(True, set()),
+        ]
 
     def _again(self, switches: set[str], lists_as_values: bool) -> Program:
         again = type(self)(self.model, self.arguments, *self.options)
@@ -389,10 +432,10 @@ class _Tracer(fx.Tracer):
             return self.create_node("call_function", OrderedDict, (super().create_arg(a),), {})
         return super().create_arg(a)
 
-    def _apply(self, function: type, apply: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _apply(self, function: type, args: tuple[Any, ...]) -> Any:
         """An autograd function whose arguments are traced stays whole, with the gradient that it defines."""
-        if not any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
-            return apply(*args, **kwargs)
+        if not any(isinstance(leaf, (fx.Proxy, StandIn)) for leaf in pytree.tree_leaves(args)):
+            return NotImplemented
         path = f"_{function.__name__}"
         while (
             hasattr(self.model, path) or getattr(self.added.get(path), "function", function) is not function
@@ -400,7 +443,7 @@ class _Tracer(fx.Tracer):
             path += "_"
         if path not in self.added:
             self.added[path] = Apply(function).train(int(self.model.training) != 0)
-        return self.create_proxy("call_module", path, args, kwargs)
+        return self.create_proxy("call_module", path, args, {})
 
     def _keep(self) -> None:
         """Keep what forward assigned to its buffers, and to other tensors that it had read."""
@@ -627,95 +670,6 @@ def is_leaf(module: nn.Module) -> bool:
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "linspace", "eye")
 _LIMITS = ("finfo", "iinfo")
-
-
-@contextlib.contextmanager
-def _dynamic_factories(tracer: _Tracer) -> Iterator[None]:
-    """While it lasts, ``torch.zeros(proxy, 4)``, ``torch.finfo(proxy)`` and the like become nodes.
-
-    The arguments of these functions are parsed without regard to proxies. With shapes known, all calls
-    become nodes, so that a tensor made by one can be assigned to in slices.
-    """
-    import torch._dynamo  # its tables are made at import, and must hold the functions themselves
-
-    originals = {name: getattr(torch, name) for name in (*_FACTORIES, *_LIMITS)}
-
-    def dynamic(original: Callable[..., Any]) -> Callable[..., Any]:
-        def make(*args: Any, **kwargs: Any) -> Any:
-            traced = any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs)))
-            if traced or (original.__name__ in _FACTORIES and tracer.wants_factory()):
-                return tracer.create_proxy("call_function", original, args, kwargs)
-            return original(*args, **kwargs)
-
-        return make
-
-    for name, original in originals.items():
-        setattr(torch, name, dynamic(original))
-    try:
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(torch, name, original)
-
-
-@contextlib.contextmanager
-def _types_of_values(tracer: _Tracer) -> Iterator[None]:
-    """While it lasts, ``torch.is_tensor`` asks for the type of a value, and so does ``isinstance`` in the
-    files of the model's classes.
-
-    A proxy cannot say so itself: PyTorch would take it for a tensor, and read memory that it does not have.
-    """
-    files = {c.__module__ for kind in set(map(type, tracer.modules.values())) for c in kind.__mro__}
-    tables = [vars(sys.modules[file]) for file in files if file.partition(".")[0] not in ("torch", "builtins")
-              and file in sys.modules]  # fmt: skip
-    before = [(table, table.get("isinstance", table)) for table in tables]
-
-    def of_value(value: Any, kinds: Any) -> bool:
-        plain = isinstance(value, kinds)
-        return plain or (isinstance(value, _Proxy) and issubclass(tracer.type_of(value.node), kinds))
-
-    is_tensor = torch.is_tensor
-    torch.is_tensor = lambda obj: of_value(obj, torch.Tensor)  # type: ignore[assignment]
-    for table, _ in before:
-        table["isinstance"] = of_value
-    try:
-        yield
-    finally:
-        torch.is_tensor = is_tensor
-        for table, own in before:
-            if own is table:  # it had none
-                del table["isinstance"]
-            else:
-                table["isinstance"] = own
-
-
-@contextlib.contextmanager
-def _dynamic_training(model: nn.Module, asked: set[nn.Module]) -> Iterator[None]:
-    """While it lasts, ``module.training`` of the traced modules is a :class:`_Flag`.
-
-    Done with a property on ``nn.Module``, as ``torch.fx`` itself does for ``__call__`` and ``__getattr__``.
-    """
-    owned = {id(module) for _, module in named_modules(model)}
-
-    def read(module: nn.Module) -> Any:
-        try:
-            value = module.__dict__["training"]
-        except KeyError:
-            raise AttributeError("training") from None
-        if id(module) not in owned:
-            return value
-        flag = _Flag(value)
-        flag.owner, flag.asked = module, asked
-        return flag
-
-    def write(module: nn.Module, value: Any) -> None:
-        module.__dict__["training"] = value
-
-    nn.Module.training = property(read, write)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del nn.Module.training
 
 
 def blame(error: BaseException) -> str:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
@@ -90,7 +90,7 @@ def interpret(
         ExampleInputsError: where a node fails on the inputs' shapes; names the node and its source.
     """
     interpreter = _Interpreter(program, Coupler(units), seed, known, observe)
-    with _slow_paths(), torch.no_grad():
+    with torch.no_grad():  # attention on meta tensors takes no fused path
         interpreter.run(inputs)
     interpreter.keep_views()
     if units is None:
@@ -102,17 +102,6 @@ def interpret(
         interpreter.scalars,
         interpreter.outputs,
     )
-
-
-@contextlib.contextmanager
-def _slow_paths() -> Iterator[None]:
-    """Attention layers must dissolve, not vanish into one fused operator."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 _UNFORESEEN = (ValueError, IndexError, KeyError, TypeError, AttributeError, ZeroDivisionError, AssertionError)

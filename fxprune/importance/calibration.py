@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import distributed, nn
 
+from ..capture.patches import PlainAttention
 from ..coupling.groups import Member
 from ..errors import ExampleInputsError, ImportanceError
 from ..inputs import normalize
@@ -225,22 +226,16 @@ def _undisturbed(model: nn.Module, seed: int, gradients: bool) -> Iterator[None]
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    collecting = gc.isenabled()
     try:
-        with _seeded(model, seed), torch.set_grad_enabled(gradients):
+        with _seeded(model, seed), torch.set_grad_enabled(gradients), PlainAttention():
             model.eval()
             gc.enable()  # it rests while a plan is made, and would let go of no batch
-            torch.backends.mha.set_fastpath_enabled(False)  # one opaque operator for a whole layer
             for parameter, _, _ in parameters:
                 parameter.grad = None
                 if gradients and parameter.is_floating_point():
                     _require_gradient(parameter)
             yield
     finally:
-        if not collecting:
-            gc.disable()
-        torch.backends.mha.set_fastpath_enabled(fast_path)
         for module, mode in modes:
             module.training = mode
         for parameter, required, gradient in parameters:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..capture.patches import switched
 from ..coupling.graph import CouplingGraph
 from ..coupling.groups import Member
 from ..errors import ImportanceError
@@ -201,7 +202,8 @@ class Hessian(LossCriterion):
                         add(sums, (name,), sign * product)
 
         try:
-            with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=not _recurrent(model)):
+            cudnn = torch.backends.cudnn.flags(enabled=not _recurrent(model))
+            with switched(sdpa_kernel(SDPBackend.MATH), cudnn):
                 sums, count = self.summed(model, seed, step)
         except RuntimeError as error:
             if "derivative" not in str(error):

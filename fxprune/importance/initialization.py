@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..capture.patches import PlainAttention
 from ..coupling.graph import CouplingGraph
 from ..errors import ImportanceError
 from .base import Entries, Measure, MemberCriterion
@@ -60,20 +61,15 @@ class SynFlow(MemberCriterion):
         )
         device = next((tensor.device for tensor in program.tensors.values()), torch.device("cpu"))
         inputs = pytree.tree_map_only(torch.Tensor, lambda t: _ones(t, device), graph.inputs)
-        fast_path = torch.backends.mha.get_fastpath_enabled()
         devices = [device.index or 0] if device.type == "cuda" else []
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            with torch.random.fork_rng(devices), torch.enable_grad():
-                outputs = copied.module().eval()(*inputs)
-                leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
-                flows = [leaf.sum() for leaf in leaves if leaf.is_floating_point() and leaf.requires_grad]
-                if not flows:
-                    raise ImportanceError("SynFlow: the outputs do not depend on the model's parameters.")
-                weights = {key: tensor for key, tensor in made.items() if tensor.requires_grad}
-                gradients: Any = torch.autograd.grad(flows, list(weights.values()), allow_unused=True)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
+        with torch.random.fork_rng(devices), torch.enable_grad(), PlainAttention():
+            outputs = copied.module().eval()(*inputs)
+            leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+            flows = [leaf.sum() for leaf in leaves if leaf.is_floating_point() and leaf.requires_grad]
+            if not flows:
+                raise ImportanceError("SynFlow: the outputs do not depend on the model's parameters.")
+            weights = {key: tensor for key, tensor in made.items() if tensor.requires_grad}
+            gradients: Any = torch.autograd.grad(flows, list(weights.values()), allow_unused=True)
         through = {
             key: torch.zeros_like(weight) if gradient is None else weight.detach() * gradient
             for (key, weight), gradient in zip(weights.items(), gradients, strict=True)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..capture.patches import switched
 from .calibration import Sums
 
 
@@ -145,8 +146,8 @@ class Products(TorchDispatchMode):
     def __enter__(self) -> Products:
         self.stack = contextlib.ExitStack()
         if self.dissolved:
-            self.stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-            self.stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            libraries = (torch.backends.mkldnn, torch.backends.cudnn)
+            self.stack.enter_context(switched(*(library.flags(enabled=False) for library in libraries)))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
