@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
+from torch._library.custom_ops import _maybe_get_opdef
 from torch.fx.node import map_arg
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.rnn import PackedSequence
@@ -34,7 +35,7 @@ from ..nn import Apply, Fill, Pack
 from ..nodes import describe_source, is_assertion, mutable, operator_name, writes
 from ..program import Program, computed_tensors, named_tensors
 from ..trees import Leaf, flatten
-from ..value_dependent import ON_SHAPES, is_lengths
+from ..value_dependent import AS_LIST, ON_SHAPES, is_lengths
 from .coupler import Coupler
 from .leaf_calls import call_plain
 from .meta_shapes import SHORTCUTS
@@ -196,17 +197,20 @@ class _Interpreter(TorchDispatchMode):
 
     def _shapes_only(self, func: Any, args: Any, kwargs: Any) -> Any:
         try:
-            return func(*args, **kwargs)
-        except RuntimeError as error:
-            if "on the expected device" in str(error):  # a constant with values, as torch.tensor makes it
-                return func(*pytree.tree_map_only(torch.Tensor, meta_like, args), **kwargs)
-            if func.namespace in ("aten", "prims") or not _lacks_kernel(error):
+            return _on_shapes(func, args, kwargs)
+        except _ValuesNeeded as error:
+            if func.namespace in ("aten", "prims"):
                 raise
             raise CaptureError(
                 f"the operator {func} does not run on shapes alone: it has no fake kernel. Next: write one, "
                 f"a function of the same arguments that returns empty tensors of the right shapes, and "
                 f'register it with torch\'s library.register_fake("{func._schema.name}").'
             ) from error
+        except RuntimeError:
+            if all(tensor.is_meta for tensor in pytree.tree_leaves(args) if isinstance(tensor, torch.Tensor)):
+                raise
+            # One is a constant with values, as torch.tensor makes it.
+            return func(*pytree.tree_map_only(torch.Tensor, meta_like, args), **kwargs)
 
     def _unknown(self, func: Any, args: Any, kwargs: Any) -> None:
         remedy = self.coupler.remedy or f"fxprune.register_rule({func}, ...) says how it couples"
@@ -258,9 +262,10 @@ class _Interpreter(TorchDispatchMode):
                     error.node = node  # type: ignore[attr-defined]
                     raise
                 except Exception as error:  # whatever a user's node raises
-                    result = node.meta.get("number", self._constant(node)) if _needs_values(error) else None
+                    needed = _needs_values(error, node)
+                    result = node.meta.get("number", self._constant(node)) if needed else None
                     if not isinstance(result, (bool, int, float)):
-                        raise _failed(node, error, args, self._shapes(node)) from error
+                        raise _failed(node, error, needed, args, self._shapes(node)) from error
                 if self._numbers:
                     self.scalars[node] = tuple(self._numbers)
             env[node] = result
@@ -413,10 +418,10 @@ class _Interpreter(TorchDispatchMode):
         assert leaf.couple is not None
         result = None
         try:
-            with contextlib.nullcontext() if self.observe is None else _Observed(self.observe):
+            with _Observed(self.observe):
                 result = module(*args, **kwargs) if leaf.runs else None
         except Exception as error:  # whatever a user's forward raises on shapes
-            if leaf.outputs is None or not _needs_values(error):
+            if leaf.outputs is None or not isinstance(error, (NotImplementedError, _ValuesNeeded)):
                 raise
         if result is None and leaf.outputs is not None:
             result = leaf.outputs(module, args, kwargs)
@@ -570,14 +575,15 @@ _DEPTH = 4
 class _Observed(TorchDispatchMode):
     """Shows ATen calls to an observer, without labels: nobody knows how they couple."""
 
-    def __init__(self, observe: Callable[[Any, Any, Any, Any], None]) -> None:
+    def __init__(self, observe: Callable[[Any, Any, Any, Any], None] | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.observe = observe
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = _on_shapes(func, args, kwargs or {})
         tree = (args, kwargs or {}, out)
-        self.observe(func, *pytree.tree_map_only(torch.Tensor, self._plain, tree))
+        if self.observe is not None:
+            self.observe(func, *pytree.tree_map_only(torch.Tensor, self._plain, tree))
         return out
 
     @staticmethod
@@ -643,8 +649,26 @@ class _Known(dict[fx.Node, Any]):
         return tensor
 
 
-def _lacks_kernel(error: Exception) -> bool:
-    return isinstance(error, NotImplementedError) or "no fake impl" in str(error)
+_DEPEND_ON_VALUES = frozenset([torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape])
+
+
+class _ValuesNeeded(RuntimeError):
+    """An operator cannot tell its result from shapes alone."""
+
+
+def _on_shapes(func: Any, args: Any, kwargs: Any) -> Any:
+    """Call an operator on meta tensors; raises _ValuesNeeded where these do not do."""
+    try:
+        return func(*args, **kwargs)
+    except RuntimeError as error:
+        custom = _maybe_get_opdef(func)
+        if (
+            isinstance(error, NotImplementedError)
+            or not _DEPEND_ON_VALUES.isdisjoint(func.tags)
+            or (custom is not None and custom._abstract_fn is None)
+        ):
+            raise _ValuesNeeded(str(error)) from error
+        raise
 
 
 @functools.cache
@@ -659,12 +683,17 @@ def _written(func: Any) -> tuple[int, ...]:
     )
 
 
-def _needs_values(error: Exception) -> bool:
-    """Whether something failed because it was given shapes alone."""
-    return _lacks_kernel(error) or "meta" in str(error).lower()
+def _needs_values(error: Exception, node: fx.Node) -> bool:
+    """Whether a node failed because it was given shapes alone."""
+    reads = (
+        node.target in AS_LIST
+        or node.target in (torch.tensor, torch.as_tensor)
+        or str(getattr(node.target, "__module__", "")).partition(".")[0] == "numpy"
+    )
+    return reads or isinstance(error, (NotImplementedError, _ValuesNeeded))
 
 
-def _failed(node: fx.Node, error: Exception, args: Any, parameters: str) -> Exception:
+def _failed(node: fx.Node, error: Exception, needs_values: bool, args: Any, parameters: str) -> Exception:
     where = describe_source(node)
     what = (
         f"{node.op} {node.target}"
@@ -676,7 +705,7 @@ def _failed(node: fx.Node, error: Exception, args: Any, parameters: str) -> Exce
     given += f" Its parameters: {parameters}." if parameters else ""
     at = f", {where}" if where else ""
     message = f"node {node.name} ({what}{at}) failed: {type(error).__name__}: {error}.{given}"
-    if _needs_values(error):
+    if needs_values:
         failure: CaptureError | ExampleInputsError = CaptureError(
             f"{message}\nThe analysis runs on shapes alone; this node needs the values of a tensor. Next: "
             f"compute it outside of the model, or prune the submodules around it."

@@ -190,28 +190,28 @@ class Hessian(LossCriterion):
             generator = torch.Generator().manual_seed(seed)
             for _ in range(self.samples if curved else 0):
                 signs = {name: _signs(parameter, generator) for name, parameter in parameters.items()}
-                products = torch.autograd.grad(
-                    list(curved.values()),
-                    list(parameters.values()),
-                    [signs[name] for name in curved],
-                    retain_graph=True,
-                    allow_unused=True,
-                )
+                try:
+                    products = torch.autograd.grad(
+                        list(curved.values()),
+                        list(parameters.values()),
+                        [signs[name] for name in curved],
+                        retain_graph=True,
+                        allow_unused=True,
+                    )
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:  # what else a second backward pass fails with
+                    raise ImportanceError(
+                        f"Hessian needs second derivatives, which an operator of the model does not have: "
+                        f"{error}. Use Fisher, which needs first ones only."
+                    ) from error
                 for (name, sign), product in zip(signs.items(), products, strict=True):
                     if product is not None:
                         add(sums, (name,), sign * product)
 
-        try:
-            cudnn = torch.backends.cudnn.flags(enabled=not _recurrent(model))
-            with switched(sdpa_kernel(SDPBackend.MATH), cudnn):
-                sums, count = self.summed(model, seed, step)
-        except RuntimeError as error:
-            if "derivative" not in str(error):
-                raise
-            raise ImportanceError(
-                f"Hessian needs second derivatives, which an operator of the model does not have: {error}. "
-                f"Use Fisher, which needs first ones only."
-            ) from error
+        cudnn = torch.backends.cudnn.flags(enabled=not _recurrent(model))
+        with switched(sdpa_kernel(SDPBackend.MATH), cudnn):
+            sums, count = self.summed(model, seed, step)
         factors = {name: value / (count * self.samples) for (name,), value in sums.items()}
         return by_name(model, times_weight(model, factors, 2, 0.5))
 
