@@ -134,6 +134,7 @@ def serve(net: nn.Module, encoder: nn.Module, x: Tensor, want: Tensor) -> None:
     made = torch.zeros(3, 4), torch.full((2,), 1.0), torch.arange(3), torch.eye(2)
     assert all(type(tensor) is Tensor and torch.is_tensor(tensor) for tensor in made)
     assert type(torch.finfo(torch.float32).eps) is float
+    assert isinstance(torch.finfo(torch.float32), torch.finfo)
     assert type(max(made[0][0, 0], made[1][0])) is Tensor
     assert type(math.pow(2, 3)) is float
     assert not is_compiling()
@@ -300,6 +301,15 @@ def test_an_interrupt_at_any_moment_leaves_nothing() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
     assert hits
+
+
+def test_tables_of_functions_made_meanwhile_hold_the_functions() -> None:
+    """As ``with torch.device(...)`` makes one, when it is first used."""
+    net, table = Net().eval(), set()
+    net.look = lambda: table.update([torch.zeros, torch.eye, torch.is_tensor, torch.finfo])
+    fxprune.analyze(net, torch.randn(2, 3, 8, 8))
+    assert {torch.zeros, torch.eye, torch.is_tensor, torch.finfo} <= table
+    assert len(table) == 4
 
 
 def test_functions_under_fx_wrap_are_whole_in_this_thread_alone() -> None:

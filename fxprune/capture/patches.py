@@ -72,7 +72,8 @@ class Session:
     ) -> None:
         """Replace the function ``name`` of a module or class by ``make(original)``, in this thread."""
         original = getattr(owner, name)
-        self.put(owner, name, self.own(original, make(original)))
+        chosen = self.own(original, make(original))
+        self.put(owner, name, _Equal(original, chosen) if isinstance(owner, ModuleType) else chosen)
 
     def put(self, owner: Any, name: str, value: Any) -> None:
         """Have ``owner.name`` be ``value`` during the call; it must see to other threads itself."""
@@ -124,6 +125,31 @@ class Session:
         new = _stand_in.__code__.replace(co_consts=constants, co_freevars=code.co_freevars)
         self._end.append(partial(setattr, function, "__code__", code))
         self._begin.append(partial(setattr, function, "__code__", new))
+
+
+class _Equal:
+    """A callable that equals the function in whose place it stands.
+
+    ``torch`` makes tables of its functions when they are first needed, in whatever thread, and keeps them.
+    """
+
+    def __init__(self, original: Callable[..., Any], chosen: Callable[..., Any]) -> None:
+        self._original, self._chosen = original, chosen
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._chosen(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return other is self or other is self._original
+
+    def __hash__(self) -> int:
+        return hash(self._original)
+
+    def __instancecheck__(self, value: object) -> bool:  # torch.finfo is a class
+        return isinstance(value, self._original)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
 
 
 _PLACE = "where the constants of _stand_in hold the function to call"
