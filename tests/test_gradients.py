@@ -174,6 +174,26 @@ def test_autograd_functions_keep_their_gradients(op: str, by_shapes: bool) -> No
     assert graph.captured.rung == "symbolic tracing" + " with known shapes" * by_shapes
 
 
+class OfWeights(nn.Module):
+    """A function of a parameter alone, as quantisation-aware training has, and of one and a value."""
+
+    def __init__(self, op: Op) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.op = op
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = nn.functional.linear(x, self.op(4 * self.a.weight), self.op(self.a.bias))
+        return nn.functional.linear(self.op(h), self.op(self.b.weight), self.b.bias)
+
+
+@pytest.mark.parametrize(
+    "op", ["Round by its class", "Round bound before", "Swish bound before", "in a partial"]
+)
+def test_functions_of_weights_keep_their_gradients(op: str) -> None:
+    assert_same_gradients(OfWeights(OPS[op]).double(), torch.randn(2, 8).double())
+
+
 @pytest.mark.parametrize("op", ["Round bound before", "Swish by its class", "Reverse bound before"])
 def test_gradients_through_a_narrowed_function(op: str) -> None:
     """Half of the channels go; those that are left have the gradients of the masked original."""

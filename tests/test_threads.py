@@ -85,7 +85,7 @@ class Swish(torch.autograd.Function):
 swish = Swish.apply
 
 
-def nothing() -> None:
+def nothing(net: nn.Module) -> None:
     pass
 
 
@@ -96,11 +96,11 @@ class Net(nn.Module):
         super().__init__()
         self.a, self.b, self.c = nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Conv2d(width, 8, 1)
         self.d = nn.Linear(8, 3)
-        self.look: Callable[[], None] = nothing
+        self.look: Callable[[nn.Module], Any] = nothing
 
     def forward(self, x: Tensor) -> Any:
         x = swish(self.b(self.a(x)))
-        self.look()
+        self.look(self)
         return self.d(self.c(x).mean((2, 3)))
 
 
@@ -190,7 +190,7 @@ def test_another_thread_in_the_middle_of_tracing_sees_nothing_of_it(
         with pytest.warns(UserWarning, match="warned in another thread"):
             warnings.warn("warned in another thread", stacklevel=1)
 
-    def look() -> None:
+    def look(_: nn.Module) -> None:
         looks.append(1)
         errors.extend(in_thread(server) + in_thread(say))
 
@@ -204,7 +204,7 @@ def test_another_thread_in_the_middle_of_tracing_sees_nothing_of_it(
 
 def test_dynamo_in_another_thread_neither_stops_the_tracing_nor_brings_it_back() -> None:
     net, compiled = Net().eval(), torch.compile(nn.Linear(4, 4), backend="eager")
-    net.look = lambda: compiled_in_thread.extend(in_thread(lambda: compiled(torch.zeros(1, 4))))
+    net.look = lambda _: compiled_in_thread.extend(in_thread(lambda: compiled(torch.zeros(1, 4))))
     compiled_in_thread: list[BaseException] = []
     graph = fxprune.analyze(net, torch.randn(2, 3, 8, 8))
     assert compiled_in_thread == []
@@ -256,8 +256,8 @@ def test_nothing_is_left_after_an_error_in_the_middle(rung: str, error: type[Bas
     net = KINDS[rung]().eval()
     attributes = {path: dict(vars(module)) for path, module in net.named_modules()}
 
-    def fail() -> None:
-        net.a.cache = torch.zeros(1)
+    def fail(traced: Any) -> None:
+        traced.a.cache = torch.zeros(1)
         raise error
 
     attributes[""]["look"] = net.look = fail
@@ -306,7 +306,7 @@ def test_an_interrupt_at_any_moment_leaves_nothing() -> None:
 def test_tables_of_functions_made_meanwhile_hold_the_functions() -> None:
     """As ``with torch.device(...)`` makes one, when it is first used."""
     net, table = Net().eval(), set()
-    net.look = lambda: table.update([torch.zeros, torch.eye, torch.is_tensor, torch.finfo])
+    net.look = lambda _: table.update([torch.zeros, torch.eye, torch.is_tensor, torch.finfo])
     fxprune.analyze(net, torch.randn(2, 3, 8, 8))
     assert {torch.zeros, torch.eye, torch.is_tensor, torch.finfo} <= table
     assert len(table) == 4
@@ -366,7 +366,7 @@ def test_the_model_keeps_its_tables_while_it_is_traced() -> None:
 
 def test_a_network_pickled_meanwhile_is_whole() -> None:
     net, other, pickles = Net().eval(), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval(), []
-    net.look = lambda: pickles.extend(in_thread(lambda: pickles.append(pickle.dumps(copy.deepcopy(other)))))
+    net.look = lambda _: pickles.extend(in_thread(lambda: pickles.append(pickle.dumps(copy.deepcopy(other)))))
     fxprune.analyze(net, torch.randn(2, 3, 8, 8))
     (written,) = pickles
     assert pickle.loads(written)(torch.zeros(1, 4)).shape == (1, 4)
