@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ParamSpec, TypeVar
@@ -17,11 +18,11 @@ from .capture.numbers import Comparison
 from .capture.patches import without_collector
 from .capture.symbolic import function_name
 from .compensation import Pick, Reconstruction, compensated
-from .coupling.graph import CouplingGraph
+from .coupling.graph import CouplingGraph, Source
 from .coupling.outputs import fill, hold_zeros
 from .errors import CaptureError, PlanError, RewriteError, SelectionError
 from .importance import score
-from .inputs import describe_inputs, in_dtype_of, normalize, restore_inputs
+from .inputs import describe_inputs, in_dtype_of, normalize, restore_inputs, to_meta
 from .origins import remember
 from .own_class import holds, line_notes, marked_copy, rewrite_in_class
 from .passes import Rewritten, rewrite
@@ -33,6 +34,7 @@ from .planning.plan_diff import architectures, listed
 from .planning.select import select
 from .planning.selection import AUTO, Selection, output_names, takes_selection
 from .planning.validate import check_balance, problems
+from .reuse import analysis_of, link, rewritten_by
 
 _ATTEMPTS = 100
 
@@ -85,11 +87,24 @@ def analyze(
         ExampleInputsError: if the inputs do not fit it.
         SelectionError: if the model has no such output; names the nearest.
     """
+    args, kwargs = normalize(example_inputs)
+    return _explored(model, args, kwargs, free_outputs, fill_outputs)
+
+
+def _explored(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    free_outputs: str | Sequence[str],
+    fill_outputs: str | Sequence[str],
+) -> CouplingGraph:
+    """As :func:`analyze`."""
     free, zeros = output_names("free_outputs", free_outputs), output_names("fill_outputs", fill_outputs)
     named = (tuple(name for name in names if name != AUTO) for names in (free, zeros))
-    graph = _analyze(model, *normalize(example_inputs), frozenset(), None, *named)
+    graph = _analyze(model, args, kwargs, frozenset(), None, *named)
     graph = graph.freed() if AUTO in free else graph
-    return graph.filled() if AUTO in zeros else graph
+    graph = graph.filled() if AUTO in zeros else graph
+    return graph.keep(model, args, kwargs)
 
 
 def _analyze(
@@ -102,12 +117,13 @@ def _analyze(
     fill_outputs: tuple[str, ...] = (),
 ) -> CouplingGraph:
     graphs: list[CouplingGraph] = []
+    source = Source(weakref.ref(model), to_meta(args), to_meta(kwargs), dissolve)
 
     def accept(captured: Captured) -> None:
         program = replace(captured.program, free_outputs=free_outputs)
         if fill_outputs and not captured.regions:
             program = fill(program, fill_outputs)
-        graphs.append(CouplingGraph(replace(captured, program=program)))
+        graphs.append(CouplingGraph(replace(captured, program=program), source))
 
     capture(model, args, kwargs, dissolve, regions, accept)
     graph = graphs[-1]
@@ -131,14 +147,16 @@ def _analyze(
 
 @takes_selection(Selection)
 @_stage
-def plan(model: nn.Module, example_inputs: Any, selection: Selection) -> PruningPlan:
+def plan(model: nn.Module | CouplingGraph, example_inputs: Any, selection: Selection) -> PruningPlan:
     """Decide what to remove. The same arguments give the same plan.
 
         plan = fxprune.plan(model, x, 0.5, "l1", scope="global")
         plan = fxprune.plan(model, x, fxprune.Selection(0.5, "l1", scope="global"))  # the same
+        plan = fxprune.plan(fxprune.analyze(model, x), 0.5, "l1", scope="global")  # and again
 
     Args:
-        model: the model to prune; it is not changed.
+        model: the model to prune; it is not changed. Or what :func:`analyze` gave, in place of the model and
+            its inputs.
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
         selection: a :class:`Selection`, or its arguments in place of it.
 
@@ -146,12 +164,15 @@ def plan(model: nn.Module, example_inputs: Any, selection: Selection) -> Pruning
         RatioError, SelectionError, BudgetError, ImportanceError, CaptureError, ExampleInputsError: for
             bad arguments; names the nearest valid choice.
     """
-    return _plan(model, example_inputs, selection)[0]
+    made, graph, rewritten = _plan(model, example_inputs, selection)
+    if selection.into == "graph":  # else what was analysed is a copy
+        link(made, graph.model, graph, rewritten)
+    return made
 
 
 @takes_selection(Selection)
 @_stage
-def prune(model: nn.Module, example_inputs: Any, selection: Selection) -> nn.Module:
+def prune(model: nn.Module | CouplingGraph, example_inputs: Any, selection: Selection) -> nn.Module:
     """A narrower copy of ``model``; arguments as for :func:`plan`.
 
     It is a ``torch.fx.GraphModule`` where the model could be captured as a whole. Where only parts of it
@@ -163,8 +184,8 @@ def prune(model: nn.Module, example_inputs: Any, selection: Selection) -> nn.Mod
     With calibration data (``calibrate``) the layers that are left make up for what went, as by
     :func:`compensate`.
     """
-    made, rewritten = _plan(model, example_inputs, selection)
-    module = _finish(model, made, rewritten)
+    made, _, rewritten = _plan(model, example_inputs, selection)
+    module = _finish(model_of(model), made, rewritten)
     if selection.calibrate is not None:
         _compensate(module, rewritten, selection.calibrate, selection.pick, True, selection.seed)
     return module
@@ -233,13 +254,16 @@ def _compensate(
 
 
 @_stage
-def apply(made: PruningPlan, model: nn.Module) -> nn.Module:
+def apply(made: PruningPlan, given: nn.Module | CouplingGraph) -> nn.Module:
     """See :meth:`PruningPlan.apply`."""
-    own = _OwnClass.of(made.into, model)
-    rewritten = rewrite(graph_for(made, own.source), made.removed)
-    if not rewritten.violations:
-        args, kwargs = restore_inputs(in_dtype_of(model, made.inputs))
-        rewritten = own.rewritten(rewritten, args, kwargs, frozenset(made.dissolved))
+    model = model_of(given)
+    rewritten = rewritten_by(made, model) if made.into == "graph" else None
+    if rewritten is None:
+        own = _OwnClass.of(made.into, model)
+        rewritten = rewrite(graph_for(made, given if own.marked is None else own.source), made.removed)
+        if not rewritten.violations:
+            args, kwargs = restore_inputs(in_dtype_of(model, made.inputs))
+            rewritten = own.rewritten(rewritten, args, kwargs, frozenset(made.dissolved))
     if rewritten.violations:
         first = rewritten.violations[0]
         raise PlanError(
@@ -249,14 +273,19 @@ def apply(made: PruningPlan, model: nn.Module) -> nn.Module:
     return _finish(model, made, rewritten)
 
 
-def graph_for(made: PruningPlan, model: nn.Module) -> CouplingGraph:
-    """The analysis of ``model`` that ``made`` refers to.
+def model_of(given: nn.Module | CouplingGraph) -> nn.Module:
+    """A model, where its analysis may stand in its place."""
+    return given.model if isinstance(given, CouplingGraph) else given
+
+
+def graph_for(made: PruningPlan, given: nn.Module | CouplingGraph) -> CouplingGraph:
+    """The analysis that ``made`` refers to, of a model or of what was analysed before.
 
     Raises:
         PlanError: if the plan does not fit the model, or removes what is not there.
     """
     made.validate()
-    graph = graph_of(made, model)
+    graph = graph_of(made, given)
     sizes = {group.name: group.size for group in graph.groups}
     for name in made.removed:
         if sizes.get(name) != made.sizes.get(name):
@@ -268,15 +297,33 @@ def graph_for(made: PruningPlan, model: nn.Module) -> CouplingGraph:
     return graph
 
 
-def graph_of(made: PruningPlan, model: nn.Module) -> CouplingGraph:
+def graph_of(made: PruningPlan, given: nn.Module | CouplingGraph) -> CouplingGraph:
     """As :func:`graph_for`, whatever it is that the plan removes."""
+    model = model_of(given)
     _check_architecture(made, model)
+    known = given if isinstance(given, CouplingGraph) else analysis_of(made, model)
+    if known is not None and _serves(known, made):
+        return known.hold(set(made.held)) if made.held != known.held else known
     args, kwargs = restore_inputs(in_dtype_of(model, made.inputs))
     regions = {path: in_dtype_of(model, region) for path, region in made.regions.items()}
     dissolved = frozenset(made.dissolved)
     free, zeros = tuple(made.free_outputs), tuple(made.fill_outputs)
     graph = _analyze(model, args, kwargs, dissolved, regions, free, zeros)
     return graph.hold(set(made.held)) if made.held else graph
+
+
+def _serves(graph: CouplingGraph, made: PruningPlan) -> bool:
+    """Whether a plan can be read as one for this analysis, with further nodes held."""
+    program, dissolved = graph.captured.program, set(made.dissolved)
+    unopened = dissolved - graph.source.dissolved
+    return (
+        set(graph.held) <= set(made.held)
+        and tuple(program.free_outputs) == tuple(made.free_outputs)
+        and tuple(graph.fill_outputs) == tuple(made.fill_outputs)
+        and graph.captured.regions == made.regions
+        and graph.source.dissolved <= dissolved
+        and not (unopened and any(_function(graph, node.name) in unopened for node in program.graph.nodes))
+    )
 
 
 @_stage
@@ -289,20 +336,38 @@ def check(made: PruningPlan, model: nn.Module | CouplingGraph) -> tuple[Problem,
     return tuple(problems(made, graph))
 
 
-def _plan(
-    model: nn.Module,
-    example_inputs: Any,
-    selection: Selection,
-) -> tuple[PruningPlan, Rewritten]:
-    selection = _resolved(selection)
-    importance, seed = selection.importance, selection.seed
-    own = _OwnClass.of(selection.into, model)
+def _analyzed(
+    given: nn.Module | CouplingGraph, example_inputs: Any, selection: Selection, own: _OwnClass
+) -> CouplingGraph:
+    """The analysis to plan for, and its inputs."""
     free, zeros = selection.free_outputs, selection.fill_outputs
+    if isinstance(given, CouplingGraph):
+        for option, default in (("free_outputs", ()), ("fill_outputs", (AUTO,))):
+            if getattr(selection, option) != default:
+                raise SelectionError(
+                    f"{option} is given to fxprune.analyze, which has made this CouplingGraph."
+                )
+        if own.marked is None:
+            return given
+        args, kwargs, free = given.source.args, given.source.kwargs, given.captured.program.free_outputs
+    else:
+        args, kwargs = normalize(example_inputs)
     if own.marked is not None:
         zeros = ()  # its own code returns what it returns
-    graph = analyze(own.source, example_inputs, free_outputs=free, fill_outputs=zeros)
-    args, kwargs = normalize(example_inputs)
-    dissolved: frozenset[str] = frozenset()
+    return _explored(own.source, args, kwargs, free, zeros)
+
+
+def _plan(
+    given: nn.Module | CouplingGraph, example_inputs: Any, selection: Selection
+) -> tuple[PruningPlan, CouplingGraph, Rewritten]:
+    """The plan, the analysis that it is for, and what it rewrites."""
+    selection = _resolved(selection)
+    importance, seed = selection.importance, selection.seed
+    model = model_of(given)
+    own = _OwnClass.of(selection.into, model)
+    analyzed = _analyzed(given, example_inputs, selection, own)
+    args, kwargs = analyzed.source.args, analyzed.source.kwargs
+    graph, dissolved = analyzed.loose(), analyzed.source.dissolved
     notes = []
     # With its parameters as its own, a graph can be run for gradients and activations.
     owner = graph.captured.program.module() if takes_tensors(model) else model
@@ -379,7 +444,7 @@ def _plan(
             **({"measured": meter.measured} if meter is not None else {}),
         },
     )
-    return made, rewritten
+    return made, graph, rewritten
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from .api import analyze, graph_for, graph_of, plan
+from .api import analyze, graph_for, graph_of, model_of, plan
 from .coupling.graph import CouplingGraph
 from .coupling.groups import Group
 from .coupling.units import Label
@@ -28,7 +28,7 @@ from .passes import Narrowing, rewrite
 from .passes.parameters import narrow, surviving
 from .planning.budget import Budget
 from .planning.plan import PruningPlan
-from .planning.selection import Selection
+from .planning.selection import AUTO, Selection
 
 Curve = Callable[[float], float]
 """From the progress, ``0 < t <= 1``, to the share of the final ratio that is gone then; 1 at ``t = 1``."""
@@ -171,16 +171,26 @@ def _steps(
     example_inputs: Any,
     goals: list[tuple[float, Selection]],
 ) -> Iterator[Step]:
+    first = goals[0][1]
+    original = analyze(
+        model, example_inputs, free_outputs=first.free_outputs, fill_outputs=first.fill_outputs
+    )
+    goals = [(share, replace(goal, free_outputs=(), fill_outputs=AUTO)) for share, goal in goals]
     current, total = model, None
     for number, (share, goal) in enumerate(goals, 1):
         if total is None:
-            total = made = plan(model, example_inputs, goal)
+            total = made = plan(original, goal)
+            narrowed = made.apply(current)
         else:
-            carried = _carried(total, model, current, example_inputs, goal.importance, goal.seed)
-            wider, total = total, plan(model, example_inputs, replace(goal, importance=carried))
+            graph = analyze(
+                current, example_inputs, free_outputs=total.free_outputs, fill_outputs=total.fill_outputs
+            )
+            carried = _carried(total, original, graph, goal.importance, goal.seed)
+            wider, total = total, plan(original, replace(goal, importance=carried))
             total = replace(total, settings={**total.settings, "importance": wider.settings["importance"]})
-            made = since(total, wider, model, current)
-        step = Step(number, share, made.apply(current), current, made, total)
+            made = since(total, wider, original, graph)
+            narrowed = made.apply(graph)
+        step = Step(number, share, narrowed, current, made, total)
         remember(step.model, model, [total])
         shapes = _shapes(step.model)
         yield step
@@ -198,7 +208,7 @@ def _shapes(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in tensors}
 
 
-def then(first: PruningPlan, second: PruningPlan, model: nn.Module) -> PruningPlan:
+def then(first: PruningPlan, second: PruningPlan, model: nn.Module | CouplingGraph) -> PruningPlan:
     """One plan in place of two. See :meth:`PruningPlan.then`."""
     steps = _Steps(first, model, second=second)
     dissolved = tuple(sorted({*first.dissolved, *second.dissolved}))
@@ -226,14 +236,17 @@ def _settings(made: PruningPlan) -> list[Any]:
 
 
 def since(
-    total: PruningPlan, first: PruningPlan, model: nn.Module, pruned: nn.Module | None = None
+    total: PruningPlan,
+    first: PruningPlan,
+    model: nn.Module | CouplingGraph,
+    pruned: nn.Module | CouplingGraph | None = None,
 ) -> PruningPlan:
     """The inverse of :func:`then`: what is left to do of ``total`` after ``first``.
 
     Args:
         total: a plan for ``model``.
         first: another one, which removes part of what ``total`` removes.
-        model: the original; only its architecture counts.
+        model: the original, or its analysis; only its architecture counts.
         pruned: what the plan will be for: what ``first``, or the plans that it is composed of, made of the
             original; ``first.apply(model)`` by default.
 
@@ -271,15 +284,16 @@ def since(
 
 def _carried(
     total: PruningPlan,
-    model: nn.Module,
-    current: nn.Module,
-    example_inputs: Any,
+    original: CouplingGraph,
+    graph: CouplingGraph,
     importance: Importance,
     seed: int,
 ) -> Callable[[Group], Any]:
-    """The scores of the current network's units, as scores of the original's; what is gone scores least."""
-    graph = analyze(current, example_inputs, free_outputs=total.free_outputs, fill_outputs=total.fill_outputs)
-    scores = score(graph, importance, seed, current)
+    """The scores of the current network's units, as scores of the original's; what is gone scores least.
+
+    ``original`` and ``graph`` are the analyses of the two.
+    """
+    scores = score(graph, importance, seed, graph.model)
     by_class = np.full(graph.run.coupler.units.count, np.nan)
     for group in graph.groups:
         by_class[group.units] = scores(group)
@@ -287,7 +301,7 @@ def _carried(
     low, high = (float(found.min()), float(found.max())) if found.size else (0.0, 0.0)
     far = 1e6 * (high - low + 1)
     known = {}
-    for slab in _Steps(total, model, current).slabs(graph):
+    for slab in _Steps(total, original, graph).slabs(graph):
         table = np.full(slab.shape, low - far)
         classes = slab.classes(graph)
         left = np.nan_to_num(by_class[classes], nan=high + far) if classes is not None else high + far
@@ -359,27 +373,28 @@ class _Steps:
     def __init__(
         self,
         first: PruningPlan,
-        model: nn.Module,
-        pruned: nn.Module | None = None,
+        model: nn.Module | CouplingGraph,
+        pruned: nn.Module | CouplingGraph | None = None,
         dissolved: tuple[str, ...] = (),
         held: tuple[str, ...] = (),
         second: PruningPlan | None = None,
     ) -> None:
         self.wide = graph_for(first, model)
         self.narrowing = Narrowing(self.wide, first.removed)
-        self.pruned = pruned if pruned is not None else first.apply(model)
+        given = pruned if pruned is not None else first.apply(model)
+        self.pruned = model_of(given)
         shapes = _shapes(self.pruned)
         if second is not None:
             # Constants that rewriting inserts may differ if it was done in more or in fewer steps.
             own = {name: shape for name, shape in second.shapes.items() if name in first.shapes}
             inserted = {name: shape for name, shape in shapes.items() if name not in first.shapes}
-            self.narrow = graph_for(replace(second, shapes={**own, **inserted}), self.pruned)
+            self.narrow = graph_for(replace(second, shapes={**own, **inserted}), given)
         else:
             nodes = self.pruned.graph.nodes if isinstance(self.pruned, fx.GraphModule) else ()
             names = {node.name for node in nodes}
             held = tuple(name for name in held if name in names)
             like = replace(first, removed={}, sizes={}, shapes=shapes, held=held, dissolved=dissolved)
-            self.narrow = graph_of(like, self.pruned)
+            self.narrow = graph_of(like, given)
 
     def slabs(self, other: CouplingGraph) -> Iterator[_Slab]:
         """Every axis that has a label in one of the networks, or in ``other``."""

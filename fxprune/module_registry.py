@@ -115,6 +115,11 @@ def register_leaf(leaf: Leaf, same: Callable[[Any, Any], bool]) -> None:
     _FOUND.clear()
 
 
+def leaf_registrations() -> tuple[Leaf, ...]:
+    """All registrations."""
+    return tuple(_LEAVES.values())
+
+
 def unregister_leaf(module_class: type) -> None:
     _LEAVES.pop(module_class, None)
     _FOUND.clear()

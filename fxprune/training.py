@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .api import graph_for
+from .api import graph_for, model_of
+from .coupling.graph import CouplingGraph
 from .coupling.units import Label
 from .errors import PlanError, TrainingError
 from .passes import Narrowing
@@ -28,7 +29,7 @@ from .planning.plan import PruningPlan
 _Optimizer = TypeVar("_Optimizer", bound=torch.optim.Optimizer)
 
 
-def masks(plan: PruningPlan, model: nn.Module) -> dict[str, Tensor]:
+def masks(plan: PruningPlan, model: nn.Module | CouplingGraph) -> dict[str, Tensor]:
     """True where an entry of a parameter is not masked. See :meth:`PruningPlan.masks`."""
     narrowing = _narrowing(plan, model)
     found = {}
@@ -39,8 +40,9 @@ def masks(plan: PruningPlan, model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def mask(plan: PruningPlan, model: nn.Module) -> nn.Module:
-    """A masked copy of ``model``. See :meth:`PruningPlan.mask`."""
+def mask(plan: PruningPlan, given: nn.Module | CouplingGraph) -> nn.Module:
+    """A masked copy of a model. See :meth:`PruningPlan.mask`."""
+    model = model_of(given)
     # What a hook computed is no leaf, which deepcopy refuses.
     computed = {
         id(value): value.detach().clone()
@@ -49,7 +51,7 @@ def mask(plan: PruningPlan, model: nn.Module) -> nn.Module:
         if isinstance(value, Tensor) and not value.is_leaf
     }
     twin = copy.deepcopy(model, computed)
-    hold = _Hold({name: ~alive for name, alive in masks(plan, model).items()})
+    hold = _Hold({name: ~alive for name, alive in masks(plan, given).items()})
     twin.register_forward_pre_hook(hold)
     hold(twin)
     return twin
@@ -91,7 +93,9 @@ def _without(dead: Tensor, gradient: Tensor) -> Tensor:
     return gradient.masked_fill(dead.to(gradient.device), 0)
 
 
-def narrow_state_dict(plan: PruningPlan, state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+def narrow_state_dict(
+    plan: PruningPlan, state: Mapping[str, Any], model: nn.Module | CouplingGraph
+) -> dict[str, Any]:
     """The state dict of the narrowed model. See :meth:`PruningPlan.narrow_state_dict`."""
     narrowing = _narrowing(plan, model)
     tensors = narrowing.graph.captured.program.tensors
@@ -115,7 +119,7 @@ def narrow_state_dict(plan: PruningPlan, state: Mapping[str, Any], model: nn.Mod
 
 
 def narrow_optimizer(
-    plan: PruningPlan, optimizer: _Optimizer, model: nn.Module, pruned: nn.Module
+    plan: PruningPlan, optimizer: _Optimizer, given: nn.Module | CouplingGraph, pruned: nn.Module
 ) -> _Optimizer:
     """An optimiser of the narrowed parameters. See :meth:`PruningPlan.apply_to_optimizer`."""
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -123,7 +127,7 @@ def narrow_optimizer(
             f"expected a torch.optim.Optimizer first, got {type(optimizer).__name__}: "
             f"plan.apply_to_optimizer(optimizer, model, pruned)."
         )
-    narrowing = _narrowing(plan, model)
+    narrowing, model = _narrowing(plan, given), model_of(given)
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), name)
@@ -210,7 +214,7 @@ def _entry(
     )
 
 
-def _narrowing(plan: PruningPlan, model: nn.Module) -> Narrowing:
+def _narrowing(plan: PruningPlan, model: nn.Module | CouplingGraph) -> Narrowing:
     """What the plan does to ``model``."""
     return Narrowing(graph_for(plan, model), plan.removed)
 

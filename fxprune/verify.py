@@ -19,8 +19,9 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from .api import graph_for
+from .api import graph_for, model_of
 from .capture.regions import real_inputs
+from .coupling.graph import CouplingGraph
 from .coupling.units import Value
 from .errors import ExampleInputsError, VerificationError
 from .inputs import normalize
@@ -69,7 +70,7 @@ class Verdict:
 
 
 def verify(
-    model: nn.Module,
+    model: nn.Module | CouplingGraph,
     pruned: nn.Module,
     plan: PruningPlan,
     example_inputs: Any,
@@ -85,7 +86,7 @@ def verify(
     class, its own ``forward`` is compared as well, in both modes (with dropout off) where the plan is exact.
 
     Args:
-        model: the original model; not changed.
+        model: the original model, or its analysis; not changed.
         pruned: what ``plan.apply(model)`` gave.
         plan: the plan.
         example_inputs: real inputs, as for :func:`fxprune.analyze`.
@@ -97,6 +98,7 @@ def verify(
         PlanError: if the plan does not belong to the model.
     """
     args, kwargs = normalize(example_inputs)
+    given, model = model, model_of(model)
     if any(t.device.type == "meta" for t in [*model.parameters(), *model.buffers()]):
         raise VerificationError("the model is on the meta device, so there are no weights to verify.")
     limit = tolerance if tolerance is not None else 1e-8 if dtype == torch.float64 else 1e-3
@@ -115,7 +117,7 @@ def verify(
             limit,
         )
         return replace(verdict, error=max(verdict.error, error))
-    graph = graph_for(plan, model)
+    graph = graph_for(plan, given)
     narrowing = Narrowing(graph, plan.removed)
     program = graph.captured.program
     originals = _masked(program, narrowing, dtype).pieces()

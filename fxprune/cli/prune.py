@@ -207,8 +207,7 @@ def run(options: argparse.Namespace) -> int:
         check_whole(options.out, graph.captured.regions)
     with progress.step("plan") as say:
         plan = fxprune.plan(
-            model,
-            inputs,
+            graph,
             ratio=options.ratio,
             importance=options.importance,
             where=_is_exact if options.exact_only else None,
@@ -219,8 +218,6 @@ def run(options: argparse.Namespace) -> int:
             keep=options.keep,
             budget=budget,
             heads=options.heads,
-            free_outputs=options.free_output,
-            fill_outputs=fill_outputs(options),
             into=options.into,
         )
         asked = (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,11 @@ import networkx as nx
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import fx
+from torch import fx, nn
 
 from ..capture import Captured
 from ..errors import PlanError
+from ..inputs import to_meta
 from ..nodes import describe_source
 from ..program import Program
 from ..trees import Leaf
@@ -108,15 +110,33 @@ class Explanation:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Source:
+    """What an analysis was made of.
+
+    Attributes:
+        model: gives the model, None if it is gone.
+        args: its positional inputs, possibly on the meta device.
+        kwargs: its keyword inputs.
+        dissolved: functions that were traced into.
+    """
+
+    model: Callable[[], nn.Module | None]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    dissolved: frozenset[str] = frozenset()
+
+
 class CouplingGraph:
     """What can be removed from a network together, and what cannot be removed at all.
 
     Iterating gives the groups. Made by :func:`fxprune.analyze`.
     """
 
-    def __init__(self, captured: Captured, held: tuple[str, ...] = ()) -> None:
+    def __init__(self, captured: Captured, source: Source, held: tuple[str, ...] = ()) -> None:
         """``held``: see :meth:`hold`."""
         self.captured = captured
+        self.source = source
         self.held = held
         self._run: Run = interpret(captured.program, self.inputs)
         if held:
@@ -143,7 +163,7 @@ class CouplingGraph:
         rows may go.
         """
         other = object.__new__(CouplingGraph)
-        other.captured, other._run = self.captured, self._run
+        other.captured, other._run, other.source = self.captured, self._run, self.source
         other.held = tuple(sorted({*self.held, *names}))
         other._hold_dims(sorted(names - set(self.held)))
         other._regroup()
@@ -211,7 +231,34 @@ class CouplingGraph:
         return self._with(fill(program, names)) if names else self
 
     def _with(self, program: Program) -> CouplingGraph:
-        return CouplingGraph(replace(self.captured, program=program), self.held)
+        return CouplingGraph(replace(self.captured, program=program), self.source, self.held)
+
+    def keep(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CouplingGraph:
+        """The same analysis, which keeps ``model`` and the inputs alive that it was made of."""
+        return self._shell(Source(lambda: model, args, kwargs, self.source.dissolved))
+
+    def loose(self) -> CouplingGraph:
+        """The same analysis, which does not keep the model alive, nor its inputs."""
+        source = self.source
+        args, kwargs = to_meta(source.args), to_meta(source.kwargs)
+        return self._shell(Source(weakref.ref(self.model), args, kwargs, source.dissolved))
+
+    def _shell(self, source: Source) -> CouplingGraph:
+        other = copy.copy(self)
+        other.source = source
+        return other
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that was analysed.
+
+        Raises:
+            PlanError: if it is gone, as is that of a graph that a plan remembers once nobody else has it.
+        """
+        model = self.source.model()
+        if model is None:
+            raise PlanError("the model that was analysed is gone; analyse it again.")
+        return model
 
     # -- what users read ------------------------------------------------------------------------
 

@@ -211,6 +211,11 @@ def registered() -> dict[str, Rule]:
     return dict(sorted(_RULES.items()))
 
 
+def custom_rules() -> tuple[Rule, ...]:
+    """The rules that were registered from outside."""
+    return tuple(rule for rule in _RULES.values() if rule.family == CUSTOM)
+
+
 def _add(new: Rule) -> None:
     _refuse_second(new.operator, new.site)
     _RULES[new.operator] = new

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -74,6 +74,9 @@ class PruningPlan:
     stay whole included. A plan is edited by making another one (:meth:`with_removed`, :meth:`without`);
     :meth:`check` says which constraint an edit breaks.
 
+    Every method that takes a model takes its analysis as well, what :func:`fxprune.analyze` gave. Where it is
+    the model that the plan was made for, and that has not changed since, it is not analysed again.
+
     Attributes:
         model: class name of the model.
         inputs: description of the example inputs (shapes, dtypes): ``{"args": [...], "kwargs": {...}}``.
@@ -105,7 +108,7 @@ class PruningPlan:
     fill_outputs: tuple[str, ...] = ()
     into: str = "graph"
 
-    def apply(self, model: nn.Module) -> nn.Module:
+    def apply(self, model: nn.Module | CouplingGraph) -> nn.Module:
         """A narrowed copy of ``model``, which may be any copy of the architecture that the plan is for.
 
         Raises:
@@ -131,7 +134,21 @@ class PruningPlan:
                 raise PlanError(f"the positions to remove from {name!r} are a list, [3] say; got {units!r}.")
         merged = {name: list(self.removed.get(name, ())) for name in self.sizes}
         merged |= {name: sorted(units) for name, units in removed.items()}
-        return replace(self, removed={name: units for name, units in merged.items() if units})
+        edited = replace(self, removed={name: units for name, units in merged.items() if units})
+        edited.come_from(self.came_from)
+        return edited
+
+    def come_from(self, graph: Callable[[], CouplingGraph | None]) -> None:
+        """Remember the analysis that the plan was made from; what is loaded or unpickled does not."""
+        self.__dict__["_came_from"] = graph
+
+    def came_from(self) -> CouplingGraph | None:
+        """The analysis that the plan was made from, if it is still there."""
+        graph: CouplingGraph | None = self.__dict__.get("_came_from", lambda: None)()
+        return graph
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_came_from"}
 
     def without(self, *groups: str) -> PruningPlan:
         """The plan with these groups left whole.
@@ -153,7 +170,7 @@ class PruningPlan:
             hint = f"; the nearest is {close[0]!r}" if close else ""
             raise PlanError(f"the plan knows no group {name!r}{hint}.")
 
-    def then(self, second: PruningPlan, model: nn.Module) -> PruningPlan:
+    def then(self, second: PruningPlan, model: nn.Module | CouplingGraph) -> PruningPlan:
         """One plan for ``model`` that does what this plan and then ``second`` do.
 
         ``plan.then(second, model).apply(model)`` has, bit for bit, the weights of
@@ -171,7 +188,7 @@ class PruningPlan:
 
         return then(self, second, model)
 
-    def mask(self, model: nn.Module) -> nn.Module:
+    def mask(self, model: nn.Module | CouplingGraph) -> nn.Module:
         """A copy of ``model``, of the same class and shapes, in which the removed entries are held at zero.
 
         It can be trained like any other, with any optimiser, and ``plan.apply`` of it gives a network that
@@ -187,7 +204,7 @@ class PruningPlan:
 
         return mask(self, model)
 
-    def masks(self, model: nn.Module) -> dict[str, Tensor]:
+    def masks(self, model: nn.Module | CouplingGraph) -> dict[str, Tensor]:
         """Which entries survive: a boolean tensor of the parameter's shape for each parameter that narrows.
 
         Of a weight under ``weight_norm`` the rows that go are told by their norms alone: in the directions
@@ -203,7 +220,7 @@ class PruningPlan:
 
         return masks(self, model)
 
-    def narrow_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    def narrow_state_dict(self, state: Mapping[str, Any], model: nn.Module | CouplingGraph) -> dict[str, Any]:
         """The part of a state dict that survives, as copies: moving averages, checkpoints.
 
         An exponential moving average in ``torch.optim.swa_utils.AveragedModel`` goes on like this::
@@ -223,7 +240,9 @@ class PruningPlan:
 
         return narrow_state_dict(self, state, model)
 
-    def apply_to_optimizer(self, optimizer: _Optimizer, model: nn.Module, pruned: nn.Module) -> _Optimizer:
+    def apply_to_optimizer(
+        self, optimizer: _Optimizer, model: nn.Module | CouplingGraph, pruned: nn.Module
+    ) -> _Optimizer:
         """An optimiser of the same class for the parameters of ``pruned``, with the state that survives.
 
         Parameter groups and their settings are kept. State of a parameter's shape (momentum, variance) is

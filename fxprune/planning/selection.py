@@ -9,8 +9,9 @@ from dataclasses import KW_ONLY, dataclass, field
 from numbers import Real
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast, get_args, overload
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..coupling.graph import CouplingGraph
 from ..coupling.groups import Group
 from ..errors import BudgetError, RatioError, SelectionError
 from ..importance import Importance, describe
@@ -266,7 +267,7 @@ _R_co = TypeVar("_R_co", covariant=True)
 
 
 class _TakesSelection(Protocol[_P, _R_co]):
-    """A function of a model, its inputs and a selection, or what a selection is made of."""
+    """A function of a model and its inputs, or of an analysis, and of a selection or what it is made of."""
 
     @overload
     def __call__(self, model: nn.Module, example_inputs: Any, selection: Selection) -> _R_co: ...
@@ -276,18 +277,30 @@ class _TakesSelection(Protocol[_P, _R_co]):
         self, model: nn.Module, example_inputs: Any, *args: _P.args, **kwargs: _P.kwargs
     ) -> _R_co: ...
 
+    @overload
+    def __call__(self, model: CouplingGraph, selection: Selection) -> _R_co: ...
+
+    @overload
+    def __call__(self, model: CouplingGraph, *args: _P.args, **kwargs: _P.kwargs) -> _R_co: ...
+
 
 def takes_selection(
     make: Callable[_P, Selection],
-) -> Callable[[Callable[[nn.Module, Any, Selection], _R_co]], _TakesSelection[_P, _R_co]]:
+) -> Callable[[Callable[[nn.Module | CouplingGraph, Any, Selection], _R_co]], _TakesSelection[_P, _R_co]]:
     """Let a function take the arguments of :class:`Selection` in place of one.
 
     So they are stated, typed and described in one place. ``make`` is the class.
     """
 
-    def decorate(function: Callable[[nn.Module, Any, Selection], _R_co]) -> _TakesSelection[_P, _R_co]:
+    def decorate(
+        function: Callable[[nn.Module | CouplingGraph, Any, Selection], _R_co],
+    ) -> _TakesSelection[_P, _R_co]:
         @functools.wraps(function)
-        def call(model: nn.Module, example_inputs: Any, *args: Any, **kwargs: Any) -> _R_co:
+        def call(model: Any, *args: Any, **kwargs: Any) -> _R_co:
+            if isinstance(model, CouplingGraph):
+                example_inputs, args = None, _without_inputs(args, kwargs)
+            else:
+                example_inputs, args = _inputs(function.__name__, args, kwargs)
             alone = args if not kwargs else (kwargs.get("selection"),) if not args else ()
             given = len(args) + len(kwargs) == 1 and isinstance(alone[0], Selection)
             return function(model, example_inputs, alone[0] if given else make(*args, **kwargs))
@@ -298,6 +311,24 @@ def takes_selection(
         return cast(_TakesSelection[_P, _R_co], call)
 
     return decorate
+
+
+def _inputs(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+    """The inputs, and the other positional arguments."""
+    if "example_inputs" in kwargs:
+        return kwargs.pop("example_inputs"), args
+    if not args:
+        raise TypeError(f"{name}() misses the argument 'example_inputs'")
+    return args[0], args[1:]
+
+
+def _without_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The positional arguments that follow an analysis, which are those of a selection."""
+    if "example_inputs" in kwargs or (args and isinstance(args[0], (Tensor, tuple, dict))):
+        raise SelectionError(
+            "a CouplingGraph knows its inputs: plan(graph, ratio=0.5), or plan(model, inputs, ratio=0.5)."
+        )
+    return args
 
 
 __all__ = ["AUTO", "Scope", "Selection", "check_ratio", "output_names", "takes_selection"]
