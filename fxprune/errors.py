@@ -55,6 +55,10 @@ class ChannelError(FxpruneError, ValueError):
     """Channels that a layer does not have, or cannot lose by itself."""
 
 
+class ModeError(FxpruneError):
+    """A result was put into a mode, or a mix of modes, in which its model could not be captured."""
+
+
 class RewriteError(FxpruneError):
     """A graph could not be rewritten although every offending axis was frozen."""
 

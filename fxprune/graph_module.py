@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,9 @@ import torch
 from torch import fx, nn
 from torch.fx.graph import CodeGen
 
+from .errors import ModeError
 from .graph_record import record, replay
+from .modes import deciding, in_mode
 
 if TYPE_CHECKING:
     from .program import Program
@@ -82,7 +85,8 @@ class OwnedModule(fx.GraphModule):
     @classmethod
     def of(cls, root: nn.Module, graph: fx.Graph, class_name: str) -> OwnedModule:
         """A module that runs ``graph`` and owns the module tree of ``root``."""
-        module = cls(nn.Module(), fx.Graph(), class_name)
+        kind = SwitchedModule if deciding(graph) else cls
+        module = kind(nn.Module(), fx.Graph(), class_name)
         for registry in _REGISTRIES:
             module.__dict__[registry] = root.__dict__[registry]
         module.training = root.training
@@ -90,8 +94,17 @@ class OwnedModule(fx.GraphModule):
         graph.owning_module = module
         for name in _GENERATED:
             module.__dict__.pop(name, None)  # older versions of torch know fewer of them
-        type(module).forward = _Deferred(module)  # type: ignore[assignment]
+        type(module).forward = module._first()
         return module
+
+    def _first(self) -> Any:
+        """What the class has as ``forward`` to begin with."""
+        return _Deferred(self)
+
+    @property
+    def whole(self) -> fx.Graph:
+        """The graph; where it differs from mode to mode, the one that holds the calls of both."""
+        return self._graph
 
     def recompile(self) -> Any:
         """Generate the code of ``forward``, which may build named tuples for its outputs."""
@@ -105,7 +118,7 @@ class OwnedModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         own = {registry: self.__dict__[registry] for registry in _REGISTRIES}
-        return _unpickle, (record(self.graph), own, self.meta, self.training, type(self).__name__)
+        return _unpickle, (record(self.whole), own, self.meta, self.training, type(self).__name__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OwnedModule:
         root = nn.Module()
@@ -116,10 +129,103 @@ class OwnedModule(fx.GraphModule):
             if child is not None:
                 root._modules[name] = _clone(child, "", lambda _, t: copy.deepcopy(t, memo), False, modules)
         root.training = self.training
-        new = OwnedModule.of(root, copy.deepcopy(self.graph), type(self).__name__)
+        new = OwnedModule.of(root, copy.deepcopy(self.whole), type(self).__name__)
         new.meta = copy.copy(self.meta)
         memo[id(self)] = new
         return new
+
+
+class SwitchedModule(OwnedModule):
+    """A network that does one thing in training and another in evaluation (see :mod:`fxprune.modes`).
+
+    ``graph`` and ``code`` are those of the mode that it is in. ``train()`` and ``eval()`` raise
+    :class:`~fxprune.errors.ModeError` where the model could not be captured in that mode, as a call does
+    where single submodules were put into a mix of modes that was not captured.
+    """
+
+    def _first(self) -> Any:
+        return switching(self, self.whole)
+
+    @property
+    def whole(self) -> fx.Graph:
+        graph: fx.Graph = self.__dict__["_whole"]
+        return graph
+
+    @property
+    def _graph(self) -> fx.Graph:
+        flags = flags_of(self, self.whole)
+        made: dict[Any, fx.Graph] = self.__dict__["_made"]
+        key = tuple(flags.values())
+        if key not in made:
+            made[key] = in_mode(self.whole, flags)
+            made[key].owning_module = self
+        return made[key]
+
+    @_graph.setter
+    def _graph(self, graph: fx.Graph) -> None:
+        self.__dict__.update(_whole=graph, _made={}, _written=None)
+
+    @property
+    def code(self) -> str:
+        if self.__dict__["_written"] is not self._graph:
+            self.recompile()
+        return self._code
+
+    def recompile(self) -> Any:
+        """Write the code of the present mode again, after its ``graph`` was edited."""
+        written = super().recompile()
+        kind: Any = type(self)
+        self.__dict__["_written"] = self._graph
+        switch = switching(self, self.whole)
+        switch.ways[tuple(flags_of(self, self.whole).values())] = vars(kind)["forward"]
+        kind.forward = switch
+        return written
+
+    def train(self, mode: bool = True) -> SwitchedModule:
+        return into_mode(self, mode, super().train, self.whole)
+
+
+def flags_of(module: nn.Module, graph: fx.Graph) -> dict[str, bool]:
+    """The training flags of the submodules that decide what of ``graph`` runs."""
+    return {path: module.get_submodule(path).training for path in deciding(graph)}
+
+
+def into_mode(module: Any, mode: bool, train: Callable[[bool], Any], graph: fx.Graph) -> Any:
+    """``module.train(mode)``; where ``graph`` has nothing for that mode, modules stay in theirs.
+
+    Raises:
+        ModeError: for a mode that was not captured.
+    """
+    before = [(inner, inner.training) for inner in module.modules()]
+    train(mode)
+    try:
+        in_mode(graph, flags_of(module, graph))
+    except ModeError:
+        for inner, flag in before:
+            inner.training = flag
+        raise
+    return module
+
+
+def switching(module: nn.Module, graph: fx.Graph) -> Any:
+    """A ``forward`` that runs what of ``graph`` belongs to the mode that its module is in."""
+    ways: dict[tuple[bool, ...], Any] = {}
+    paths = deciding(graph)
+
+    def way(module: nn.Module) -> Any:
+        flags = tuple([module.get_submodule(path).training for path in paths])
+        if flags not in ways:
+            made = OwnedModule.of(module, in_mode(graph, dict(zip(paths, flags, strict=True))), "GraphModule")
+            made.recompile()
+            ways[flags] = vars(type(made))["forward"]
+        return ways[flags]
+
+    @functools.wraps(way(module))
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return way(self)(self, *args, **kwargs)
+
+    forward.ways = ways  # type: ignore[attr-defined]
+    return forward
 
 
 def _unpickle(

@@ -54,8 +54,12 @@ class _Named:
             return function
 
 
+MODES = ("only", "given", "because")
+"""Node metadata that says in which mode a node runs (see :mod:`fxprune.modes`)."""
+
+
 def record(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """The nodes as ``(op, name, target, args, kwargs)``; :func:`replay` makes a graph of them."""
+    """The nodes as ``(op, name, target, args, kwargs, modes)``; :func:`replay` makes a graph of them."""
 
     def plain(argument: Any) -> Any:
         if isinstance(argument, fx.Node):
@@ -69,6 +73,7 @@ def record(graph: fx.Graph) -> list[tuple[Any, ...]]:
             plain(node.target),
             map_aggregate(node.args, plain),
             map_aggregate(node.kwargs, plain),
+            {key: node.meta[key] for key in MODES if key in node.meta},
         )
         for node in graph.nodes
     ]
@@ -84,10 +89,11 @@ def replay(nodes: list[tuple[Any, ...]]) -> fx.Graph:
             return made[argument.name]
         return argument.find() if isinstance(argument, _Named) else argument
 
-    for op, name, target, args, kwargs in nodes:
+    for op, name, target, args, kwargs, modes in nodes:
         made[name] = graph.create_node(
             op, live(target), map_aggregate(args, live), map_aggregate(kwargs, live), name
         )
+        made[name].meta.update(modes)
     return graph
 
 

@@ -21,8 +21,9 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from .errors import CaptureError, RewriteError
-from .graph_module import OwnedModule, clone_module
+from .graph_module import OwnedModule, clone_module, into_mode
 from .inputs import restore_inputs
+from .modes import renamed
 from .program import Program, Skeleton, named_tensors
 
 
@@ -204,6 +205,7 @@ class RegionProgram(Program):
                     new.target = region.placeholders[node.name]
                 elif node.op in ("get_attr", "call_module"):
                     new.target = str(node.target).removeprefix(prefix)
+                renamed(new, lambda path: f"{path}.".removeprefix(prefix).removesuffix("."))
             elif node.op == "output":
                 result = node.args[0][region.path]
                 if isinstance(result, fx.Node) and result.target is handed:
@@ -270,6 +272,7 @@ def unite(
                 node.op, target, args, kwargs, f"{name}_unlinked" if links else name, node.type
             )
             new.meta = {**node.meta, "region": path}
+            renamed(new, partial(_within, root))
             if node.op == "placeholder":
                 placeholders[new.name] = str(node.target)
             if links:
@@ -298,6 +301,10 @@ def unite(
         model=model,
         regions=tuple(regions),
     )
+
+
+def _within(prefix: str, path: str) -> str:
+    return f"{prefix}{path}".removesuffix(".")
 
 
 def _prefix(root: str) -> str:
@@ -330,7 +337,8 @@ class RegionModule(nn.Module):
     def take_over(module: nn.Module, graph: fx.Graph) -> None:
         """Turn ``module`` into one whose ``forward`` is ``graph``."""
         original = module.original if isinstance(module, RegionModule) else type(module)
-        forward = type(OwnedModule.of(module, graph, original.__name__)).forward
+        view = OwnedModule.of(module, graph, original.__name__)
+        forward = getattr(type(view), "forward")  # noqa: B009  (made when it is looked at)
         module.__class__ = type(
             original.__name__,
             (RegionModule, original),
@@ -343,6 +351,14 @@ class RegionModule(nn.Module):
                 "forward": forward,
             },
         )
+
+    def train(self, mode: bool = True) -> RegionModule:
+        """As the original class does it.
+
+        Raises:
+            ModeError: if the region could not be captured in that mode.
+        """
+        return into_mode(self, mode, super().train, self.graph)
 
     def graph_module(self) -> OwnedModule:
         """A ``GraphModule`` that shares everything with this module."""
@@ -361,7 +377,7 @@ class RegionModule(nn.Module):
 def _unpickle(original: type[nn.Module], view: OwnedModule, state: dict[str, Any]) -> nn.Module:
     module = original.__new__(original)
     module.__dict__.update(state)
-    RegionModule.take_over(module, view.graph)
+    RegionModule.take_over(module, view.whole)
     return module
 
 

@@ -44,6 +44,7 @@ from ..value_dependent import AS_LIST, ON_SHAPES, kept_whole
 from . import patches
 from .arguments import LITERALS, Arguments, packing
 from .effects import AUGMENTED, Kept, not_kept, write_in_place
+from .merge import Call, Trace, merge
 from .numbers import note_question, settle
 from .twin import StandIn, Twin
 
@@ -106,11 +107,17 @@ class _Flag(int):
     """The value of a module's ``training`` attribute while tracing: a truth value with an owner."""
 
     owner: nn.Module
-    asked: set[nn.Module]
+    asks: Callable[[nn.Module], None]
 
     def __bool__(self) -> bool:
-        self.asked.add(self.owner)
+        self.asks(self.owner)
         return int(self) != 0
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self) == other
+
+    def __hash__(self) -> int:
+        return hash(int(self))
 
 
 def _holds_proxies(tree: Any) -> bool:
@@ -157,6 +164,8 @@ for _method, _name in AUGMENTED.items():
 
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
+    pins = False
+    """Whether a model is captured in its mode alone where the other mode cannot be traced."""
 
     def __init__(self, model: nn.Module, arguments: Arguments) -> None:
         functions, modules = kept_whole()
@@ -166,6 +175,10 @@ class _Tracer(fx.Tracer):
         self.arguments = arguments
         self.options: tuple[Any, ...] = ()
         self.switches: set[str] = set()
+        self.flipped = False  # whether all modules are in the other mode than they are in
+        self.calls: list[Call] = []  # of modules, that tracing is in
+        self.asked: dict[tuple[Call, ...], dict[str, None]] = {}
+        self.given_to: dict[Call, Any] = {}
         self.lists_as_values = False
         self.constants: dict[str, torch.Tensor] = {}
         self.alive: list[torch.Tensor] = []  # constants whose id must stay theirs
@@ -191,26 +204,49 @@ class _Tracer(fx.Tracer):
 
         Lists of numbers that only say how long packed sequences are may differ from call to call; any other
         stay those that are given. A module without tensors or children whose control flow asks for
-        ``self.training`` (stochastic depth, say) becomes a leaf, so that it still switches; for others, the
-        mode is that of now.
+        ``self.training`` (stochastic depth, say) becomes a leaf, so that it still switches. Where others do,
+        the model is traced in both modes, and the graph holds the calls of both.
         """
-        asked: set[nn.Module] = set()
         try:
-            graph = patches.within(self._patches(asked), self._traced)
-        except (CaptureError, ExampleInputsError):
-            raise
-        except Exception as error:  # whatever a user's forward raises on symbolic values
-            if any(_is_numbers(given) for given in self.given.values()) and not self.lists_as_values:
-                return self._again(self.switches, True)
-            raise CaptureError(f"{blame(error)}{type(error).__name__}: {error}") from error
+            graph = self._traced()
+        except CaptureError:
+            if self.lists_as_values or not any(map(_is_numbers, self.given.values())):
+                raise
+            return self._again(lists_as_values=True).program()
         lists = [n for n in graph.find_nodes(op="placeholder") if _is_numbers(self.given[str(n.target)])]
         users = {user.target for node in lists for user in node.users}
         if not self.lists_as_values and users - {rnn.pack_padded_sequence}:
-            return self._again(self.switches, True)
-        paths = {self.path_of_module(m): m for m in asked - {self.twin.model}}
-        switches = {p for p, m in paths.items() if not [*m.children(), *m.parameters(), *m.buffers()]}
-        if switches:
-            return self._again(switches, self.lists_as_values)
+            return self._again(lists_as_values=True).program()
+        if self.asked:
+            other = self._again(flipped=True)
+            try:
+                other._traced()
+            except CaptureError as error:
+                reason: CaptureError | None = error
+            else:
+                reason = None
+            if switches := (self._new_switches() | other._new_switches()):
+                return self._again(switches=switches).program()
+            graph = self._in_both_modes(graph, other, reason)
+        for node in graph.nodes:
+            node.meta.pop("calls", None)
+        return Program(
+            graph=graph,
+            modules={str(n.target): self.leaf(str(n.target)) for n in graph.nodes if n.op == "call_module"},
+            tensors={name: self.tensors[name] for name in self.names},
+            skeleton=Skeleton.of(self.model),
+            extras=self.constants,
+            notes=tuple(self.notes),
+        )
+
+    def _traced(self) -> fx.Graph:
+        """The graph of one trace."""
+        try:
+            graph = patches.within(self._patches(), self._run)
+        except (CaptureError, ExampleInputsError):
+            raise
+        except Exception as error:  # whatever a user's forward raises on symbolic values
+            raise CaptureError(f"{blame(error)}{type(error).__name__}: {error}") from error
         write_in_place(graph, self.leaf)
         settle(graph)
         graph._tracer_cls = None  # a copy must not try to make a tracer of ours from nothing
@@ -224,28 +260,15 @@ class _Tracer(fx.Tracer):
                     "the lengths of packed sequences are computed as a list, which would stay that of the "
                     "example; compute them as a tensor"
                 )
-        named = self.twin.model.named_modules() if asked else ()
-        fixed = sorted(path for path, module in named if module in asked)
-        mode = "training" if self.model.training else "evaluation"
-        where = ", ".join(path or "the model" for path in fixed[:3])
-        where += f" and {len(fixed) - 3} more" if len(fixed) > 3 else ""
-        if fixed:
-            self.notes.append(f"control flow on self.training in {where} stays that of {mode} mode")
-        return Program(
-            graph=graph,
-            modules={str(n.target): self.leaf(str(n.target)) for n in graph.nodes if n.op == "call_module"},
-            tensors={name: self.tensors[name] for name in self.names},
-            skeleton=Skeleton.of(self.model),
-            extras=self.constants,
-            notes=tuple(self.notes),
-        )
+        self.recorded = graph
+        return graph
 
-    def _traced(self) -> fx.Graph:
+    def _run(self) -> fx.Graph:
         with torch.enable_grad():  # against which a block under torch.no_grad stands out
             return super().trace(self.twin.model)
 
-    def _patches(self, asked: set[nn.Module]) -> list[patches.Patch]:
-        """What is replaced while tracing; ``asked`` receives the modules that are asked for their mode.
+    def _patches(self) -> list[patches.Patch]:
+        """What is replaced while tracing.
 
         ``torch.zeros(proxy, 4)``, ``torch.finfo(proxy)`` and the like become nodes: their arguments are
         parsed without regard to proxies. With shapes known, all calls become nodes, so that a tensor made by
@@ -257,8 +280,8 @@ class _Tracer(fx.Tracer):
         def flag(module: nn.Module, mode: bool) -> Any:
             if id(module) not in owned:
                 return mode
-            flag = _Flag(mode)
-            flag.owner, flag.asked = module, asked
+            flag = _Flag(mode != self.flipped)
+            flag.owner, flag.asks = module, self._asks
             return flag
 
         def dynamic(original: Any) -> Callable[..., Any]:
@@ -286,10 +309,64 @@ class _Tracer(fx.Tracer):
             patches.flags(True, set()),
         ]
 
-    def _again(self, switches: set[str], lists_as_values: bool) -> Program:
+    def _again(self, **options: Any) -> _Tracer:
+        """A tracer of the same model, with other options."""
         again = type(self)(self.model, self.arguments, *self.options)
-        again.switches, again.lists_as_values = switches, lists_as_values
-        return again.program()
+        again.switches, again.lists_as_values = self.switches, self.lists_as_values
+        for name, value in options.items():
+            setattr(again, name, value)
+        return again
+
+    def _asks(self, owner: nn.Module) -> None:
+        """Called where control flow asks for the training flag of a module."""
+        path = self._path(owner)
+        self.asked.setdefault(tuple(self.calls), {})[path] = None
+
+    def _path(self, module: nn.Module) -> str:
+        return "" if module is self.twin.model else self.path_of_module(module)
+
+    def _new_switches(self) -> set[str]:
+        """Modules without tensors and children that were asked for their flags; none once they are leaves."""
+        asked = {path for paths in self.asked.values() for path in paths if path}
+        bare = {
+            path
+            for path in asked
+            if not [*(m := self.modules[path]).children(), *m.parameters(), *m.buffers()]
+        }
+        return bare | self.switches if bare else set()
+
+    def _in_both_modes(self, graph: fx.Graph, other: _Tracer, reason: CaptureError | None) -> fx.Graph:
+        """The graph that holds the calls of both traces, or of this one alone, with a note."""
+        asked = tuple(dict.fromkeys(path for paths in self.asked.values() for path in paths))
+        try:
+            if reason is not None:
+                raise reason
+            merged = merge(self._trace(), other._trace())
+        except CaptureError as error:
+            if not self.pins:
+                raise
+            now, then = (
+                ("training", "evaluation") if self.modules[asked[0]].training else ("evaluation", "training")
+            )
+            because = f": {str(error).splitlines()[0]}"
+            self.notes.append(
+                f"the result runs in {now} mode alone; {then} mode could not be captured{because}"
+            )
+            end = next(node for node in reversed(graph.nodes) if node.op == "output")
+            end.meta["given"] = tuple((path, self.modules[path].training) for path in asked)
+            end.meta["because"] = because
+            return graph
+        self.notes += [note for note in other.notes if note not in self.notes]
+        for name, tensor in self.constants.items():
+            self.tensors[name] = tensor
+        return merged
+
+    def _trace(self) -> Trace:
+        flags = {path: module.training != self.flipped for path, module in self.modules.items()}
+        return Trace(self.recorded, flags, self.asked, self.given_to, self.shape, self.added, self.constants)
+
+    def shape(self, node: fx.Node) -> Any:
+        """Shape and type of what a node gives, where that is known."""
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -378,7 +455,14 @@ class _Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         if self.is_leaf_module(m, path):
             return self.create_proxy("call_module", path, args, kwargs)
-        return forward(*args, **kwargs)
+        call = path, len(self.given_to)
+        leaves = pytree.tree_leaves((args, kwargs))
+        self.given_to[call] = [leaf if isinstance(leaf, LITERALS) else None for leaf in leaves]
+        self.calls.append(call)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.calls.pop()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, TrainingFlag) or module_qualified_name in self.switches or is_leaf(m)
@@ -413,10 +497,10 @@ class _Tracer(fx.Tracer):
         if isinstance(a, np.generic):  # a number of NumPy, which generated code could not name
             return a.item()
         if isinstance(a, _Flag):
-            owner = self.path_of_module(a.owner) if a.owner is not self.twin.model else ""
+            owner = self._path(a.owner)
             path = f"{owner}.training_flag" if owner else "training_flag"
             if path not in self.added:
-                self.added[path] = TrainingFlag().train(int(a) != 0)
+                self.added[path] = TrainingFlag().train((int(a) != 0) != self.flipped)
             return self.create_node("call_module", path, (), {})
         if isinstance(a, torch.Tensor):
             name = self.tensor_names.get(id(a))
@@ -503,6 +587,7 @@ class _Tracer(fx.Tracer):
         node = super().create_node(kind, target, args, kwargs, *rest, **options)
         if not torch.is_grad_enabled() and kind not in ("placeholder", "get_attr"):
             self.under_no_grad[node] = kind == "call_module"
+        node.meta["calls"] = tuple(self.calls)
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and _is_skipped(frame.f_code.co_filename):
             frame = frame.f_back
@@ -570,6 +655,8 @@ class _ShapeProxy(_Proxy):
 
 
 class _ShapeTracer(_Tracer):
+    pins = True
+
     def __init__(self, model: nn.Module, arguments: Arguments, dissolve: frozenset[str]) -> None:
         super().__init__(model, arguments)
         self.options = (dissolve,)
@@ -603,6 +690,12 @@ class _ShapeTracer(_Tracer):
 
     def evaluated(self, node: fx.Node) -> None:
         self.values[node] = self._evaluate(node)
+
+    def shape(self, node: fx.Node) -> Any:
+        def described(leaf: Any) -> Any:
+            return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf)
+
+        return pytree.tree_map(described, self.values.get(node))
 
     def wants_factory(self) -> bool:
         return not self.evaluating

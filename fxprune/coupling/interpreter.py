@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from ..errors import CaptureError, ExampleInputsError, FxpruneError
 from ..graph_module import clone_module
 from ..inputs import meta_like
+from ..modes import either, holds
 from ..module_registry import leaf_for
 from ..nn import Apply, Fill, Pack
 from ..nodes import describe_source, is_assertion, mutable, operator_name, writes
@@ -145,6 +146,7 @@ class _Interpreter(TorchDispatchMode):
         self._interior: set[fx.Node] = set()
         self._literal = False
         self._calls = 0
+        self._idle = False  # in a call of the other mode, which costs nothing in this one
         self._composite: set[fx.Node] = set()
         self._modules: dict[str, torch.nn.Module] = {}
 
@@ -191,7 +193,7 @@ class _Interpreter(TorchDispatchMode):
                 numbers = [a for a in args if isinstance(a, (int, float)) and not isinstance(a, bool)]
                 if numbers:
                     self._numbers.append((coupler.operator.rstrip("_"), *numbers))
-        if self.observe is not None:
+        if self.observe is not None and not self._idle:
             self.observe(func, args, kwargs, out)
         return out
 
@@ -252,6 +254,7 @@ class _Interpreter(TorchDispatchMode):
                 args = map_arg(node.args, env.__getitem__)
                 kwargs = map_arg(node.kwargs, env.__getitem__)
                 self._numbers, self._calls = [], 0
+                self._idle = not holds(node.meta.get("only", ()), self.program.skeleton.training)
                 self._literal = node.op != "call_module"  # sizes may stand in the call
                 self.coupler.uses.call = args, kwargs
                 if node not in self._interior:
@@ -303,6 +306,12 @@ class _Interpreter(TorchDispatchMode):
             return self._call(str(node.target), args, kwargs)
         if is_lengths(node) or is_assertion(node, args):
             return None
+        if node.target is either and all(self._returns(user) for user in node.users):
+            this, other = args[1:] if holds(args[0], self.program.skeleton.training) else args[:0:-1]
+            for tensor in flatten(other)[0]:
+                if isinstance(tensor, torch.Tensor):
+                    self.coupler.freeze_value(self.coupler.value(tensor), OUTPUT)
+            return this
         inside = node in self._interior  # of a chain that is labelled as one
         with contextlib.nullcontext() if inside else self:
             if node.target is operator.getitem:
@@ -314,6 +323,11 @@ class _Interpreter(TorchDispatchMode):
                 args, kwargs = mutable(args), mutable(kwargs)
             with _Whole(self._aten) if target in _WHOLE else contextlib.nullcontext():
                 return target(*args, **kwargs)
+
+    def _returns(self, node: fx.Node) -> bool:
+        """Whether a node gives its inputs to the caller."""
+        packs = node.op == "call_module" and isinstance(self.program.modules[str(node.target)], Pack)
+        return packs or node.op == "output"
 
     def _shuffle(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> None:
         """Label a chain of movements from this node on as one, where it permutes what may go.

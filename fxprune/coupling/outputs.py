@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from ..modes import either, holds
 from ..nn import Fill, Pack
 from ..nodes import copy_graph
 from ..program import Program
@@ -39,22 +40,35 @@ class _Ends:
         holder: the node that takes them: the graph's output, or what packs it.
         nodes: one for each leaf of ``structure``.
         structure: what they are returned in.
+        place: number of the argument that holds them; None where they are the arguments.
     """
 
     holder: fx.Node
     nodes: list[Any]
     structure: Structure
+    place: int | None = 0
+
+    def put(self, nodes: list[Any]) -> None:
+        """Return these in place of ``nodes``."""
+        if self.place is None:
+            self.holder.args = tuple(nodes)
+        else:
+            self.holder.update_arg(self.place, self.structure.rebuild(nodes))
 
 
 def _ends(program: Program, graph: fx.Graph) -> _Ends:
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
-    (tree,) = output.args
+    holder, place = output, 0
+    if isinstance(node := output.args[0], fx.Node) and node.target is either:  # of the mode of capture
+        condition: Any = node.args[0]
+        holder, place = node, 1 if holds(condition, program.skeleton.training) else 2
+    tree = holder.args[place]
     if isinstance(tree, fx.Node) and tree.op == "call_module":
         pack = program.modules[str(tree.target)]
         if isinstance(pack, Pack):
-            return _Ends(tree, list(tree.args), pack.structure)
+            return _Ends(tree, list(tree.args), pack.structure, None)
     nodes, structure = flatten(_opened(tree), (fx.Node,))
-    return _Ends(output, nodes, structure)
+    return _Ends(holder, nodes, structure, place)
 
 
 def _opened(tree: Any) -> Any:
@@ -96,7 +110,7 @@ def fill(program: Program, patterns: Sequence[str]) -> Program:
             with graph.inserting_before(ends.holder):
                 new[number] = graph.call_module(path, (node,))
             new[number].meta = {key: value for key, value in node.meta.items() if key == "source"}
-    ends.holder.args = tuple(new) if ends.holder.op == "call_module" else (ends.structure.rebuild(new),)
+    ends.put(new)
     for node in reversed(list(graph.nodes)):
         if hasattr(node.target, "_fields") and not node.users:
             graph.erase_node(node)
