@@ -487,11 +487,15 @@ class Recurrent(nn.Module):
 
 
 def test_recurrent_layers() -> None:
-    """Dynamo breaks the graph at them unless it is told not to; then they narrow like any other."""
+    """Dynamo breaks the graph at them unless it is told not to; then they narrow like any other.
+
+    Up to torch 2.14 it leaves the whole forward to Python there, and hands no graph to a backend.
+    """
     model, x = Recurrent().eval(), torch.randn(2, 4, 5)
     fast, seen = compiled(model)
     assert fast(x).shape == (2, 4, 3)
-    assert len(seen) == 2
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    assert len(seen) == (2 if version >= (2, 15) else 0)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(allow_rnn=True):
         fast, seen = compiled(model)

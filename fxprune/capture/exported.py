@@ -139,7 +139,32 @@ class _Exporter:
     # -- running torch.export -------------------------------------------------------------------
 
     def _export(self) -> torch.export.ExportedProgram:
-        """The exported program, with as many free sizes as can be."""
+        """The exported program; code that asks is told that nothing is exported, where that can be."""
+        asked: set[str] = set()
+        try:
+            return self._exported(True, asked)
+        except CaptureError:
+            if not asked:
+                raise
+            try:
+                exported = self._exported(False, set())
+            except CaptureError:
+                exported = None
+            if exported is None:
+                raise
+            self.notes.append(
+                f"forward asks {' and '.join(sorted(asked))}, and cannot be captured as it runs otherwise: "
+                f"the result does what it does where the answer is yes"
+            )
+            return exported
+
+    def _exported(self, hidden: bool, asked: set[str]) -> torch.export.ExportedProgram:
+        """The exported program, with as many free sizes as can be.
+
+        Args:
+            hidden: whether the user's code reads that nothing is exported.
+            asked: receives the names of the functions that it asked.
+        """
         given = self.arguments.all()
         tensors, structure = flatten(given)
         placed = list(self.arguments.by_place())
@@ -171,7 +196,7 @@ class _Exporter:
                         patches.fx_tracing,
                         patches.exporting,
                         patches.autograd_functions(self._function),
-                        patches.flags(True, set()),
+                        patches.flags(hidden, asked),
                     ),
                     export,
                 )
