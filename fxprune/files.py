@@ -17,7 +17,17 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError, OutputError
 
-__all__ = ["FORMATS", "Format", "check_output", "few", "first_line", "load_checkpoint", "write"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "check_output",
+    "few",
+    "first_line",
+    "format_of",
+    "load_checkpoint",
+    "read_tensors",
+    "write",
+]
 
 
 @dataclass(frozen=True)
@@ -40,19 +50,28 @@ FORMATS: dict[str, Format] = {
     for known in (
         Format(".pt2", "an exported program", whole=True),
         Format(".safetensors", "weights with their plan"),
+        Format(".onnx", "an ONNX model", whole=True),
+        Format(".aoti.pt2", "a package of AOTInductor", whole=True),
         Format(".json", "a plan"),
     )
 }
 """By suffix. A further one is an entry here, and a function that writes it, by way of :func:`write`."""
 
 
-def check_output(path: Path, suffixes: Collection[str]) -> None:
+def format_of(path: Path) -> Format | None:
+    """The format that the end of the file's name stands for, the longest that fits; None for no format."""
+    fitting = [known for known in FORMATS.values() if path.name.endswith(known.suffix) and path.stem]
+    return max(fitting, key=lambda known: len(known.suffix), default=None)
+
+
+def check_output(path: Path, suffixes: Collection[str]) -> Format:
     """Make sure, before any work is done, that a file of one of these formats can be written at ``path``.
 
     Raises:
         OutputError: the suffix is another, ``path`` is a folder, or its folder is missing or not writable.
     """
-    if path.suffix not in suffixes:
+    found = format_of(path)
+    if found is None or found.suffix not in suffixes:
         kinds = ", ".join(f"{FORMATS[suffix].holds} is a {suffix} file" for suffix in suffixes)
         raise OutputError(f"cannot write {path}: {kinds}; try {path.with_suffix(next(iter(suffixes)))}")
     if path.is_dir():
@@ -68,6 +87,7 @@ def check_output(path: Path, suffixes: Collection[str]) -> None:
             f"cannot write {path}: the folder {folder.absolute()} takes no files ({error.strerror}); name "
             "another one"
         ) from error
+    return found
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> int:
@@ -119,7 +139,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         CheckpointError: the file cannot be read, holds something else, or does not fit the model.
     """
     own = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
-    state = _without_prefixes(_read_state_dict(path), own)
+    state = _without_prefixes(read_tensors(path), own)
     present = {id(own[name]) for name in state if name in own}
     missing = [name for name, tensor in own.items() if name not in state and id(tensor) not in present]
     unexpected = [name for name in state if name not in own]
@@ -155,7 +175,12 @@ def _without_prefixes(state: dict[str, Tensor], own: Mapping[str, Any]) -> dict[
     return stripped if len(stripped) == len(state) and any(name in own for name in stripped) else state
 
 
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors by name in a ``.safetensors`` file, or in one that ``torch.load(weights_only=True)`` opens.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds something else.
+    """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint file {path}")
     try:
@@ -179,6 +204,8 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
         if not inner or not isinstance(inner[0], Mapping):
             break
         found = inner[0]
+    if isinstance(found, Tensor):
+        found = {"": found}
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
         raise CheckpointError(
             f"{path} holds a {type(found).__name__}, not a state dict (names and tensors); save one with "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -75,3 +76,28 @@ def test_installed_command() -> None:
         pytest.skip("fxprune is not installed in this environment")
     done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"fxprune {SETTINGS['project']['version']} ")
+
+
+def test_importing_fxprune_does_not_import_torch() -> None:
+    """``fxprune --help`` and usage errors need not wait for it."""
+    code = "import sys, fxprune, fxprune.cli; print(sorted({'torch', 'networkx', 'rich'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_are_where_they_are_said_to_be() -> None:
+    """What a type checker is told agrees with what is imported when it is asked for."""
+    fxprune = import_module("fxprune")
+    tree = ast.parse((ROOT / "fxprune" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = [
+        node for node in tree.body if isinstance(node, ast.If) and not isinstance(node.test, ast.UnaryOp)
+    ]
+    told = {
+        name.name: line.module
+        for line in block.body
+        if isinstance(line, ast.ImportFrom)
+        for name in line.names
+    }
+    assert {name: module for name, module in told.items() if module} == fxprune._MODULES
+    assert sorted(told) == sorted(fxprune.__all__) == fxprune.__all__
+    assert all(getattr(fxprune, name) is not None for name in fxprune.__all__)

@@ -21,7 +21,6 @@ from torch import fx, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.export.graph_signature import InputKind
-from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -389,6 +388,8 @@ def _fixed(exported: torch.export.ExportedProgram) -> list[bool]:
     """For each input tensor whether its first size is a fixed number."""
     names = set(exported.graph_signature.user_inputs)
     values = [n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder" and n.name in names]
+    from torch.fx.experimental.symbolic_shapes import free_symbols  # which imports sympy
+
     return [not free_symbols(v.shape[0]) for v in values if isinstance(v, torch.Tensor) and v.dim()]
 
 

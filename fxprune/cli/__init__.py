@@ -7,11 +7,9 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-import torch
-
-from ..errors import FxpruneError
+from ..errors import FxpruneError, VerificationError
+from . import after, prune
 from .inspect import add_inspect_parser
-from .prune import add_prune_parser
 
 __all__ = ["main"]
 
@@ -21,9 +19,13 @@ inputs and outputs; the network that is read stays as it is."""
 
 _EPILOG = """\
 example:
-  fxprune prune torchvision:resnet18 --ratio 0.5 --out resnet18-half.pt2
+  fxprune prune torchvision:resnet18 --ratio 0.5 --out resnet18-half.safetensors --out resnet18-half.pt2
 
-`fxprune prune --help` and `fxprune inspect --help` have more."""
+`fxprune COMMAND --help` has more.
+
+exit codes: 0 done, 1 a network does not compute what its plan says, 2 another error (one line says which),
+3 nothing was removed although something should have been, 130 interrupted; files are only ever written
+whole"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; None takes those of this process.
 
     Returns:
-        0 when all went well, 2 after an error (one line on stderr says which), 130 when interrupted.
+        0 when all went well, 1 where a network does not compute what its plan says, 2 after another error
+        (one line on stderr says which), 3 where nothing was removed, 130 when interrupted.
 
     Raises:
         SystemExit: from argparse, for ``--help``, ``--version`` (code 0) and malformed arguments (code 2).
@@ -54,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         sys.stderr.write(f"error: {error}\n")
+        return 1 if isinstance(error, VerificationError) else 2
     except Exception as error:
         if options.debug:
             raise
@@ -74,17 +78,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--version",
         action="version",
-        version=f"fxprune {_version()} (torch {torch.__version__}, Python {sys.version.split()[0]})",
+        version=f"fxprune {_version('fxprune')} (torch {_version('torch')}, Python {sys.version.split()[0]})",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    add_prune_parser(commands)
+    prune.add_parsers(commands)
     add_inspect_parser(commands)
+    after.add_parsers(commands)
     return parser
 
 
-def _version() -> str:
+def _version(package: str) -> str:
     try:
-        return metadata.version("fxprune")
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "(not installed)"
 

@@ -7,9 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-import fxprune
-
-from .loading import add_source, fill_outputs, load_source
+from .options import add_source, fill_outputs
 
 if TYPE_CHECKING:
     _SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -51,6 +49,10 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         FxpruneError: what cannot be done, and what to do next.
     """
+    import fxprune
+
+    from .loading import load_source
+
     loaded = load_source(options)
     graph = fxprune.analyze(
         loaded.model, loaded.inputs, free_outputs=options.free_output, fill_outputs=fill_outputs(options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExampleInputsError, ModelSpecError
-from ..files import few, first_line, load_checkpoint
+from ..files import few, first_line, load_checkpoint, read_tensors
 
-__all__ = ["Loaded", "add_source", "fill_outputs", "load", "load_source", "parse_shape"]
+__all__ = ["Loaded", "load", "load_data", "load_source", "parse_shape"]
 
 _SHAPE_HINT = (
     "write the sizes with commas, for example --input-shape 1,3,224,224; for an input that is a list of "
@@ -46,62 +47,6 @@ class Loaded:
     inputs: Any
     weights: str
     inputs_from: str
-
-
-def add_source(parser: argparse.ArgumentParser) -> None:
-    """Add what says which model to load, and on which inputs to run it."""
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="torchvision:NAME, or package.module:factory, where factory is a function without arguments "
-        "that returns the model, a module class, or a module",
-    )
-    source = parser.add_argument_group("weights and inputs")
-    weights = source.add_mutually_exclusive_group()
-    weights.add_argument(
-        "--weights", metavar="NAME", help="pretrained weights of a torchvision model, such as DEFAULT"
-    )
-    weights.add_argument(
-        "--checkpoint",
-        metavar="FILE",
-        type=Path,
-        help="state dict to load: .safetensors, or .pt (read without running any code in it)",
-    )
-    source.add_argument(
-        "--input-shape",
-        metavar="SIZES",
-        action="append",
-        default=[],
-        help="shape of an input, such as 1,3,224,224, or '[3,480,640; 3,320,320]' for a list of two tensors; "
-        "once for each input, in order (default: a torchvision classifier's own image size, an image for a "
-        "detector, or what the factory's module defines as example_inputs)",
-    )
-    source.add_argument(
-        "--free-output",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="an output that may become narrower: encoder_last_hidden_state, hidden_states.*, 1 in a tuple, "
-        "output where there is but one, auto for those that keep several layers wide; may be repeated "
-        "(default: all keep their widths)",
-    )
-    source.add_argument(
-        "--fill-output",
-        metavar="NAME",
-        action="append",
-        help="an output that keeps its shape and holds zeros in place of what is removed; 'none' for none; "
-        "may be repeated (default: auto, what is returned beside the result and keeps several layers wide, "
-        "such as encoder_last_hidden_state)",
-    )
-    source.add_argument(
-        "--seed", type=int, default=0, help="of random weights, inputs and scores (default: 0)"
-    )
-
-
-def fill_outputs(options: argparse.Namespace) -> list[str]:
-    """The outputs that ``--fill-output`` names."""
-    given: list[str] | None = options.fill_output
-    return ["auto"] if given is None else [] if given == ["none"] else given
 
 
 def load_source(options: argparse.Namespace) -> Loaded:
@@ -139,22 +84,30 @@ def load(
         ExampleInputsError: nobody says what the model's inputs look like.
     """
     kind, colon, name = spec.partition(":")
+    if ".py:" in spec:  # a path may hold colons
+        kind, colon, name = spec.rpartition(":")
     if not (colon and kind and name):
         raise ModelSpecError(
             f"cannot read the model name {spec!r}: write torchvision:NAME, for example torchvision:resnet18, "
-            "or package.module:factory, for example mynets.resnet:build"
+            "timm:NAME, hf:FOLDER, package.module:factory, for example mynets.resnet:build, or "
+            "file.py:factory"
         )
     own_inputs: Any = None
     shape: Shape | None = None
     torch.manual_seed(seed)
+    if weights is not None and kind not in ("torchvision", "timm"):
+        raise ModelSpecError(
+            f"--weights {weights} is for torchvision: and timm: models only; {spec} gets its weights "
+            "from its "
+            "own factory or from --checkpoint FILE"
+        )
     if kind == "torchvision":
         model, shape = _torchvision_model(name, weights)
+    elif kind == "timm":
+        model, shape = _timm_model(name, weights)
+    elif kind == "hf":
+        model, own_inputs = _hugging_face_model(Path(name))
     else:
-        if weights is not None:
-            raise ModelSpecError(
-                f"--weights {weights} is for torchvision: models only; {spec} gets its weights from its own "
-                "factory or from --checkpoint FILE"
-            )
         module = _import(kind)
         torch.manual_seed(seed)  # the import may have drawn numbers, and happens only once
         model, own_inputs = _factory_model(module, kind, name)
@@ -169,8 +122,8 @@ def load(
         load_checkpoint(model, checkpoint)
         origin = f"from {checkpoint}"
     elif weights is not None:
-        origin = f"torchvision's {weights}"
-    elif kind == "torchvision":
+        origin = f"{kind}'s {weights}"
+    elif kind in ("torchvision", "timm"):
         origin = "random (for real ones use --weights DEFAULT or --checkpoint FILE)"
     else:
         origin = f"as {spec} makes them (--checkpoint FILE loads others)"
@@ -183,7 +136,9 @@ def load(
     if shape is not None:
         return Loaded(model, _random_inputs(model, [shape]), origin, "random, of the model's default size")
     advice = (
-        "" if kind == "torchvision" else f", or let {kind} define `example_inputs` (a tensor, tuple or dict)"
+        ""
+        if kind in ("torchvision", "timm", "hf")
+        else f", or let {kind} define `example_inputs` (a tensor, tuple or dict)"
     )
     raise ExampleInputsError(
         f"{spec} does not say what its inputs look like: add --input-shape (one for each input in order, "
@@ -273,21 +228,112 @@ def _torchvision_model(name: str, weights: str | None) -> tuple[nn.Module, Shape
     return model, (1, 3, size, size)
 
 
+# timm and Hugging Face
+
+
+def _timm_model(name: str, weights: str | None) -> tuple[nn.Module, Shape | None]:
+    """Build one of timm's models; also gives the shape of its images."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ModelSpecError("timm: models need the package timm: pip install timm") from error
+    known = timm.list_models()
+    if name.partition(".")[0] not in known:
+        close = difflib.get_close_matches(name.lower(), known, n=4)
+        advice = f"did you mean {' or '.join(close)}?" if close else f"it has {len(known)}, such as resnet18"
+        raise ModelSpecError(f"timm has no model {name!r}; {advice}")
+    tagged = name if weights in (None, "DEFAULT") else f"{name}.{weights}"
+    try:
+        model: nn.Module = timm.create_model(tagged, pretrained=weights is not None)
+    except Exception as error:
+        raise ModelSpecError(
+            f"timm cannot build {tagged}: {first_line(error)}; check the network and the name of the "
+            "weights, or "
+            "load a file with --checkpoint FILE"
+        ) from error
+    size = getattr(model, "pretrained_cfg", {}).get("input_size")
+    return model, (1, *size) if size else None
+
+
+def _hugging_face_model(folder: Path) -> tuple[nn.Module, Any]:
+    """Build the model that a folder of Hugging Face describes, with its weights where they are in there.
+
+    The class is the one that the configuration names, and must be one of the installed transformers: no
+    code of the folder is run.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelSpecError("hf: models need the package transformers: pip install transformers") from error
+    if not (folder / "config.json").is_file():
+        raise ModelSpecError(
+            f"there is no {folder / 'config.json'}; hf: takes a folder on the disk, as save_pretrained "
+            "writes it"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        names = [name for name in config.architectures or () if hasattr(transformers, name)]
+        kind: Any = getattr(transformers, names[0]) if names else transformers.AutoModel
+        if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
+            model: Any = kind.from_pretrained(folder, local_files_only=True)
+        elif names:
+            model = kind(config)
+        else:
+            model = kind.from_config(config)
+    except Exception as error:
+        raise ModelSpecError(f"transformers cannot build {folder}: {first_line(error)}") from error
+    if getattr(model.config, "use_cache", False):
+        model.config.use_cache = False  # what a cache would hold is no result
+    return model, _dummy_inputs(model)
+
+
+def _dummy_inputs(model: nn.Module) -> Any:
+    """Inputs of a Hugging Face model, of the kind that its main input says; None for other kinds."""
+    config: Any = model.config
+    main = getattr(model, "main_input_name", "")
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    if main == "pixel_values":
+        size = getattr(config, "image_size", None) or 224
+        sizes = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+        channels = getattr(config, "num_channels", 3)
+        return {"pixel_values": torch.randn((1, channels, *sizes), dtype=like.dtype, device=like.device)}
+    if main == "input_ids" and hasattr(config, "vocab_size"):
+        ids = torch.randint(0, config.vocab_size, (1, 16), device=like.device)
+        inputs = {"input_ids": ids}
+        if getattr(config, "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = ids[:, :8]
+        return inputs
+    return None
+
+
+def load_data(spec: str) -> Any:
+    """Inputs for calibration, from a file of tensors or from ``package.module:loader``.
+
+    Raises:
+        CheckpointError: a file that cannot be read, or holds no tensors.
+        ModelSpecError: there is no such loader.
+    """
+    path = Path(spec)
+    if path.suffix in (".pt", ".pth", ".safetensors"):
+        found = [tensor for tensor in read_tensors(path).values() if tensor.dim()]
+        return [tuple(found)] if len(found) > 1 else [found[0]]
+    kind, colon, name = spec.rpartition(":")
+    if not (colon and kind and name):
+        raise ModelSpecError(
+            f"cannot read --calibrate {spec!r}: write FILE.pt, FILE.safetensors or package.module:loader"
+        )
+    target = _target(_import(kind), kind, name)
+    return _call(target, spec, "give batches") if callable(target) else target
+
+
 # package.module:factory
 
 
 def _factory_model(module: ModuleType, module_name: str, path: str) -> tuple[nn.Module, Any]:
     """Call ``path`` of the module; also gives the module's own example inputs, or None."""
-    target: Any = module
-    for attribute in path.split("."):
-        if not hasattr(target, attribute):
-            names = [n for n, v in vars(target).items() if callable(v) and not n.startswith("_")]
-            close = difflib.get_close_matches(attribute, names, n=3) or sorted(names)[:5]
-            raise ModelSpecError(
-                f"{module_name} ({_file(module)}) has no {path!r}"
-                + (f"; it has {', '.join(close)}" if close else "")
-            )
-        target = getattr(target, attribute)
+    target = _target(module, module_name, path)
     spec = f"{module_name}:{path}"
     model = target if isinstance(target, nn.Module) else _call(target, spec, "make a model")
     if not isinstance(model, nn.Module):
@@ -306,8 +352,44 @@ def _factory_model(module: ModuleType, module_name: str, path: str) -> tuple[nn.
     return model, inputs
 
 
+def _target(module: ModuleType, module_name: str, path: str) -> Any:
+    """What a dotted path in a module leads to."""
+    target: Any = module
+    for attribute in path.split("."):
+        if not hasattr(target, attribute):
+            names = [n for n, v in vars(target).items() if callable(v) and not n.startswith("_")]
+            close = difflib.get_close_matches(attribute, names, n=3) or sorted(names)[:5]
+            raise ModelSpecError(
+                f"{module_name} ({_file(module)}) has no {path!r}"
+                + (f"; it has {', '.join(close)}" if close else "")
+            )
+        target = getattr(target, attribute)
+    return target
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Run a Python file as a module; its folder comes first, as with ``python file.py``."""
+    if not path.is_file():
+        raise ModelSpecError(f"there is no file {path}")
+    folder = str(path.absolute().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    found = importlib.util.spec_from_file_location(path.stem, path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules.setdefault(path.stem, module)  # classes in it are found by name
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:
+        raise ModelSpecError(f"running {path} failed: {type(error).__name__}: {first_line(error)}") from error
+    return module
+
+
 def _import(name: str) -> ModuleType:
-    """Import a module; the current directory comes first, as with ``python -m``."""
+    """Import a module, or run a file; the current directory comes first, as with ``python -m``."""
+    if name.endswith(".py"):
+        return _import_file(Path(name))
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)

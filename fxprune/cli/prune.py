@@ -1,34 +1,30 @@
-"""``fxprune prune``: load, analyse, plan, rewrite, verify, compare, write."""
+"""``fxprune prune``, ``plan`` and ``apply``: load, plan, rewrite, verify, compare, write."""
 
 from __future__ import annotations
 
 import argparse
-import logging
-import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-from torch import nn
-
-import fxprune
-
-from ..errors import RatioError
-from ..files import check_output
-from ..importance import BUILT_IN
-from ..inputs import normalize
-from ..measure import Count, count, measure_latency
-from .export import check_whole, export, write
-from .loading import add_source, fill_outputs, load_source
+from .options import BUDGETS, add_results, add_selection, add_source, fill_outputs
 
 if TYPE_CHECKING:
+    from ..planning.plan import PruningPlan
+    from .loading import Loaded
+    from .progress import Progress
+
     _SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-__all__ = ["add_prune_parser", "run"]
+__all__ = ["NOTHING_REMOVED", "add_parsers"]
+
+NOTHING_REMOVED = 3
+"""Exit code where something should have been removed and nothing was."""
+
+_OUT = (
+    "write the pruned network here; may be repeated: FILE.safetensors as weights with the plan, which "
+    "can be trained "
+    "on (fxprune.load), FILE.pt2 as an exported program, FILE.onnx, FILE.aoti.pt2 as compiled code"
+)
 
 _DESCRIPTION = """\
 Remove a share of the channels, heads and hidden units of a network, and write the smaller network.
@@ -39,8 +35,9 @@ with the removed weights set to zero."""
 
 _EPILOG = """\
 examples:
-  fxprune prune torchvision:resnet18 --ratio 0.5 --out resnet18-half.pt2
-      random weights: shows what becomes of the shape, the size and the speed
+  fxprune prune torchvision:resnet18 --ratio 0.5 --out resnet18-half.safetensors --out resnet18-half.pt2
+      random weights: shows what becomes of the shape, the size and the speed; the first file can be trained
+      on, the second is for inference
   fxprune prune torchvision:resnet18 --weights DEFAULT --ratio 0.3 --out resnet18.pt2
       torchvision's pretrained weights (they are downloaded)
   fxprune prune torchvision:resnet50 --macs 0.5 --global --round-to 8 --keep layer1 --out resnet50.pt2
@@ -51,310 +48,287 @@ examples:
       your own model: build() in mynets/resnet.py, found from the current folder
 
   fxprune prune torchvision:ssdlite320_mobilenet_v3_large --out narrow.safetensors
-      weights and plan: for what cannot be exported as a whole, such as detection models
+      detection models are captured in parts, and cannot be exported as a whole
+  fxprune prune timm:convnext_atto --dry-run
+  fxprune prune hf:folder/with/config.json --calibrate texts.safetensors --out narrow.safetensors
 
 In Python, the files are used with:
+  model = fxprune.load(torchvision.models.resnet18, "resnet18-half.safetensors")
   model = torch.export.load("resnet18-half.pt2").module()
 
-  model = fxprune.load(original, "narrow.safetensors")  # original: the class, or a function that makes it
-
-exit codes: 0 done, 2 an error (one line says which), 130 interrupted"""
-
-_BUDGETS = (
-    ("--params", "KEEP", "budget: parameters to keep, a share such as 0.5 or a number such as 5e6"),
-    ("--macs", "KEEP", "budget: multiply-accumulates to keep, a share such as 0.5 or a number such as 2e9"),
-    ("--size-mb", "MB", "budget: size of the weights in units of 10^6 bytes; all budgets given are met"),
-    (
-        "--latency",
-        "KEEP",
-        "budget: time of a forward pass to keep, a share such as 0.6 or milliseconds from 1 on",
-    ),
-)
+exit codes: 0 done, 1 the result is not what the plan says, 2 another error (one line says which), 3 nothing
+was removed although something should have been, 130 interrupted"""
 
 
-def add_prune_parser(commands: _SubParsers) -> None:
-    """Add the ``prune`` command and its options to the command line's parser."""
-    parser = commands.add_parser(
-        "prune",
-        help="make a network narrower and write it",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
+def add_parsers(commands: _SubParsers) -> None:
+    """Add the commands that narrow a network."""
+    parser = _parser(
+        commands, "prune", "make a network narrower and write it", _DESCRIPTION, _EPILOG, run_prune
+    )
+    add_source(parser)
+    add_selection(parser)
+    result = add_results(parser, _OUT)
+    result.add_argument("--plan-out", metavar="FILE", type=Path, help="write the plan here, FILE.json")
+    result.add_argument(
+        "--dry-run", action="store_true", help="plan only: say what would go, and write no network"
+    )
+    result.add_argument("--no-latency", action="store_true", help="do not measure the latency")
+    parser = _parser(
+        commands,
+        "plan",
+        "decide what to remove, and write that",
+        "Decide what to remove from a network, and write the decision: a plan file can be read, "
+        "compared, edited, "
+        "and applied to any copy of the network.",
+        "example:\n  fxprune plan torchvision:resnet18 --macs 0.5 --global --out plan.json",
+        run_prune,
+    )
+    parser.set_defaults(dry_run=True, no_latency=True, plan_out=None)
+    add_source(parser)
+    add_selection(parser)
+    add_results(parser, "write the plan here, FILE.json")
+    parser = _parser(
+        commands,
+        "apply",
+        "narrow a network by a plan",
+        "Narrow a network by a plan file, verify the result, and write it.",
+        "example:\n  fxprune apply torchvision:resnet18 plan.json --checkpoint mine.pt --out "
+        "half.safetensors",
+        run_apply,
+    )
+    add_source(parser)
+    parser.add_argument("plan", metavar="PLAN", type=Path, help="a plan file, FILE.json")
+    result = add_results(parser, _OUT)
+    result.add_argument("--no-latency", action="store_true", help="do not measure the latency")
+
+
+def _parser(
+    commands: _SubParsers, name: str, short: str, description: str, epilog: str, run: Any
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=short,
+        description=description,
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    add_source(parser)
-    pruning = parser.add_argument_group("what to remove")
-    pruning.add_argument(
-        "--ratio",
-        type=float,
-        help="share of the units of every group to remove, 0 <= RATIO < 1 (default: 0.5, which leaves about "
-        "a quarter of the parameters; no default where a budget is given)",
-    )
-    for flag, metavar, what in _BUDGETS:
-        pruning.add_argument(flag, metavar=metavar, type=float, help=what)
-    pruning.add_argument(
-        "--compiled", action="store_true", help="hold the latency under torch.compile (default: eager)"
-    )
-    ranking = pruning.add_mutually_exclusive_group()
-    ranking.add_argument(
-        "--global",
-        dest="scope",
-        action="store_const",
-        const="global",
-        default="local",
-        help="rank all units of the network together, so that layers that matter less lose more (default: "
-        "every group loses the same share)",
-    )
-    ranking.add_argument(
-        "--isomorphic",
-        dest="scope",
-        action="store_const",
-        const="isomorphic",
-        help="rank together only the groups that are built alike: the hidden layers of all blocks, say",
-    )
-    pruning.add_argument(
-        "--round-to",
-        metavar="N",
-        type=int,
-        help="leave a multiple of N units in every row; most hardware is fastest at multiples of 8",
-    )
-    pruning.add_argument(
-        "--max-ratio",
-        type=float,
-        default=1.0,
-        help="largest share that any group may lose, whatever its scores (default: 1, all but one unit)",
-    )
-    pruning.add_argument(
-        "--keep",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="leave the output of this layer as wide as it is; layer1, layer1.*.conv2; may be repeated",
-    )
-    pruning.add_argument(
-        "--heads",
-        type=float,
-        default=0.0,
-        help="share of whole attention heads (and of groups of grouped convolutions and group norms) to "
-        "remove, 0 <= HEADS < 1; what remains is narrowed as all else (default: 0)",
-    )
-    pruning.add_argument(
-        "--into",
-        choices=["graph", "module"],
-        default="graph",
-        help="form of the result: a graph, in which every number can be rewritten (default), or the model's "
-        "own class with its own methods, in which what its code says stays",
-    )
-    pruning.add_argument(
-        "--importance",
-        choices=list(BUILT_IN),
-        default="l2",
-        help="which units go first: those whose weights have the smallest norm (l2), or by another criterion "
-        "that needs no data (default: l2)",
-    )
-    pruning.add_argument(
-        "--exact-only",
-        action="store_true",
-        help="prune only where the result is exact: no normalisation or mean runs over the narrowed axis",
-    )
-    result = parser.add_argument_group("result")
-    result.add_argument(
-        "--out",
-        metavar="FILE",
-        type=Path,
-        help="write the pruned network here: FILE.pt2 as an exported program, "
-        "FILE.safetensors as weights with the plan that narrows the original",
-    )
-    result.add_argument("--no-latency", action="store_true", help="do not measure the latency")
-    result.add_argument("--debug", action="store_true", help="show the full traceback of an error")
+    return parser
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run ``fxprune prune``: progress on stderr, the table and the verdict on stdout.
+def run_prune(options: argparse.Namespace) -> int:
+    """Run ``fxprune prune`` or ``plan``: progress on stderr, the table and the verdict on stdout.
 
     Raises:
         FxpruneError: what cannot be done, and what to do next; then no file has been written.
     """
-    if options.ratio is not None and not 0 <= options.ratio < 1:
-        raise RatioError(
-            f"--ratio {options.ratio:g} is out of range: it is a share, 0 <= ratio < 1, such as 0.5"
-        )
-    if not 0 <= options.heads < 1:
-        raise RatioError(
-            f"--heads {options.heads:g} is out of range: it is a share, 0 <= heads < 1, such as 0.25"
-        )
-    names = [flag.strip("-").replace("-", "_") for flag, _, _ in _BUDGETS]
+    import fxprune
+
+    from ..errors import RatioError
+    from ..exporting import check_whole
+    from ..files import check_output
+    from .loading import load_data, load_source
+    from .progress import Progress, show
+
+    for name, what in (("ratio", "0.5"), ("heads", "0.25")):
+        share = getattr(options, name)
+        if share is not None and not 0 <= share < 1:
+            raise RatioError(
+                f"--{name} {share:g} is out of range: it is a share, 0 <= {name} < 1, such as {what}"
+            )
+    names = [flag.strip("-").replace("-", "_") for flag, _, _ in BUDGETS]
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     budget = fxprune.Budget(**given, compiled=options.compiled) if given else None
-    if options.out is not None:
-        check_output(options.out, (".pt2", ".safetensors"))
+    planning = options.command == "plan"
+    plan_files = [*(options.out if planning else []), *([options.plan_out] if options.plan_out else [])]
+    outs = [] if planning else options.out
+    for path in plan_files:
+        check_output(path, (".json",))
+    for path in outs:
+        check_output(path, _SUFFIXES)
 
-    progress = _Progress(Console(stderr=True, highlight=False))
+    progress = Progress(options.quiet)
     with progress.step("model") as say:
         loaded = load_source(options)
-        model, inputs = loaded.model, loaded.inputs
-        args, kwargs = normalize(inputs)
         say(options.model)
-    progress.note("weights", loaded.weights)
-    progress.note("inputs", f"{_shapes(args, kwargs)}: {loaded.inputs_from}")
-
+    _say_source(progress, loaded)
     with progress.step("capture") as say:
         graph = fxprune.analyze(
-            model, inputs, free_outputs=options.free_output, fill_outputs=fill_outputs(options)
+            loaded.model, loaded.inputs, free_outputs=options.free_output, fill_outputs=fill_outputs(options)
         )
         say(str(graph.captured.report))
-    if options.out is not None:
-        check_whole(options.out, graph.captured.regions)
+    for path in outs:
+        check_whole(path, graph.captured.regions)
+    selection = fxprune.Selection(
+        options.ratio,
+        options.importance or ("auto" if options.calibrate else "l2"),
+        _is_exact if options.exact_only else None,
+        options.seed,
+        scope=options.scope,
+        round_to=options.round_to,
+        max_ratio=options.max_ratio,
+        keep=options.keep,
+        budget=budget,
+        heads=options.heads,
+        into=options.into,
+        calibrate=load_data(options.calibrate) if options.calibrate else None,
+    )
     with progress.step("plan") as say:
-        plan = fxprune.plan(
-            graph,
-            ratio=options.ratio,
-            importance=options.importance,
-            where=_is_exact if options.exact_only else None,
-            seed=options.seed,
-            scope=options.scope,
-            round_to=options.round_to,
-            max_ratio=options.max_ratio,
-            keep=options.keep,
-            budget=budget,
-            heads=options.heads,
-            into=options.into,
-        )
-        asked = (
-            ", ".join(f"{name} {value:g}" for name, value in given.items())
-            or f"ratio {plan.settings['ratio']:g}"
-        )
+        plan = fxprune.plan(graph, selection)
+        asked = ", ".join(f"{name} {value:g}" for name, value in given.items())
+        asked = asked or f"ratio {plan.settings['ratio']:g}"
         asked += f", heads {options.heads:g}" if options.heads else ""
         ranked = "" if options.scope == "local" else f", {options.scope} ranking"
         exact = ", exact groups only" if options.exact_only else ""
-        say("\n".join([f"{asked} by {options.importance}{ranked}{exact}", *plan.notes]))
+        by = options.importance or ("calibration" if options.calibrate else "l2")
+        say("\n".join([f"{asked} by {by}{ranked}{exact}", *plan.notes]))
+    wanted = bool(options.ratio != 0 or options.heads)
+    if options.dry_run:
+        for path in plan_files:
+            plan.save(path)
+            progress.note("write", f"{path}, the plan")
+        if options.json:
+            show(_plan_data(options, plan, plan_files))
+        else:
+            progress.out(str(plan))
+        return NOTHING_REMOVED if wanted and not plan.removed else 0
+    return _carry_out(
+        options, progress, loaded, plan, selection if options.calibrate else None, plan_files, wanted
+    )
+
+
+_SUFFIXES = (".pt2", ".safetensors", ".onnx", ".aoti.pt2")
+
+
+def run_apply(options: argparse.Namespace) -> int:
+    """Run ``fxprune apply``; as :func:`run_prune`."""
+    from ..exporting import check_whole
+    from ..files import check_output
+    from ..planning.plan import PruningPlan
+    from .loading import load_source
+    from .progress import Progress
+
+    for path in options.out:
+        check_output(path, _SUFFIXES)
+    plan = PruningPlan.load(options.plan)
+    for path in options.out:
+        check_whole(path, plan.regions)
+    progress = Progress(options.quiet)
+    with progress.step("model") as say:
+        loaded = load_source(options)
+        say(options.model)
+    _say_source(progress, loaded)
+    return _carry_out(options, progress, loaded, plan, None, [], bool(plan.removed))
+
+
+def _say_source(progress: Progress, loaded: Loaded) -> None:
+    from ..inputs import normalize
+    from .progress import shapes
+
+    progress.note("weights", loaded.weights)
+    progress.note("inputs", f"{shapes(*normalize(loaded.inputs))}: {loaded.inputs_from}")
+
+
+def _carry_out(
+    options: argparse.Namespace,
+    progress: Progress,
+    loaded: Loaded,
+    plan: PruningPlan,
+    selection: Any,
+    plan_files: list[Path],
+    wanted: bool,
+) -> int:
+    """Rewrite, verify, compare and write."""
+    import fxprune
+
+    from ..exporting import export
+    from ..inputs import normalize
+    from ..measure import count, measure_latency
+    from .progress import costs, hushed, number, show, size, table
+
+    model, inputs = loaded.model, loaded.inputs
+    args, kwargs = normalize(inputs)
     with progress.step("rewrite") as say:
-        pruned: nn.Module = plan.apply(model)
+        pruned: Any = plan.apply(model)
         before, after = count(model, inputs), count(pruned, inputs)
-        say(f"{_number(before.params)} -> {_number(after.params)} parameters")
-    if (options.ratio != 0 or options.heads) and before.params == after.params:
+        say(f"{number(before.params)} -> {number(after.params)} parameters")
+    removed = before.params != after.params
+    if wanted and not removed:
         progress.note(
             "note",
             "nothing was removed: every group is frozen, left out, or too small for this ratio "
-            "(in Python, fxprune.analyze(model, inputs).frozen says what is frozen and why)",
+            f"(fxprune inspect {options.model} says what is frozen and why)",
         )
     with progress.step("verify") as say:
         verdict = str(fxprune.verify(model, pruned, plan, inputs))
         say("done")
+    if selection is not None:
+        with progress.step("fit") as say:
+            pruned = fxprune.compensate(
+                pruned, model, selection.calibrate, pick=selection.pick, seed=selection.seed
+            )
+            say(str(pruned.meta["compensation"]).splitlines()[0])
     seconds: dict[str, float] = {}
     if not options.no_latency:
-        with progress.step("latency") as say, _quiet(not options.debug):
+        with progress.step("latency") as say, hushed(not options.debug):
             seconds = measure_latency({"before": model, "after": pruned}, args, kwargs)
             say("measured, in turns")
-    if options.out is not None and options.out.suffix == ".safetensors":
+    files: list[dict[str, Any]] = []
+    for path in plan_files:
+        plan.save(path)
+        files.append({"path": str(path), "bytes": path.stat().st_size, "holds": "the plan"})
+    for path in options.out:
         with progress.step("write") as say:
-            say(f"{options.out}, {_bytes(fxprune.save(pruned, options.out, plan))}, weights and plan")
-    elif options.out is not None:
-        with progress.step("export") as say, _quiet(not options.debug):
-            exported = export(pruned, args, kwargs)
-            size = write(exported, options.out)
-            say(f"{options.out}, {_bytes(size)}, {exported.batch}")
+            if path.suffix == ".safetensors":
+                files.append(
+                    {"path": str(path), "bytes": fxprune.save(pruned, path), "holds": "weights and plan"}
+                )
+                say(f"{path}, {size(files[-1]['bytes'])}, weights and plan")
+            else:
+                written = export(pruned, inputs, path)
+                files.append({"path": str(path), "bytes": written.bytes, "batch": written.batch})
+                files[-1]["checked"] = written.checked
+                say(f"{path}, {size(written.bytes)}, {written.batch}; {written.checked}")
+    if not options.out:
+        progress.note("write", "no file (--out FILE.safetensors or FILE.pt2 writes one)")
+    elif all(path.suffix != ".safetensors" for path in options.out):
+        beside = f"--out {options.out[0].name.split('.')[0]}.safetensors"
+        progress.note("note", f"for inference only; {beside} writes a form that can be trained, too")
+    if options.json:
+        show(
+            {
+                **_plan_data(options, plan, []),
+                "before": costs(before),
+                "after": costs(after),
+                "verdict": verdict,
+                "seconds": seconds,
+                "files": files,
+            }
+        )
     else:
-        progress.note("export", "not written (--out FILE.pt2 or FILE.safetensors writes it)")
+        progress.out(table(before, after, seconds))
+        progress.out(verdict)
+    return NOTHING_REMOVED if wanted and not removed else 0
 
-    stdout = Console(highlight=False)
-    stdout.print(_table(before, after, seconds))
-    stdout.print(verdict, markup=False, soft_wrap=True)
-    return 0
+
+def _plan_data(options: argparse.Namespace, plan: PruningPlan, files: list[Path]) -> dict[str, Any]:
+    groups = {
+        narrowed.group: {"units": narrowed.size, "kept": narrowed.kept}
+        for narrowed in plan
+        if narrowed.removed
+    }
+    return {
+        "command": options.command,
+        "model": options.model,
+        "groups": groups,
+        "units": sum(plan.sizes.values()),
+        "removed": sum(map(len, plan.removed.values())),
+        "notes": list(plan.notes),
+        "settings": dict(plan.settings),
+        "files": [{"path": str(path), "bytes": path.stat().st_size, "holds": "the plan"} for path in files],
+    }
 
 
 def _is_exact(group: Any) -> bool:
     exact: bool = group.exact
     return exact
-
-
-class _Progress:
-    """One line for each finished step, and on a terminal a spinner for the one that runs."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-
-    def note(self, name: str, text: str) -> None:
-        """Print a step's line; further lines of ``text`` are indented below the first."""
-        first, *rest = text.strip().splitlines() or [""]
-        lines = [f"{name:>8}  {first}", *(f"{'':8}  {line}" for line in rest)]
-        self.console.print("\n".join(lines), markup=False, soft_wrap=True)
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[Any]:
-        """Time a step; what it passes to the function that it is given becomes its line."""
-        start = time.perf_counter()
-        text: list[str] = []
-        with self.console.status(f"{name} ..."):
-            yield text.append
-        first, *rest = "\n".join(text).strip().splitlines() or [""]
-        taken = f" ({time.perf_counter() - start:.1f} s)"
-        self.note(name, "\n".join([first + taken, *rest]))
-
-
-@contextmanager
-def _quiet(on: bool) -> Iterator[None]:
-    """Keep what torch warns and logs about its own attempts and its machine from the terminal."""
-    if not on:
-        yield
-        return
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
-def _table(before: Count, after: Count, seconds: dict[str, float]) -> Table:
-    """The comparison: each row a cost before and after, and what is left of it."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("")
-    for name in ("before", "after", "left"):
-        table.add_column(name, justify="right")
-    rows: list[tuple[str, float, float, Any]] = [
-        ("parameters", before.params, after.params, _number),
-        ("MACs", before.macs, after.macs, _number),
-        ("weights on disk", before.bytes, after.bytes, _bytes),
-    ]
-    if seconds:
-        rows.append(("latency", seconds["before"], seconds["after"], _time))
-    for name, old, new, form in rows:
-        table.add_row(name, form(old), form(new), f"{new / old:.2f}x" if old else "-")
-    return table
-
-
-def _scaled(value: float, units: list[tuple[float, str]]) -> str:
-    """``value`` in the largest of the descending units that it fills, with three digits or more."""
-    for size, unit in units:
-        if value >= size:
-            scaled = value / size
-            return f"{scaled:.{0 if scaled >= 100 else 1 if scaled >= 10 else 2}f} {unit}".strip()
-    return f"{value:g}"
-
-
-def _number(value: float) -> str:
-    return _scaled(value, [(1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")])
-
-
-def _bytes(value: float) -> str:
-    return _scaled(value, [(1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")])
-
-
-def _time(seconds: float) -> str:
-    return _scaled(seconds, [(1, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns")])
-
-
-def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """The shapes of the top-level inputs, for people."""
-
-    def shape(value: Any) -> str:
-        if isinstance(value, list):
-            return f"[{', '.join(map(shape, value))}]"
-        return (
-            "x".join(map(str, value.shape)) or "scalar" if hasattr(value, "shape") else type(value).__name__
-        )
-
-    return ", ".join([*map(shape, args), *(f"{name} {shape(value)}" for name, value in kwargs.items())])

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -32,6 +31,8 @@ from .roles import Use
 from .units import FIXED, Axis, Event, Ids, Label, Rectangle, State, Value
 
 if TYPE_CHECKING:
+    import networkx as nx
+
     from ..report import Report
 
 _DIM = re.compile(r"(.+)\[(\d+)\]")
@@ -289,6 +290,8 @@ class CouplingGraph:
     @cached_property
     def networkx(self) -> nx.Graph:
         """Axes and their couplings; edge attribute ``nodes`` lists the graph nodes that cause one."""
+        import networkx as nx
+
         graph = nx.Graph()
         for state in self._states.values():
             for dim, label in enumerate(state.axes):
@@ -376,6 +379,8 @@ class CouplingGraph:
             KeyError: if the graph uses no such parameter; suggests names that it does use.
         """
         import difflib
+
+        import networkx as nx
 
         aliases = {id(state.tensor): state.name for state in self._states.values()}
         tensor = self.captured.program.tensors.get(name)

@@ -1,0 +1,176 @@
+"""The options that several commands share. Nothing here needs torch, so that ``--help`` comes at once."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+CRITERIA = ("l1", "l2", "random", "bn_scale", "lamp", "fpgm", "synflow")
+"""Criteria that need nothing but weights; a test compares this with ``fxprune.importance.BUILT_IN``."""
+
+BUDGETS = (
+    ("--params", "KEEP", "budget: parameters to keep, a share such as 0.5 or a number such as 5e6"),
+    ("--macs", "KEEP", "budget: multiply-accumulates to keep, a share such as 0.5 or a number such as 2e9"),
+    ("--size-mb", "MB", "budget: size of the weights in units of 10^6 bytes; all budgets given are met"),
+    (
+        "--latency",
+        "KEEP",
+        "budget: time of a forward pass to keep, a share such as 0.6 or milliseconds from 1 on",
+    ),
+)
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Add what says which model to load, and on which inputs to run it."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="torchvision:NAME, timm:NAME, hf:FOLDER (of Hugging Face), package.module:factory or "
+        "file.py:factory, where factory is a function without arguments that returns the model, a module "
+        "class, "
+        "or a module",
+    )
+    source = parser.add_argument_group("weights and inputs")
+    weights = source.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--weights", metavar="NAME", help="pretrained weights of a torchvision or timm model, such as DEFAULT"
+    )
+    weights.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        type=Path,
+        help="state dict to load: .safetensors, or .pt (read without running any code in it)",
+    )
+    source.add_argument(
+        "--input-shape",
+        metavar="SIZES",
+        action="append",
+        default=[],
+        help="shape of an input, such as 1,3,224,224, or '[3,480,640; 3,320,320]' for a list of two tensors; "
+        "once for each input, in order (default: a torchvision classifier's own image size, an image for a "
+        "detector, or what the factory's module defines as example_inputs)",
+    )
+    source.add_argument(
+        "--free-output",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="an output that may become narrower: encoder_last_hidden_state, hidden_states.*, 1 in a tuple, "
+        "output where there is but one, auto for those that keep several layers wide; may be repeated "
+        "(default: all keep their widths)",
+    )
+    source.add_argument(
+        "--fill-output",
+        metavar="NAME",
+        action="append",
+        help="an output that keeps its shape and holds zeros in place of what is removed; 'none' for none; "
+        "may be repeated (default: auto, what is returned beside the result and keeps several layers wide, "
+        "such as encoder_last_hidden_state)",
+    )
+    source.add_argument(
+        "--seed", type=int, default=0, help="of random weights, inputs and scores (default: 0)"
+    )
+
+
+def fill_outputs(options: argparse.Namespace) -> list[str]:
+    """The outputs that ``--fill-output`` names."""
+    given: list[str] | None = options.fill_output
+    return ["auto"] if given is None else [] if given == ["none"] else given
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """Add what says how much of a network goes, and from where."""
+    pruning = parser.add_argument_group("what to remove")
+    pruning.add_argument(
+        "--ratio",
+        type=float,
+        help="share of the units of every group to remove, 0 <= RATIO < 1 (default: 0.5, which leaves about "
+        "a quarter of the parameters; no default where a budget is given)",
+    )
+    for flag, metavar, what in BUDGETS:
+        pruning.add_argument(flag, metavar=metavar, type=float, help=what)
+    pruning.add_argument(
+        "--compiled", action="store_true", help="hold the latency under torch.compile (default: eager)"
+    )
+    ranking = pruning.add_mutually_exclusive_group()
+    ranking.add_argument(
+        "--global",
+        dest="scope",
+        action="store_const",
+        const="global",
+        default="local",
+        help="rank all units of the network together, so that layers that matter less lose more (default: "
+        "every group loses the same share)",
+    )
+    ranking.add_argument(
+        "--isomorphic",
+        dest="scope",
+        action="store_const",
+        const="isomorphic",
+        help="rank together only the groups that are built alike: the hidden layers of all blocks, say",
+    )
+    pruning.add_argument(
+        "--round-to",
+        metavar="N",
+        type=int,
+        help="leave a multiple of N units in every row; most hardware is fastest at multiples of 8",
+    )
+    pruning.add_argument(
+        "--max-ratio",
+        type=float,
+        default=1.0,
+        help="largest share that any group may lose, whatever its scores (default: 1, all but one unit)",
+    )
+    pruning.add_argument(
+        "--keep",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="leave the output of this layer as wide as it is; layer1, layer1.*.conv2; may be repeated",
+    )
+    pruning.add_argument(
+        "--heads",
+        type=float,
+        default=0.0,
+        help="share of whole attention heads (and of groups of grouped convolutions and group norms) to "
+        "remove, 0 <= HEADS < 1; what remains is narrowed as all else (default: 0)",
+    )
+    pruning.add_argument(
+        "--into",
+        choices=["graph", "module"],
+        default="graph",
+        help="form of the result: a graph, in which every number can be rewritten (default), or the model's "
+        "own class with its own methods, in which what its code says stays",
+    )
+    pruning.add_argument(
+        "--importance",
+        choices=CRITERIA,
+        help="which units go first: those whose weights have the smallest norm (l2), or by another criterion "
+        "that needs no data (default: l2; with --calibrate what its data say)",
+    )
+    pruning.add_argument(
+        "--exact-only",
+        action="store_true",
+        help="prune only where the result is exact: no normalisation or mean runs over the narrowed axis",
+    )
+    pruning.add_argument(
+        "--calibrate",
+        metavar="DATA",
+        help="inputs without labels, by which units are chosen and the layers that are left make up for what "
+        "went: FILE.pt or FILE.safetensors with a tensor of inputs, or package.module:loader",
+    )
+
+
+def add_results(parser: argparse.ArgumentParser, what: str) -> argparse._ArgumentGroup:
+    """Add where results go, and how much is said."""
+    result = parser.add_argument_group("result")
+    result.add_argument("--out", metavar="FILE", type=Path, action="append", default=[], help=what)
+    add_output(result)
+    return result
+
+
+def add_output(parser: argparse._ActionsContainer) -> None:
+    """Add how much is said, and how."""
+    parser.add_argument("--json", action="store_true", help="plain data on stdout in place of tables")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")

@@ -1,0 +1,311 @@
+"""Networks as files for other programs: exported programs (``.pt2``), ONNX, packages of AOTInductor.
+
+Sizes of the batch stay free where the network allows that; what is written is run and compared first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_leaves, tree_map
+
+from . import files
+from .errors import OutputError
+from .files import few, first_line
+from .inputs import normalize
+from .program import named_modules
+from .region_program import RegionModule
+
+__all__ = ["Exported", "Written", "capture_program", "check_whole", "export"]
+
+_NEAR = 1e-4
+"""How near the outputs of another runtime have to be, as a share of the largest entry."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported program.
+
+    Attributes:
+        program: what ``torch.export.save`` writes.
+        batch: what it says about the batch size, for people.
+        dynamic: the description of free sizes that torch.export takes, or None where sizes are fixed.
+    """
+
+    program: ExportedProgram
+    batch: str
+    dynamic: Any = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that :func:`export` wrote.
+
+    Attributes:
+        path: the file.
+        bytes: its size.
+        batch: what it says about the batch size, for people.
+        checked: how it was compared with the network, for people.
+    """
+
+    path: Path
+    bytes: int
+    batch: str
+    checked: str
+
+
+def export(model: nn.Module, example_inputs: Any, path: str | Path) -> Written:
+    """Write a network, pruned or not, for other programs.
+
+    What it returns beside tensors (key/value caches) is left out, and an output class becomes a dict.
+
+    Args:
+        model: the network. It is exported in evaluation mode, and is not changed.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+        path: ``.pt2`` for an exported program of ``torch.export``, ``.onnx`` for ONNX, ``.aoti.pt2`` for a
+        package
+            of AOTInductor, which holds compiled code for this kind of machine. The file appears there
+            only when it is whole. None of them can be trained: :func:`fxprune.save` keeps that form.
+
+    Raises:
+        OutputError: if the network cannot be exported, if a program that is needed is missing, or if what was
+            written does not compute what the network does.
+    """
+    path = Path(path)
+    writer = _WRITERS[files.check_output(path, tuple(_WRITERS)).suffix]
+    args, kwargs = normalize(example_inputs)
+    check_whole(path, tuple(name for name, m in named_modules(model) if isinstance(m, RegionModule)))
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with _quiet(), torch.no_grad():
+            exported = capture_program(model.eval(), args, kwargs)
+            found: list[str] = []
+            size = files.write(path, lambda draft: found.append(writer(exported, draft, model, args, kwargs)))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return Written(path, size, exported.batch, found[0])
+
+
+def check_whole(path: Path, regions: Any) -> None:
+    """Make sure that what was captured can be written at ``path``.
+
+    Raises:
+        OutputError: a file of a kind that needs the whole network was asked for, but only ``regions`` of it
+        are
+            graphs.
+    """
+    wanted = files.format_of(path)
+    if regions and wanted is not None and wanted.whole:
+        raise OutputError(
+            f"cannot write {path}: the model could be captured in parts only ({few(regions)}), and the "
+            f"code around them cannot be exported; try {path.with_suffix('.safetensors')}, which holds the "
+            f"narrow weights and the plan"
+        )
+
+
+def capture_program(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Exported:
+    """Export ``model``, with a free batch size where it allows that.
+
+    The batch is taken to be the first dimension of every input tensor that has the same first size as the
+    first one. A program with a free batch size is kept only if it gives the model's own output on the
+    example inputs; otherwise their sizes are built in.
+
+    Raises:
+        OutputError: ``torch.export`` refuses the model with fixed sizes, too.
+    """
+    plain = _returning_tensors(model, args, kwargs)
+    try:
+        return _export_dynamic(plain, args, kwargs)
+    except Exception as error:  # noqa: BLE001 - torch.export has no error class of its own
+        reason = first_line(error)
+    try:
+        program = torch.export.export(plain, args, dict(kwargs))
+    except Exception as error:
+        raise OutputError(
+            f"torch.export refuses the pruned model: {first_line(error)}. The model itself is sound: in "
+            "Python, "
+            "fxprune.prune returns it, and fxprune.save writes it"
+        ) from error
+    return Exported(program, f"the example's batch size only; a free one was refused ({reason})")
+
+
+class _TensorsOnly(nn.Module):
+    """A network around another; its outputs are trees of tensors and numbers, as other programs want them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+        @functools.wraps(model.forward)  # with its signature, from which the inputs have their names
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return tensors_only(model(*args, **kwargs))
+
+        self.forward = forward
+
+
+def _returning_tensors(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> nn.Module:
+    """``model``, or one around it where it returns what is neither tensor nor number (a key/value cache)."""
+    with torch.no_grad():
+        leaves = tree_leaves(model(*args, **kwargs))
+    known = all(leaf is None or isinstance(leaf, (Tensor, bool, int, float)) for leaf in leaves)
+    return model if known else _TensorsOnly(model)
+
+
+_NOTHING = object()
+
+
+def tensors_only(tree: Any) -> Any:
+    """``tree`` without what is neither a tensor nor a number, and with dicts in place of other mappings."""
+    found = _plain(tree)
+    return () if found is _NOTHING else found
+
+
+def _plain(tree: Any) -> Any:
+    if isinstance(tree, (Tensor, bool, int, float)):
+        return tree
+    if isinstance(tree, Mapping):
+        items = {key: _plain(value) for key, value in tree.items()}
+        return {key: value for key, value in items.items() if value is not _NOTHING} or _NOTHING
+    if isinstance(tree, (list, tuple)):
+        listed = [value for value in map(_plain, tree) if value is not _NOTHING]
+        if tree and not listed:
+            return _NOTHING
+        return listed if isinstance(tree, list) else tuple(listed)
+    return _NOTHING
+
+
+def _export_dynamic(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Exported:
+    tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor) and leaf.dim()]
+    if not tensors:
+        raise ValueError("no input tensor has a batch dimension")
+    size = tensors[0].shape[0]
+    batch = Dim("batch")
+
+    def batched(leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
+
+    def grown(leaf: Any) -> Any:
+        # torch.export builds a size of 1 in, so it is shown a larger batch.
+        return torch.cat([leaf, leaf]) if batched(leaf) else leaf
+
+    def spec(leaf: Any) -> Any:
+        return {0: batch} if batched(leaf) else None
+
+    large_args, large_kwargs = tree_map(grown, (args, dict(kwargs)))
+    arg_specs, kwarg_specs = tree_map(spec, (args, dict(kwargs)))
+    dynamic = (*arg_specs, *kwarg_specs.values())
+    program = torch.export.export(model, large_args, large_kwargs, dynamic_shapes=dynamic)
+    written = program.module()
+    with torch.no_grad():
+        for own, named in ((args, dict(kwargs)), (large_args, large_kwargs)):
+            _compare(model(*own, **named), written(*own, **named))
+    return Exported(program, "any batch size", dynamic)
+
+
+def _compare(expected: Any, found: Any) -> None:
+    """Raise AssertionError where two trees of tensors are not near each other."""
+    ones, others = (
+        [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in (expected, found)
+    )
+    if len(ones) != len(others):
+        raise AssertionError(f"{len(ones)} outputs were expected, {len(others)} came")
+    for one, other in zip(ones, others, strict=True):
+        scale = float(one.abs().max()) if one.is_floating_point() and one.numel() else 1.0
+        nearest = _NEAR * max(scale, 1e-3)
+        torch.testing.assert_close(other, one, rtol=_NEAR, atol=nearest, equal_nan=True, check_stride=False)
+
+
+def _write_program(
+    exported: Exported, draft: Path, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> str:
+    torch.export.save(exported.program, draft, extra_files={"fxprune": _FOR_INFERENCE})
+    torch.export.load(draft)
+    return "read back"
+
+
+_FOR_INFERENCE = (
+    "This program is for inference: it holds one mode of the network, and no module tree. The form that "
+    "can be "
+    "trained is what fxprune.save writes to a .safetensors file."
+)
+
+
+def _write_onnx(
+    exported: Exported, draft: Path, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> str:
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise OutputError(
+            "ONNX needs the packages onnx and onnxscript: pip install onnx onnxscript"
+        ) from error
+    program = torch.onnx.export(exported.program, (), dynamo=True, verbose=False, external_data=False)
+    assert program is not None
+    program.save(str(draft))
+    try:
+        import onnxruntime
+    except ImportError:
+        return "not checked (pip install onnxruntime lets fxprune run it)"
+    session = onnxruntime.InferenceSession(str(draft), providers=["CPUExecutionProvider"])
+    plain = _returning_tensors(model, args, kwargs)
+    sizes = [(args, dict(kwargs))]
+    if exported.dynamic is not None:
+        sizes.append(tree_map(_doubled(args, kwargs), (args, dict(kwargs))))
+    for own_args, own_kwargs in sizes:
+        given = [leaf for leaf in tree_leaves((own_args, own_kwargs)) if isinstance(leaf, Tensor)]
+        names = [entry.name for entry in session.get_inputs()]
+        if len(names) != len(given):  # an input that the network does not read is no input of the file
+            return f"not checked: the file takes {len(names)} of {len(given)} inputs"
+        got = session.run(None, dict(zip(names, (t.detach().cpu().numpy() for t in given), strict=True)))
+        expected = [leaf for leaf in tree_leaves(plain(*own_args, **own_kwargs)) if isinstance(leaf, Tensor)]
+        _compare([t.cpu() for t in expected], [torch.from_numpy(value) for value in got])
+    return "equal in onnxruntime" + (", with two batch sizes" if len(sizes) > 1 else "")
+
+
+def _doubled(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[Any], Any]:
+    size = next(t.shape[0] for t in tree_leaves((args, dict(kwargs))) if isinstance(t, Tensor) and t.dim())
+
+    def double(leaf: Any) -> Any:
+        batched = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
+        return torch.cat([leaf, leaf]) if batched else leaf
+
+    return double
+
+
+def _write_package(
+    exported: Exported, draft: Path, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> str:
+    made = torch._inductor.aoti_compile_and_package(exported.program, package_path=str(draft))
+    found = torch._inductor.aoti_load_package(made)(*args, **kwargs)
+    _compare(_returning_tensors(model, args, kwargs)(*args, **kwargs), found)
+    return "equal when it runs"
+
+
+_Writer = Callable[[Exported, Path, nn.Module, tuple[Any, ...], Mapping[str, Any]], str]
+
+_WRITERS: dict[str, _Writer] = {".pt2": _write_program, ".onnx": _write_onnx, ".aoti.pt2": _write_package}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what torch warns and logs about its own attempts from the user."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
