@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .coupling.groups import Group, Member
     from .coupling.registry import register_module, register_rule, unregister
     from .errors import FxpruneError, VerificationError
+    from .exporting import export
     from .iterative import Step, schedule
     from .measure import Count, count
     from .module_registry import Registration
@@ -42,6 +43,7 @@ __all__ = [
     "analyze",
     "compensate",
     "count",
+    "export",
     "functional",
     "load",
     "plan",
@@ -71,6 +73,7 @@ _MODULES = {
     "unregister": "coupling.registry",
     "FxpruneError": "errors",
     "VerificationError": "errors",
+    "export": "exporting",
     "Step": "iterative",
     "schedule": "iterative",
     "Count": "measure",
