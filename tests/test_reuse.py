@@ -14,6 +14,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+import torchvision
 from torch import Tensor, fx, nn
 
 import fxprune
@@ -231,3 +232,29 @@ def test_plans_and_analyses_keep_no_model_alive(model: nn.Module) -> None:
     assert pruned(X).shape == (2, 4)
     graph = fxprune.analyze(copy.deepcopy(model), X)
     assert fxprune.plan(graph).removed  # a graph that somebody holds keeps its model
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_t"])
+def test_analyses_can_be_pickled(name: str) -> None:
+    with torch.device("meta"):
+        net = torchvision.models.get_model(name).eval()
+        x = torch.empty(1, 3, 224, 224)
+    graph = fxprune.analyze(net, x)
+    read: fxprune.CouplingGraph = pickle.loads(pickle.dumps(graph))
+    assert list(map(repr, read)) == list(map(repr, graph))
+    assert list(map(str, read.frozen)) == list(map(str, graph.frozen))
+    for new, old in zip(read, graph, strict=True):
+        for a, b in zip(new.members, old.members, strict=True):
+            assert (a.units == b.units).all()
+            assert list(map(str, a.uses)) == list(map(str, b.uses))
+    plan = fxprune.plan(read, importance="random")
+    assert plan == fxprune.plan(graph, importance="random")
+    assert dict(plan.apply(read).named_parameters()).keys() == dict(net.named_parameters()).keys()
+
+
+def test_a_pickled_analysis_is_one_of_its_own_copy_of_the_model(model: nn.Module, made: list[str]) -> None:
+    read = pickle.loads(pickle.dumps(fxprune.analyze(model, X)))
+    pruned = fxprune.prune(read)
+    assert made == ONCE
+    assert torch.equal(pruned(X), fxprune.prune(model, X)(X))
+    assert read.model is not model

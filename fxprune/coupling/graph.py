@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 import re
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from ..inputs import to_meta
 from ..nodes import describe_source
 from ..program import Program
 from ..trees import Leaf
+from . import pickling
 from .coupler import Coupler
 from .grouping import form_groups
 from .groups import Group, Grouping, RowSet
@@ -131,7 +133,7 @@ class Source:
 class CouplingGraph:
     """What can be removed from a network together, and what cannot be removed at all.
 
-    Iterating gives the groups. Made by :func:`fxprune.analyze`.
+    Iterating gives the groups. Made by :func:`fxprune.analyze`. It can be pickled, with the model.
     """
 
     def __init__(self, captured: Captured, source: Source, held: tuple[str, ...] = ()) -> None:
@@ -243,6 +245,16 @@ class CouplingGraph:
         source = self.source
         args, kwargs = to_meta(source.args), to_meta(source.kwargs)
         return self._shell(Source(weakref.ref(self.model), args, kwargs, source.dissolved))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        source = self.source
+        state = {
+            "captured": self.captured,
+            "held": self.held,
+            "run": self._run,
+            "source": (source.model(), source.args, source.kwargs, source.dissolved),
+        }
+        return _unpickled, (pickling.dumps(state),)
 
     def _shell(self, source: Source) -> CouplingGraph:
         other = copy.copy(self)
@@ -494,6 +506,16 @@ def _tie_beside(coupler: Coupler) -> None:
             if cells.shape[1] > 1 and whole.any() and not whole.all():
                 coupler.units.merge(rectangle.cells[:, :1], rectangle.cells)
                 tied = bool((cells[~whole] != FIXED).any())
+
+
+def _unpickled(data: bytes) -> CouplingGraph:
+    state = pickle.loads(data)
+    graph = object.__new__(CouplingGraph)
+    graph.captured, graph.held, graph._run = state["captured"], state["held"], state["run"]
+    model, *rest = state["source"]
+    graph.source = Source(lambda: model, *rest)
+    graph._regroup()
+    return graph
 
 
 def tree_values(tree: Any) -> Iterator[Value]:
