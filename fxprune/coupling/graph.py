@@ -257,9 +257,13 @@ class CouplingGraph:
         return _unpickled, (pickling.dumps(state),)
 
     def _shell(self, source: Source) -> CouplingGraph:
-        other = copy.copy(self)
+        other = object.__new__(CouplingGraph)
+        other.__dict__.update(self.__dict__)
         other.source = source
         return other
+
+    def __copy__(self) -> CouplingGraph:
+        return self._shell(self.source)
 
     @property
     def model(self) -> nn.Module:
