@@ -76,6 +76,9 @@ def check(program: Program, narrowing: Narrowing) -> list[Violation]:
                 if picked and not narrowing.along(value, dim).all():
                     return [Violation(user.name, "picks from a table that became narrower itself")]
     try:
+        found = _misshapen(interpret(program, graph.inputs, labels=False), narrowing)
+        if found:
+            return found
         units = Units(anchors=int(compact.max()))
         units.loosen(compact[whole])
         run = interpret(program, graph.inputs, units, seed, known)
@@ -83,6 +86,29 @@ def check(program: Program, narrowing: Narrowing) -> list[Violation]:
         node = getattr(error, "node", None)
         return [Violation(node.name if node is not None else "", str(error))]
     return list(_compare(run, narrowing, compact))
+
+
+def _misshapen(run: Run, narrowing: Narrowing) -> list[Violation]:
+    """Where the rewritten program, run on shapes alone, does not give what the narrowing predicts.
+
+    Whatever the labels say, an output has the shape that it had, unless it is one that may become narrower.
+    """
+    found = []
+    for node, tree in run.values.items():
+        olds, news = pytree.tree_leaves(narrowing.tree(node.name)), pytree.tree_leaves(tree)
+        for old, new in zip(olds, news, strict=False):
+            if isinstance(old, Value) and isinstance(new, Value):
+                constant = old.state is not None and old.state.tensor is None
+                expected = old.shape if constant and new.shape == old.shape else narrowing.shape(old)
+                if new.shape != expected:
+                    found.append(Violation(node.name, f"has shape {new.shape}, expected {expected}"))
+                    break
+    before = narrowing.graph.run
+    for region, leaf in sorted(before.whole, key=str):
+        old, new = before.outputs[region][leaf].shape, run.outputs[region][leaf].shape
+        if new != old:
+            found.append(Violation("output", f"gives the output {leaf} the shape {new} in place of {old}"))
+    return found
 
 
 def _predicted(narrowing: Narrowing, value: Value, compact: Any) -> Value:

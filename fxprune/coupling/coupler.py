@@ -7,6 +7,7 @@ index algebra is done by numpy on arrays of unit numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from .roles import Factor, Uses, factor
 from .units import (
     FIXED,
+    NONE,
     Axis,
     Event,
     Ids,
@@ -202,6 +204,8 @@ class Coupler:
         state.axes[value.dims[dim]] = label
         if state.trainable:
             self.units.tighten(ids)
+        for event in state.kept.get(value.dims[dim], ()):
+            self._freeze(label, event)
         if axis is not None:
             self.edges.append((axis, own, self.node))
         return label
@@ -235,21 +239,27 @@ class Coupler:
 
     def freeze(self, label: Label, reason: str, remedy: str = "") -> None:
         """The dimension keeps its extent: no index goes, or only whole rows where the label has rows."""
+        self._freeze(label, Event(label.ids, label.axis, self.node, reason, remedy))
+
+    def _freeze(self, label: Label, event: Event) -> None:
         if label.over:
             self.merge(label.ids[..., :1], label.ids, label.axis, label.axis)
         else:
-            self.frozen.append(Event(label.ids, label.axis, self.node, reason, remedy))
+            self.frozen.append(replace(event, ids=label.ids))
 
     def freeze_dim(self, value: Value, dim: int, reason: str, remedy: str = "") -> None:
-        """Freeze whatever labels dimension ``dim``."""
+        """Freeze whatever labels dimension ``dim``, or will."""
         if value.shape[dim] == 1:
             return
         if value.is_open(dim):
             met = value.labels[dim] if value.state is None else None
             if isinstance(met, Open):
                 met.close()
-                return
-            self.own(value, dim)
+            elif value.state is not None:
+                place = value.dims[dim]
+                event = Event(NONE, Axis(value.state.name, place), self.node, reason, remedy)
+                value.state.kept.setdefault(place, []).append(event)
+            return
         label = value.label(dim)
         if label is not None:
             self.freeze(label, reason, remedy)

@@ -30,7 +30,7 @@ from .groups import Group, Grouping, RowSet
 from .interpreter import Run, interpret
 from .outputs import beside, fill, fills, holding, short_names
 from .roles import Use
-from .units import FIXED, Axis, Event, Ids, Label, Rectangle, State, Value
+from .units import FIXED, NONE, Axis, Event, Ids, Label, Rectangle, State, Value
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -336,20 +336,28 @@ class CouplingGraph:
             if not isinstance(state.tensor, torch.nn.Parameter):
                 continue
             for dim, label in enumerate(state.axes):
-                if label is None:
+                if state.shape[dim] < 2:
                     continue
-                classes = grouping.roots[label.ids]
                 axis = Axis(state.name, dim)
-                if axis in by_row or grouping.prunable[classes].any():
-                    continue
-                numbers = first[classes]
-                numbers = numbers[numbers >= 0]
-                if numbers.size:
-                    event = events[int(np.bincount(numbers).argmax())]
-                    name = event.node.name if event.node is not None else ""
-                    found.append(Frozen(axis, event.reason, name, describe_source(event.node), event.remedy))
+                if label is None:
+                    kept = state.kept.get(dim)
+                    event = (
+                        kept[0] if kept else Event(NONE, axis, None, "nothing reads it, or its size alone")
+                    )
                 else:
-                    found.append(Frozen(axis, "meets an axis that cannot be narrowed", "", "", ""))
+                    classes = grouping.roots[label.ids]
+                    if grouping.prunable[classes].any():
+                        continue
+                    numbers = first[classes]
+                    numbers = numbers[numbers >= 0]
+                    if axis in by_row:
+                        event = Event(NONE, axis, None, "goes with whole rows (heads, groups), not by itself")
+                    elif numbers.size:
+                        event = events[int(np.bincount(numbers).argmax())]
+                    else:
+                        event = Event(NONE, axis, None, "meets an axis that cannot be narrowed")
+                name = event.node.name if event.node is not None else ""
+                found.append(Frozen(axis, event.reason, name, describe_source(event.node), event.remedy))
         return tuple(found)
 
     @property

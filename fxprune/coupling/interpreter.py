@@ -59,6 +59,7 @@ class Run:
         scalars: for each node the numbers that its pointwise ATen calls were given.
         outputs: what the graph returns: for each region (one named "" where the model is captured as a
             whole) a value for each leaf of its outputs.
+        whole: the outputs that keep their shape, as pairs of region and leaf.
     """
 
     coupler: Coupler
@@ -66,6 +67,7 @@ class Run:
     values: Mapping[fx.Node, Any]
     scalars: Mapping[fx.Node, tuple[Any, ...]]
     outputs: Mapping[str, Mapping[Leaf, Value]]
+    whole: frozenset[tuple[str, Leaf]]
 
 
 def interpret(
@@ -75,6 +77,7 @@ def interpret(
     seed: Callable[[str], list[Label | None] | None] = lambda name: None,
     known: Callable[[fx.Node], Callable[[], Any] | None] | None = None,
     observe: Callable[[Any, Any, Any, Any], None] | None = None,
+    labels: bool = True,
 ) -> Run:
     """Run ``program`` on meta ``inputs`` (one for each placeholder) and collect labels.
 
@@ -87,15 +90,16 @@ def interpret(
             :class:`Value` and numbers) when they are asked for; None for one that does.
         observe: called as ``observe(operator, args, kwargs, out)`` after each ATen call; inside of modules
             that are registered as a whole, with unlabelled values in place of tensors.
+        labels: apply rules; without, shapes are all that is found out.
 
     Raises:
         ExampleInputsError: where a node fails on the inputs' shapes; names the node and its source.
     """
-    interpreter = _Interpreter(program, Coupler(units), seed, known, observe)
+    interpreter = _Interpreter(program, Coupler(units), seed, known, observe, labels)
     with torch.no_grad():  # attention on meta tensors takes no fused path
         interpreter.run(inputs)
     interpreter.keep_views()
-    if units is None:
+    if units is None and labels:
         settle(interpreter.coupler, interpreter.source)
     return Run(
         interpreter.coupler,
@@ -103,6 +107,7 @@ def interpret(
         interpreter.values,
         interpreter.scalars,
         interpreter.outputs,
+        frozenset(interpreter.whole),
     )
 
 
@@ -127,9 +132,11 @@ class _Interpreter(TorchDispatchMode):
         seed: Callable[[str], list[Label | None] | None],
         known: Callable[[fx.Node], Callable[[], Any] | None] | None,
         observe: Callable[[Any, Any, Any, Any], None] | None,
+        labels: bool,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.observe = observe
+        self.labels = labels
         self.known = known
         self.program = program
         self.coupler = coupler
@@ -138,6 +145,7 @@ class _Interpreter(TorchDispatchMode):
         self.values: dict[fx.Node, Any] = {}
         self.scalars: dict[fx.Node, tuple[Any, ...]] = {}
         self.outputs: dict[str, dict[Leaf, Value]] = {}
+        self.whole: set[tuple[str, Leaf]] = set()
         self._packs: dict[int, Pack] = {}
         self._written: dict[int, tuple[list[bool], fx.Node | None]] = {}
         self._numbers: list[Any] = []
@@ -149,6 +157,7 @@ class _Interpreter(TorchDispatchMode):
         self._idle = False  # in a call of the other mode, which costs nothing in this one
         self._composite: set[fx.Node] = set()
         self._modules: dict[str, torch.nn.Module] = {}
+        self._groups = _grouped_weights(program) if labels else {}
 
     # -- ATen calls -----------------------------------------------------------------------------
 
@@ -167,6 +176,8 @@ class _Interpreter(TorchDispatchMode):
         out = shortcut(args, kwargs) if shortcut is not None else None
         if out is None:
             out = self._shapes_only(func, args, kwargs)
+        if not self.labels:
+            return out
         self._calls += 1
         coupler = self.coupler
         coupler.begin(_name(func), args)
@@ -237,7 +248,6 @@ class _Interpreter(TorchDispatchMode):
                     known[node] = values
         env: dict[fx.Node, Any] = _Known(known)
         supply = iter(inputs)
-        grouped = _grouped_sources(self.program.graph)
         for node in self.program.graph.nodes:
             if node in known:
                 continue
@@ -246,7 +256,6 @@ class _Interpreter(TorchDispatchMode):
                 result = next(supply)
             elif node.op == "get_attr":
                 result = self._tensor(node.target)
-                self._by_group(result, grouped.get(node, 1))
             elif node.op == "output":
                 self._finish(node, map_arg(node.args[0], env.__getitem__))
                 continue
@@ -257,7 +266,7 @@ class _Interpreter(TorchDispatchMode):
                 self._idle = not holds(node.meta.get("only", ()), self.program.skeleton.training)
                 self._literal = node.op != "call_module"  # sizes may stand in the call
                 self.coupler.uses.call = args, kwargs
-                if node not in self._interior:
+                if self.labels and node not in self._interior:
                     self._shuffle(node, env)
                 try:
                     result = self._execute(node, args, kwargs)
@@ -400,10 +409,6 @@ class _Interpreter(TorchDispatchMode):
             if not names:
                 with self:
                     return module(*args, **kwargs)
-            if isinstance(original, _ConvNd):
-                for name, own in named_tensors(original):
-                    if own.dim() == len(original.kernel_size) + 2:
-                        self._by_group(self._tensor(f"{path}.{name}"), original.groups)
             self.coupler.remedy = f"remove the parametrization of {path}.{names[0]} before pruning"
             with self, _Whole(self._aten):
                 result = module(*args, **kwargs)
@@ -439,8 +444,9 @@ class _Interpreter(TorchDispatchMode):
                 raise
         if result is None and leaf.outputs is not None:
             result = leaf.outputs(module, args, kwargs)
-        self.coupler.begin(type(original).__qualname__)
-        leaf.couple(self.coupler, module, args, kwargs, result)
+        if self.labels:
+            self.coupler.begin(type(original).__qualname__)
+            leaf.couple(self.coupler, module, args, kwargs, result)
         return result
 
     def _finish(self, node: fx.Node, results: Any) -> None:
@@ -460,12 +466,14 @@ class _Interpreter(TorchDispatchMode):
             for tensor, leaf in zip(tensors, structure.leaves, strict=True):
                 if not isinstance(tensor, torch.Tensor):
                     continue
-                outputs[leaf] = value = self.coupler.value(tensor)
+                outputs[leaf] = value = self.coupler.value(tensor) if self.labels else self._described(tensor)
                 if leaf in state or id(tensor) in handed_on:
                     continue
                 if linked is not None:
+                    self.whole.add((region, leaf))
                     self.coupler.freeze_value(value, node.meta["reason"])
                 elif not leaf.named(self.program.free_outputs):
+                    self.whole.add((region, leaf))
                     remedy = (
                         f'free_outputs="{leaf}" lets it become narrower, for code that can do with that; '
                         "with fill_outputs it holds zeros in place of what is removed"
@@ -483,15 +491,15 @@ class _Interpreter(TorchDispatchMode):
         return ", ".join(own[:4])
 
     def _describe(self, result: Any) -> Any:
-        if isinstance(result, torch.Tensor):
-            return self.coupler.peek(result)
         if isinstance(result, (list, tuple, dict)):
             return pytree.tree_map(self._described, result, is_leaf=_is_packed)
-        return result
+        return self._described(result) if isinstance(result, torch.Tensor) else result
 
     def _described(self, leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
-            return self.coupler.peek(leaf)
+            if self.labels:
+                return self.coupler.peek(leaf)
+            return Value(tuple(leaf.shape), [None] * leaf.dim(), dtype=leaf.dtype)
         if _is_packed(leaf):
             self.coupler.delicate()  # of its values it cannot be built again
             return tuple(map(self._describe, leaf))
@@ -511,13 +519,17 @@ class _Interpreter(TorchDispatchMode):
             meta._fxprune_value = Value(  # type: ignore[attr-defined]
                 state.shape, [], state, tuple(range(meta.dim())), meta.dtype
             )
+            self._by_group(meta, self._groups.get(id(original), 1))
         return meta
 
     def _by_group(self, tensor: torch.Tensor, groups: int) -> None:
-        """Let each group choose its own columns of a tensor from which a grouped weight is computed."""
+        """Let each group choose its own columns of a grouped weight, or of what one is computed from.
+
+        Whatever uses the tensor first, each group has units of its own from the start.
+        """
         rows, columns = tensor.shape[:2] if groups > 1 and tensor.dim() > 2 else (0, 1)
         value = self.coupler.value(tensor)
-        if columns > 1 and rows % groups == 0 and value.is_open(1):
+        if columns > 1 and rows > groups and rows % groups == 0 and value.is_open(1):
             cells = self.coupler.units.fresh(groups, columns)
             self.coupler.adopt(value, 1, np.repeat(cells, rows // groups, axis=0), (0,))
 
@@ -566,19 +578,28 @@ _WHOLE: dict[Any, Any] = {
 }
 
 
-def _grouped_sources(graph: fx.Graph) -> dict[fx.Node, int]:
-    """Parameters from which the weights of grouped convolutions are computed, and the number of groups."""
+def _grouped_weights(program: Program) -> dict[int, int]:
+    """The number of groups of grouped convolutions, by the id of each tensor that their weights come from."""
+    tensors = {**program.extras, **program.tensors}
     found = {}
-    for node in graph.nodes:
+    for node in program.graph.nodes:
+        if node.op == "call_module":
+            module = program.modules[str(node.target)]
+            if isinstance(module, _ConvNd) and module.groups > 1:
+                for name, own in named_tensors(module):
+                    if own.dim() == len(module.kernel_size) + 2:
+                        found[id(tensors[f"{node.target}.{name}"])] = module.groups
+            continue
         name = operator_name(node) if node.op == "call_function" else ""
         if not name.startswith("conv") or len(node.args) < 2 or not isinstance(node.args[1], fx.Node):
             continue
         at = 8 if name == "convolution" else 6
         groups = node.args[at] if len(node.args) > at else node.kwargs.get("groups", 1)
         sources = [node.args[1]]
-        for _ in range(_DEPTH if isinstance(groups, int) and groups > 1 else 0):
+        for _ in range(_DEPTH + 1 if isinstance(groups, int) and groups > 1 else 0):
+            names = [str(source.target) for source in sources if source.op == "get_attr"]
+            found.update({id(tensors[name]): groups for name in names if name in tensors})
             sources = [before for source in sources for before in source.all_input_nodes]
-            found.update({source: groups for source in sources if source.op == "get_attr"})
     return found
 
 

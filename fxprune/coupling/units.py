@@ -39,6 +39,9 @@ class Axis(NamedTuple):
 
 NOWHERE = Axis("", 0)
 
+NONE: Ids = np.empty(0, dtype=np.int64)
+"""No units."""
+
 
 class Units:
     """Union-find over unit numbers ``0 .. count-1``; unit 0 is :data:`FIXED`.
@@ -119,11 +122,11 @@ class Units:
         and whether two anchors collided.
         """
         if a is b:
-            return _NONE, False
+            return NONE, False
         if a.shape != b.shape:
             a, b = np.broadcast_arrays(a, b)
         a, b = a.ravel(), b.ravel()
-        met, collided = _NONE, False
+        met, collided = NONE, False
         both = (a != FIXED) & (b != FIXED)
         if not both.all():
             met = np.maximum(a, b)[(a == FIXED) != (b == FIXED)]
@@ -146,9 +149,6 @@ class Units:
                 np.logical_and.at(self._loose, low, self._loose[high])
                 np.logical_and.at(self._loose, high, self._loose[low])
         return met, collided
-
-
-_NONE: Ids = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -213,6 +213,8 @@ class State:
         tensor: the tensor behind it, None for a constant computed in the graph.
         axes: a label for each axis, None while nothing was met.
         node: the graph node that creates a constant.
+        kept: by axis why it keeps its extent, as far as operators have said. Whatever label the axis has then,
+            or gets later, is frozen.
         trainable: a parameter, not a buffer or constant.
     """
 
@@ -221,6 +223,7 @@ class State:
     tensor: torch.Tensor | None
     axes: list[Label | None]
     node: fx.Node | None = None
+    kept: dict[int, list[Event]] = field(default_factory=dict)
     trainable: bool = field(init=False)
 
     def __post_init__(self) -> None:

@@ -103,6 +103,7 @@ def convolution(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> No
     transposed, groups = args[6], args[8]
     if args[0].dtype != args[1].dtype:
         raise RuntimeError(f"input of dtype {args[0].dtype} meets a weight of dtype {args[1].dtype}")
+    c.materialize(x)
     through = _through(x, args) if groups == 1 else {}
     convolve(c, x, weight, bias, groups, transposed, out, through)
 
@@ -125,14 +126,12 @@ def convolve(
     for dim in range(2, len(x.shape)):
         if dim not in through:
             c.freeze_dim(x, dim, "spatial axis of a convolution")
-        if weight.state is None or not weight.is_open(dim):
-            c.freeze_dim(weight, dim, "kernel axis of a convolution")
+        c.freeze_dim(weight, dim, "kernel axis of a convolution")
     into, outof = (0, 1) if transposed else (1, 0)
     if groups == 1:
         names = ["o", "c"]
         if transposed:
             names.reverse()
-        # Open kernel axes stay open: they are no channels.
         flat = Value((weight.shape[0], weight.shape[1]), weight.labels[:2], weight.state, weight.dims[:2])
         operands: list[tuple[Value, Sequence[Any]]] = [
             (flat, names),
@@ -230,7 +229,7 @@ def _grouped(
     if weight.shape[inner] > 1:
         per_index = np.repeat(inner_cells, repeats, axis=0)
         if single:
-            pass  # the in-group axis goes with its row as a whole
+            c.freeze_dim(weight, inner, "goes with its group of the convolution as a whole")
         elif weight.is_open(inner):
             c.adopt(weight, inner, per_index, (outer,), axis)
         else:

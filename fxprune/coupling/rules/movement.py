@@ -285,8 +285,7 @@ def take_along_dim(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) ->
     if not from_table:
         c.freeze_dim(value, dim, "looked up by index")
         for d in names:
-            if index.label(d) is not None:
-                c.freeze_dim(index, d, "used as an index")
+            c.freeze_dim(index, d, "used as an index")
     else:
         c.keep(value, dim, "looked up by index")
     operands = [(value, [name if name != dim else "looked up" for name in names])]
