@@ -297,6 +297,7 @@ def _carried(
     by_class = np.full(graph.run.coupler.units.count, np.nan)
     for group in graph.groups:
         by_class[group.units] = scores(group)
+    graph.cells.inherit(np.fmin, by_class)
     found = by_class[~np.isnan(by_class)]
     low, high = (float(found.min()), float(found.max())) if found.size else (0.0, 0.0)
     far = 1e6 * (high - low + 1)
@@ -425,6 +426,8 @@ def _plan_of(
         if classes is not None:
             seen[classes] = True
             left[classes[mask.numpy()]] = True  # a unit goes when none of its entries is left
+    for known in (seen, left):
+        graph.cells.collect(np.logical_or, known)
     removed = {}
     for group in graph.groups:
         gone = np.flatnonzero(seen[group.units] & ~left[group.units]).tolist()

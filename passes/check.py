@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..coupling.interpreter import Run, interpret
-from ..coupling.units import Ids, Label, Units, Value, aligned
+from ..coupling.units import NOWHERE, Ids, Label, Product, Units, Value, aligned
 from ..errors import CaptureError, ExampleInputsError, RuleError
 from ..program import Program
 from .base import Narrowing
@@ -81,6 +81,11 @@ def check(program: Program, narrowing: Narrowing) -> list[Violation]:
             return found
         units = Units(anchors=int(compact.max()))
         units.loosen(compact[whole])
+        if graph.cells.cells.size:
+            cells, rows, columns = (
+                compact[ids] for ids in (graph.cells.cells, graph.cells.rows, graph.cells.columns)
+            )
+            units.multiply(Product(cells, rows, columns, NOWHERE, None))
         run = interpret(program, graph.inputs, units, seed, known)
     except (ExampleInputsError, CaptureError, RuleError) as error:
         node = getattr(error, "node", None)
@@ -94,20 +99,20 @@ def _misshapen(run: Run, narrowing: Narrowing) -> list[Violation]:
     Whatever the labels say, an output has the shape that it had, unless it is one that may become narrower.
     """
     found = []
-    for node, tree in run.values.items():
-        olds, news = pytree.tree_leaves(narrowing.tree(node.name)), pytree.tree_leaves(tree)
-        for old, new in zip(olds, news, strict=False):
-            if isinstance(old, Value) and isinstance(new, Value):
-                constant = old.state is not None and old.state.tensor is None
-                expected = old.shape if constant and new.shape == old.shape else narrowing.shape(old)
-                if new.shape != expected:
-                    found.append(Violation(node.name, f"has shape {new.shape}, expected {expected}"))
-                    break
+    for node, new in run.values.items():  # parts of tuples are looked at where they are read
+        old = narrowing.tree(node.name)
+        if isinstance(old, Value) and isinstance(new, Value):
+            constant = old.state is not None and old.state.tensor is None
+            expected = old.shape if constant and new.shape == old.shape else narrowing.shape(old)
+            if new.shape != expected:
+                found.append(Violation(node.name, f"has shape {new.shape}, expected {expected}"))
     before = narrowing.graph.run
     for region, leaf in sorted(before.whole, key=str):
-        old, new = before.outputs[region][leaf].shape, run.outputs[region][leaf].shape
-        if new != old:
-            found.append(Violation("output", f"gives the output {leaf} the shape {new} in place of {old}"))
+        shape, other = before.outputs[region][leaf].shape, run.outputs[region][leaf].shape
+        if other != shape:
+            found.append(
+                Violation("output", f"gives the output {leaf} the shape {other} in place of {shape}")
+            )
     return found
 
 
@@ -155,6 +160,8 @@ def _compact(narrowing: Narrowing) -> Any:
     for ids in {id(label.ids): label.ids for label in labels}.values():
         on_state[ids] = True
     on_state[graph.run.coupler.whole] = True
+    for ids in (graph.cells.cells, graph.cells.rows, graph.cells.columns):
+        on_state[ids] = True
     known = np.zeros(roots.size, dtype=bool)
     known[roots[on_state]] = True
     known[0] = False

@@ -1,4 +1,4 @@
-"""Whether an axis may go does not depend on when a use of it is seen, and results have the original's shapes."""
+"""Whether an axis may go does not depend on when a use of it is seen; outputs keep their shapes."""
 
 from __future__ import annotations
 

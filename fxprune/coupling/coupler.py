@@ -6,6 +6,7 @@ index algebra is done by numpy on arrays of unit numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -26,6 +27,7 @@ from .units import (
     Meeting,
     Open,
     Parent,
+    Product,
     Rectangle,
     State,
     Take,
@@ -40,6 +42,10 @@ ZeroRule = Callable[[list[bool]], bool]
 
 _Use = tuple[int, Value, int, Sequence[Any], Label | None]
 """One dimension that carries an index name: operand number, value, dimension, its names, its label."""
+
+
+_MOST = 1 << 20
+"""Cells of one product; a larger one is not followed."""
 
 
 class Coupler:
@@ -65,6 +71,8 @@ class Coupler:
         """Tables that were met, by node; decided on when the whole graph is known."""
         self.tables: dict[fx.Node, list[fx.Node]] = {}
         """Nodes that pick from a table what goes with their other operands, and the nodes that make it."""
+        self.by_row: list[Event] = []
+        """Columns that stay, so that only whole rows of them can go, and why."""
         self.whole: Ids = np.empty(0, dtype=np.int64)
         """Units of tables that are not narrowed themselves."""
         self.uses = Uses()
@@ -112,7 +120,10 @@ class Coupler:
         self._put(tensor, labels, False)
 
     def _put(self, tensor: torch.Tensor, labels: Iterable[Label | None], moved: bool) -> None:
-        labels = [label if label is not None and self._counts(label) else None for label in labels]
+        labels = [
+            _over_rows(label, tensor.shape) if label is not None and self._counts(label) else None
+            for label in labels
+        ]
         value = getattr(tensor, "_fxprune_value", None)
         if value is not None and value.state is None:  # an in-place operator returned its input
             value.labels = labels
@@ -244,8 +255,7 @@ class Coupler:
     def _freeze(self, label: Label, event: Event) -> None:
         if label.over:
             self.merge(label.ids[..., :1], label.ids, label.axis, label.axis)
-        else:
-            self.frozen.append(replace(event, ids=label.ids))
+        (self.by_row if label.over else self.frozen).append(replace(event, ids=label.ids))
 
     def freeze_dim(self, value: Value, dim: int, reason: str, remedy: str = "") -> None:
         """Freeze whatever labels dimension ``dim``, or will."""
@@ -288,6 +298,25 @@ class Coupler:
         flat = cells.reshape(-1, cells.shape[-1])
         if flat.shape[0] > 1:
             self.rectangles.append(Rectangle(rows.reshape(-1), flat, self.node))
+
+    # -- products of rows and columns -----------------------------------------------------------
+
+    def multiply(self, cells: Ids, rows: Ids, columns: Ids, axis: Axis) -> None:
+        """Say that each of these cells goes as soon as its row or its column does (arrays broadcast)."""
+        if self.units.anchors:  # in a check, parents that are known have to be these
+            known = self.units.factors(cells)
+            if known is not None:
+                self.merge(known[1], np.broadcast_to(columns, cells.shape), axis, axis)
+                return
+        parents = (np.broadcast_to(ids, cells.shape) for ids in (rows, columns))
+        self.units.multiply(Product(cells, *parents, axis, self.node))
+
+    def is_row(self, label: Label | None) -> bool:
+        """Whether the units of a label stand for rows of rectangles, with which their cells go."""
+        if label is None or not self.rectangles:
+            return False
+        rows = np.concatenate([rectangle.rows for rectangle in self.rectangles])
+        return bool(np.isin(self.units.find(label.ids), self.units.find(rows)).all())
 
     # -- meeting: pointwise operators, contractions, normalisations -----------------------------
 
@@ -354,7 +383,7 @@ class Coupler:
             if over:
                 lost = [o for o in over if o not in position]
                 if lost:
-                    ids, over = self._drop(ids, over, lost, axis)
+                    ids, over = self._drop(ids, over, lost, axis, uses[name])
                 over = tuple(position[o] for o in over)
             labels.append(Label(ids, over, axis, zero(zeros), row))
         gone = {}
@@ -410,10 +439,10 @@ class Coupler:
                 other = label.ids
                 lost = [o for o in over if o not in over_other]
                 if lost:
-                    ids, over = self._drop(ids, over, lost, axis)
+                    ids, over = self._drop(ids, over, lost, axis, used)
                 lost = [o for o in over_other if o not in over]
                 if lost:
-                    other, over_other = self._drop(other, over_other, lost, label.axis)
+                    other, over_other = self._drop(other, over_other, lost, label.axis, used)
                 self.merge(aligned(ids, over, over), aligned(other, over_other, over), axis, label.axis)
             row = row and label.row
         for _, value, dim, names, label in used:
@@ -421,7 +450,7 @@ class Coupler:
                 if over:
                     lost = [o for o in over if o not in names or value.shape[list(names).index(o)] == 1]
                     if lost:
-                        ids, over = self._drop(ids, over, lost, axis)
+                        ids, over = self._drop(ids, over, lost, axis, used)
                 self.adopt(value, dim, ids, tuple(list(names).index(o) for o in over), axis)
         for use in tables:
             self._note(use, ids, over, axis)
@@ -453,13 +482,45 @@ class Coupler:
             noted.append(Meeting(table, units, met, label.axis, axis))
 
     def _drop(
-        self, ids: Ids, over: tuple[Any, ...], lost: Sequence[Any], axis: Axis
+        self, ids: Ids, over: tuple[Any, ...], lost: Sequence[Any], axis: Axis, used: Sequence[_Use]
     ) -> tuple[Ids, tuple[Any, ...]]:
-        """:meth:`tie` for a label whose rows go by index names."""
-        tied = self.tie(
-            Label(ids, tuple(range(len(over))), axis), [i for i, o in enumerate(over) if o in lost]
-        )
-        return tied.ids, tuple(over[i] for i in tied.over)
+        """:meth:`tie` for a label whose rows go by index names, of which some are ``lost``.
+
+        Where these are rows that can go, a column goes from all of them or from none, but each row can go.
+        """
+        left = tuple(o for o in over if o not in lost)
+        gone = [i for i, o in enumerate(over) if o in lost]
+        rows = self._rows_over(used, over, lost)
+        if rows is not None or (self.units.anchors and self.units.factors(ids) is not None):
+            known = self.units.factors(ids)
+            if known is not None:
+                columns = known[1][tuple(slice(0, 1) if i in gone else slice(None) for i in range(ids.ndim))]
+                self.merge(columns, known[1], axis, axis)
+                if rows is not None and not self.units.anchors:
+                    self.merge(known[0], np.broadcast_to(rows, ids.shape), axis, axis)
+            else:
+                assert rows is not None
+                sizes = [1 if i in gone else size for i, size in enumerate(ids.shape)]
+                columns = self.units.fresh(*sizes, loose=self.units.loose(ids))
+                self.multiply(ids, rows, columns, axis)
+            return columns.squeeze(tuple(gone)), left
+        tied = self.tie(Label(ids, tuple(range(len(over))), axis), gone)
+        return tied.ids, left
+
+    def _rows_over(self, used: Sequence[_Use], over: tuple[Any, ...], lost: Sequence[Any]) -> Ids | None:
+        """The units of the rows that go by the index names ``lost``, to broadcast against their cells."""
+        inner = [o for o in over if o in lost][-1]
+        for _, value, _, names, _ in used:
+            if inner not in names:
+                continue
+            dim = list(names).index(inner)
+            label = value.label(dim) if value.shape[dim] > 1 else None
+            if label is None or not self.is_row(label):
+                continue
+            outer = tuple(names[d] for d in label.over)
+            if set(outer) <= set(over) and set(lost) <= {*outer, inner}:
+                return aligned(label.ids[..., None], (*outer, inner), over)
+        return None
 
     # -- moving: views, permutations, slices ----------------------------------------------------
 
@@ -656,51 +717,56 @@ class Coupler:
                 continue
             if len(ins) > 1 or len(outs) > 1:
                 self.delicate()
-            over = {o for d in inside for o in cast(Label, old[d]).over}
-            if value.state is not None and over.isdisjoint(ins):
-                # A weight's channels, rather than its kernel, of which nothing is known yet.
-                kernel = len(value.shape) > 2 and ins == list(range(1, len(value.shape)))
-                inside.sort(key=lambda d: (kernel and d == 1, value.shape[d]))
-            dim, label = self._innermost(inside, old)
+            factors = self._factors(inside, old)
             blocks: list[tuple[list[int], list[int]]] = []
-            for o in label.over:
+            for o in (o for _, label in factors for o in label.over):
                 if group_of[o] not in blocks and group_of[o] != (ins, outs):
                     blocks.append(group_of[o])
             n_outer = len({o for _, o_outs in blocks for o in o_outs})
             blocks.append((ins, outs))
             in_order = [d for block, _ in blocks for d in block]
-            names = [*label.over, dim]
-            array = label.ids
-            if names != in_order:
-                array = array.transpose([names.index(d) for d in in_order if d in names])
-                array = array[tuple(slice(None) if d in names else None for d in in_order)]
-            array = np.broadcast_to(array, [value.shape[d] for d in in_order])
+            label, array = self._flattened(factors, in_order, [value.shape[d] for d in in_order])
             out_order = [d for _, block in blocks for d in block]
             array = array.reshape([shape[d] for d in out_order])
             self._place(labels, label, array, out_order, n_outer)
         return labels
 
-    def _innermost(self, inside: list[int], old: Sequence[Label | None]) -> tuple[int, Label]:
-        """The label that a group of dimensions keeps when they are flattened; others are absorbed."""
-        dim = inside[-1]
-        label = old[dim]
-        assert label is not None
-        for other in reversed(inside[:-1]):
-            outer = old[other]
-            assert outer is not None
-            if other in label.over:
+    def _factors(self, inside: list[int], old: Sequence[Label | None]) -> list[tuple[int, Label]]:
+        """The labels that make up a group of dimensions, the innermost first.
+
+        One that is over others stands for these, too.
+        """
+        found: list[tuple[int, Label]] = []
+        for dim in reversed(inside):
+            label = old[dim]
+            assert label is not None
+            if any(dim in inner.over for _, inner in found):
                 continue  # the rows of this very rectangle
-            if dim in outer.over:
-                outer = self.tie(outer, [dim])
-            reason = "two independently prunable axes are flattened into one"
-            if label.row and not outer.row:
-                self.freeze(label, reason)
-                dim, label = other, outer
-            else:
-                self.freeze(outer, reason)
-        # The group is flattened in row-major order: rows must come before their columns.
-        late = [o for o in label.over if o in inside and o > dim]
-        return dim, self.tie(label, late) if late else label
+            # The group is flattened in row-major order: rows must come before their columns.
+            late = [o for o in label.over if o in inside and o > dim]
+            found.append((dim, self.tie(label, late) if late else label))
+        return found
+
+    def _flattened(
+        self, factors: list[tuple[int, Label]], order: list[int], sizes: list[int]
+    ) -> tuple[Label, Ids]:
+        """The label that dimensions get when they are flattened, and its units by dimensions in ``order``."""
+        arrays = []
+        for dim, label in factors:
+            names = [*label.over, dim]
+            array = label.ids.transpose([names.index(d) for d in order if d in names])
+            arrays.append(array[tuple(slice(None) if d in names else None for d in order)])
+        (_, label), array = factors[0], arrays[0]
+        for (_, outer), rows in zip(factors[1:], arrays[1:], strict=True):
+            both = np.broadcast_shapes(array.shape, rows.shape)
+            if math.prod(both) > _MOST:
+                self.freeze(outer, "flattened with another axis, with too many entries to follow")
+                continue
+            cells = self.units.fresh(*both, loose=self.units.loose(array) and self.units.loose(rows))
+            self.multiply(cells, rows, array, label.axis)
+            self.edges.append((outer.axis, label.axis, self.node))
+            array, label = cells, replace(label, over=(), zero=label.zero and outer.zero, row=False)
+        return label, np.broadcast_to(array, sizes)
 
     def _place(
         self,
@@ -717,6 +783,8 @@ class Coupler:
             if array.shape[at] > 1 and (roots != roots.take([0], axis=at)).any():
                 varying.append(at)
         own = [at for at in varying if at >= n_outer]
+        if len(own) > 1 and self._split(labels, label, array, out_order, n_outer):
+            return
         if not own and not label.over and self.units.anchors:  # in a check: of several units one is left
             wide = [at for at in range(array.ndim) if array.shape[at] > 1]
             varying = own = wide if len(wide) == 1 else []
@@ -738,6 +806,26 @@ class Coupler:
                 rows = self._fresh_rows(cells)
                 self.rectangle(rows, cells)
                 cells = rows
+
+    def _split(
+        self, labels: list[Label | None], label: Label, array: Ids, out_order: list[int], n_outer: int
+    ) -> bool:
+        """:meth:`_place` for cells whose rows and columns fall on different dimensions, if they do."""
+        factors = self.units.factors(array)
+        if factors is None:
+            return False
+        parts = []
+        for ids in factors:
+            roots = self.units.find(ids)
+            parts.append([at for at in range(n_outer, ids.ndim) if (roots != roots.take([0], axis=at)).any()])
+        if not parts[0] or not parts[1] or set(parts[0]) & set(parts[1]):
+            return False
+        for ids, own in zip(factors, parts, strict=True):
+            alike = tuple(
+                slice(0, 1) if at >= n_outer and at not in own else slice(None) for at in range(ids.ndim)
+            )
+            self._place(labels, replace(label, over=(), row=False), ids[alike], out_order, n_outer)
+        return True
 
     def _fresh_rows(self, cells: Ids) -> Ids:
         """A unit for each row of ``cells``; rows of the same cells (a batch of heads) are one row."""
@@ -762,3 +850,13 @@ class Coupler:
 
     def _here(self, dim: int) -> Axis:
         return Axis(self.node.name if self.node is not None else "?", dim)
+
+
+def _over_rows(label: Label, shape: Sequence[int]) -> Label:
+    """The label without rows along dimensions of size 1: one row is none."""
+    single = [place for place, dim in enumerate(label.over) if shape[dim] == 1]
+    if not single:
+        return label
+    ids = label.ids[tuple(slice(0, 1) if i in single else slice(None) for i in range(label.ids.ndim))]
+    over = tuple(dim for dim in label.over if shape[dim] != 1)
+    return replace(label, ids=ids.squeeze(tuple(single)), over=over)

@@ -29,6 +29,7 @@ from .grouping import form_groups
 from .groups import Group, Grouping, RowSet
 from .interpreter import Run, interpret
 from .outputs import beside, fill, fills, holding, short_names
+from .products import Cells
 from .roles import Use
 from .units import FIXED, NONE, Axis, Event, Ids, Label, Rectangle, State, Value
 
@@ -474,7 +475,13 @@ class CouplingGraph:
                 for row, classes in zip(row_set.rows, row_set.classes, strict=True):
                     if not any(mask[units[name][own]].any() for name, own in row.items()):
                         mask[classes] = False
+        self._grouping.cells.inherit(np.logical_and, mask)
         return mask
+
+    @property
+    def cells(self) -> Cells:
+        """Classes that go as soon as one of two others goes."""
+        return self._grouping.cells
 
     @property
     def rectangles(self) -> tuple[Rectangle, ...]:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from .coupler import Coupler
 from .groups import Band, Group, Grouping, Mask, Member, RowSet
 from .head_rows import RowFinder
+from .products import Cells, close, groups_of_cells
 from .roles import Uses
 from .units import FIXED, Axis, Event, Ids, Rectangle, State, Units
 
@@ -39,26 +40,41 @@ def form_groups(
     """
     events = [*coupler.frozen, *extra]
     open_rectangles = _resolve(coupler)
-    roots = coupler.units.roots()
-    frozen = _mask(roots, [event.ids for event in events])
-    frozen[FIXED] = True
-    is_row = _mask(roots, [rectangle.rows for rectangle in open_rectangles])
-    signature, present, order = _appearance(states, trainable, roots)
+    base = coupler.units.roots()
+    signature: Any
     while True:
+        frozen = _mask(base, [event.ids for event in events])
+        frozen[FIXED] = True
+        closed = close(base, frozen, coupler.units.products, open_rectangles)
+        roots, frozen, cells = closed.roots, closed.frozen, closed.cells
+        signature, present, order = _appearance(states, trainable, roots, cells)
+        loose = closed.units[present[closed.units]]  # rows that hold axes of their own
+        rectangles = [r for r in closed.rectangles if not np.isin(roots[r.rows], loose).all()]
+        is_row = _mask(roots, [rectangle.rows for rectangle in rectangles])
         prunable = present & ~frozen & ~is_row
-        bands, broken = _balance(open_rectangles, roots, prunable, signature, order)
-        if not broken:
-            break
+        prunable[cells.cells] = False
+        bands, broken = _balance(closed.balanced, roots, prunable, signature, order)
         for rectangle in broken:
-            cells = np.unique(roots[rectangle.cells])
-            frozen[cells] = True
+            stay = np.unique(roots[rectangle.cells])
             reason = "rows of unequal make-up cannot be kept equally long"
-            events.append(Event(cells, Axis(rectangle.at, 1), rectangle.node, reason))
+            events.append(Event(stay, Axis(rectangle.at, 1), rectangle.node, reason))
+        if broken:
+            continue
+        number = np.full(roots.size, -1, dtype=np.int64)
+        for band, component in zip(bands, _share_axes(bands, signature), strict=True):
+            number[np.concatenate(band)] = component
+        both = groups_of_cells(cells, number)
+        if not both.size:
+            break
+        product = coupler.units.products[-1]
+        events.append(Event(both, product.axis, product.node, "is flattened with an axis of the same group"))
+    events += closed.events
     inexact = _first(roots, [event.ids for event in coupler.inexact])
+    cells.collect(np.minimum, inexact)
 
     @functools.cache
     def find_rows() -> tuple[tuple[RowSet, ...], tuple[Event, ...]]:
-        finder = RowFinder(open_rectangles, roots, frozen, is_row, bands, groups)
+        finder = RowFinder(rectangles, roots, frozen, is_row, bands, groups)
         finder.keep(coupler.inexact)
         row_sets = finder.row_sets(states, trainable)
         return row_sets, finder.events
@@ -74,8 +90,10 @@ def form_groups(
         coupler.inexact,
         lambda: find_rows()[0],
         coupler.uses,
+        cells,
     )
-    return Grouping(groups, roots, prunable, tuple(events), tuple(open_rectangles), find_rows)
+    cells.inherit(np.logical_or, prunable)
+    return Grouping(groups, roots, prunable, tuple(events), tuple(rectangles), cells, find_rows)
 
 
 def _resolve(coupler: Coupler) -> list[Rectangle]:
@@ -113,11 +131,12 @@ def _first(roots: Ids, arrays: Sequence[Ids]) -> Ids:
 
 
 def _appearance(
-    states: Sequence[State], trainable: Mapping[str, bool], roots: Ids
+    states: Sequence[State], trainable: Mapping[str, bool], roots: Ids, cells: Cells
 ) -> tuple[NDArray[np.uint64], Mask, Ids]:
     """By class: a number for the axes that it lies on, whether one is a parameter's, and where it is first.
 
     Classes that lie equally often on the same axes have the same number, the sum of random numbers of axes.
+    The parents of cells lie where these do.
     """
     labelled = [
         (label.ids, trainable[state.name]) for state in states for label in state.axes if label is not None
@@ -141,6 +160,9 @@ def _appearance(
             present[classes] = True
         order[classes[::-1]] = np.arange(end - 1, end - 1 - classes.size, -1)
         end -= classes.size
+    cells.collect(np.add, signature)
+    cells.collect(np.logical_or, present)
+    cells.collect(np.minimum, order)
     return signature, present, order
 
 
@@ -224,6 +246,7 @@ def _collect(
     reasons: Sequence[Event],
     find_rows: Callable[[], tuple[RowSet, ...]],
     uses: Uses,
+    cells: Cells,
 ) -> tuple[Group, ...]:
     """Join balanced sets that share member axes into groups."""
     together: dict[int, list[Band]] = defaultdict(list)
@@ -248,7 +271,13 @@ def _collect(
         for dim, label in enumerate(state.axes):
             if label is not None:
                 if id(label.ids) not in touched:
-                    touched[id(label.ids)] = _distinct(group_of_unit[label.ids], len(components) + 1).tolist()
+                    own = _distinct(group_of_unit[label.ids], len(components) + 1)
+                    if cells.cells.size:
+                        inside = np.zeros(roots.size, dtype=bool)
+                        inside[roots[label.ids]] = True
+                        cells.collect(np.logical_or, inside)
+                        own = _distinct(group_of[inside], len(components) + 1)
+                    touched[id(label.ids)] = own.tolist()
                 for number in touched[id(label.ids)]:
                     axes[number].append((state, dim))
 
@@ -260,7 +289,12 @@ def _collect(
                 assert label is not None
                 assert state.tensor is not None
                 classes = roots[label.ids]
-                units = np.where(group_of[classes] == number, position[classes], -1)
+                places = position
+                if cells.cells.size:
+                    places = np.where(group_of == number, position, -1)
+                    cells.inherit(np.maximum, places)
+                inside = (group_of[classes] == number) | np.isin(classes, cells.cells)
+                units = np.where(inside, places[classes], -1)
                 axis, learnt = Axis(state.name, dim), trainable[state.name]
                 masked = learnt and label.zero
                 acts = tuple(uses.by_axis.get(axis, ()))

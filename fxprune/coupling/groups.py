@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .products import Cells
 from .roles import Role, Use
 from .units import Axis, Event, Ids, Rectangle
 
@@ -180,6 +181,7 @@ class Grouping:
         prunable: whether a class belongs to a group, by class.
         events: why classes are frozen, in order of discovery.
         rectangles: those whose rows do not live and die as one.
+        cells: classes that go with others, row or column.
     """
 
     groups: tuple[Group, ...]
@@ -187,6 +189,7 @@ class Grouping:
     prunable: Mask
     events: tuple[Event, ...]
     rectangles: tuple[Rectangle, ...]
+    cells: Cells
     _find_rows: Callable[[], tuple[tuple[RowSet, ...], tuple[Event, ...]]] = field(repr=False)
 
     @property

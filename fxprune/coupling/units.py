@@ -43,6 +43,19 @@ NONE: Ids = np.empty(0, dtype=np.int64)
 """No units."""
 
 
+class Product(NamedTuple):
+    """Cells and their parents, three arrays of one shape: a cell goes as soon as its row or its column does.
+
+    A cell is never removed by itself. See :mod:`.products`.
+    """
+
+    cells: Ids
+    rows: Ids
+    columns: Ids
+    axis: Axis
+    node: fx.Node | None
+
+
 class Units:
     """Union-find over unit numbers ``0 .. count-1``; unit 0 is :data:`FIXED`.
 
@@ -57,6 +70,22 @@ class Units:
         self._parent: Ids = np.arange(max(4096, 2 * self.count), dtype=np.int64)
         self._loose = np.zeros(self._parent.size, dtype=bool)
         self.any_loose = False
+        self.products: list[Product] = []
+
+    def multiply(self, product: Product) -> None:
+        """Say that these units are cells."""
+        self.products.append(product)
+
+    def factors(self, ids: Ids) -> tuple[Ids, Ids] | None:
+        """Rows and columns of these units, where all of them are cells, else None."""
+        if not self.products:
+            return None
+        parents = np.full((2, self.count), -1, dtype=np.int64)
+        for product in self.products:
+            cells = self.find(product.cells)
+            parents[0, cells], parents[1, cells] = product.rows, product.columns
+        rows, columns = parents[:, self.find(ids)]
+        return (rows, columns) if (rows >= 0).all() else None
 
     def copy(self) -> Units:
         """Another union-find of the same units, in the same classes."""
@@ -213,8 +242,8 @@ class State:
         tensor: the tensor behind it, None for a constant computed in the graph.
         axes: a label for each axis, None while nothing was met.
         node: the graph node that creates a constant.
-        kept: by axis why it keeps its extent, as far as operators have said. Whatever label the axis has then,
-            or gets later, is frozen.
+        kept: by axis why it keeps its extent, as far as operators have said. Whatever label the axis has
+            then, or gets later, is frozen.
         trainable: a parameter, not a buffer or constant.
     """
 

@@ -38,6 +38,7 @@ def magnitude(graph: CouplingGraph, p: float) -> NDArray[np.float64]:
     for _, label, powers in _axes(graph, p):
         np.add.at(by_unit, label.ids.ravel(), powers.ravel())
     by_class = np.bincount(graph.classes(np.arange(count)), by_unit, count)
+    graph.cells.collect(np.add, by_class)  # an entry counts for both axes that it goes with
     return np.float_power(by_class, 1 / p)
 
 

@@ -92,6 +92,7 @@ class CostModel:
         for rows in graph.rows:
             for classes in rows.classes:
                 self._varies[classes] = True
+        graph.cells.inherit(np.logical_or, self._varies)
         self._full: list[int] = []
         self._constants: dict[int, int] = {}
         self._labels: dict[int, tuple[Ids, int]] = {}

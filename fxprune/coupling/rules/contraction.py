@@ -235,8 +235,11 @@ def _grouped(
         else:
             label = weight.label(inner)
             if label is not None:
-                other = label.ids if label.over else label.ids[None]
-                c.merge(per_index, other, axis, label.axis)
+                rows = weight.label(outer)
+                if label.over == (outer,) and rows is not None and not rows.over and c.is_row(rows):
+                    c.multiply(label.ids, rows.ids[:, None], per_index, axis)
+                else:
+                    c.merge(per_index, label.ids if label.over else label.ids[None], axis, label.axis)
             else:
                 c.freeze(Label(inner_cells.reshape(-1), (), axis), "meets a weight that cannot be narrowed")
     flat = Label(cells.reshape(-1), (), axis, True)
