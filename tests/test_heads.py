@@ -299,14 +299,13 @@ class Normed(BiasTable):
         return super().attend(self.norm(q), k, v)
 
 
-def test_heads_of_tied_columns_stay() -> None:
-    """Columns that all heads share are units of their own; the heads stay, and the report says so."""
+def test_heads_of_tied_columns_go() -> None:
+    """Columns that all heads share are units of their own, and so are the heads."""
     model = Normed()
-    graph = fxprune.analyze(model, TOKENS)
-    assert graph.rows == ()
-    frozen = {"table[1]": "stands for whole rows"}
-    check(model, TOKENS, ratio=0, heads=0.5, shrinks=False, frozen=frozen)
-    check(model, TOKENS, ratio=0.5, heads=0.5, narrows=["q.weight", "v.weight"])
+    assert len(fxprune.analyze(model, TOKENS).rows) == 1
+    _, pruned = check(model, TOKENS, ratio=0, heads=0.5, narrows=["q.weight", "v.weight", "table"])
+    assert pruned.state_dict()["norm.weight"].shape == (6,)
+    check(model, TOKENS, ratio=0.5, heads=0.5, narrows=["q.weight", "v.weight", "norm.weight"])
 
 
 @pytest.mark.parametrize("weights", ["mean", "each"])

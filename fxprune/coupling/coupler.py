@@ -308,8 +308,8 @@ class Coupler:
             if known is not None:
                 self.merge(known[1], np.broadcast_to(columns, cells.shape), axis, axis)
                 return
-        parents = (np.broadcast_to(ids, cells.shape) for ids in (rows, columns))
-        self.units.multiply(Product(cells, *parents, axis, self.node))
+        rows, columns = np.broadcast_to(rows, cells.shape), np.broadcast_to(columns, cells.shape)
+        self.units.multiply(Product(cells, rows, columns, axis, self.node))
 
     def is_row(self, label: Label | None) -> bool:
         """Whether the units of a label stand for rows of rectangles, with which their cells go."""

@@ -325,40 +325,50 @@ class CouplingGraph:
 
     @cached_property
     def frozen(self) -> tuple[Frozen, ...]:
-        """Axes of parameters of which no index can be removed, each with the reason."""
-        grouping = self._grouping
-        events = (*grouping.events, *grouping.row_events)
+        """Axes of parameters of which no index can be removed by itself, each with the reason.
+
+        Axes of one index are left out; every other axis of a parameter is here or in a group.
+        """
+        grouping, coupler = self._grouping, self._run.coupler
+        events = (*grouping.events, *grouping.row_events, *coupler.by_row)
         first = np.full(grouping.roots.size, -1, dtype=np.int64)
         for number in range(len(events) - 1, -1, -1):
             first[grouping.roots[events[number].ids]] = number
         by_row = {m.axis for rows in grouping.rows for m in rows.members if (m.units >= 0).any()}
+
+        def why(state: State, dim: int) -> Event | None:
+            """What keeps an axis, None where something of it can go."""
+            axis, label = Axis(state.name, dim), state.axes[dim]
+            if label is None:
+                kept = state.kept.get(dim)
+                return kept[0] if kept else Event(NONE, axis, None, "nothing reads it, or its size alone")
+            classes = grouping.roots[label.ids]
+            if grouping.prunable[classes].any():
+                return None
+            numbers = first[classes]
+            numbers = numbers[numbers >= 0]
+            event = events[int(np.bincount(numbers).argmax())] if numbers.size else None
+            if axis in by_row:
+                because = f": {event.reason}" if event is not None else ""
+                reason = f"goes by whole rows alone (heads, groups; heads= removes them){because}"
+                return Event(NONE, axis, event.node if event is not None else None, reason)
+            return event or Event(NONE, axis, None, "meets an axis that cannot be narrowed")
+
         found = []
         for state in self._states.values():
-            if not isinstance(state.tensor, torch.nn.Parameter):
-                continue
-            for dim, label in enumerate(state.axes):
-                if state.shape[dim] < 2:
-                    continue
-                axis = Axis(state.name, dim)
-                if label is None:
-                    kept = state.kept.get(dim)
-                    event = (
-                        kept[0] if kept else Event(NONE, axis, None, "nothing reads it, or its size alone")
-                    )
-                else:
-                    classes = grouping.roots[label.ids]
-                    if grouping.prunable[classes].any():
-                        continue
-                    numbers = first[classes]
-                    numbers = numbers[numbers >= 0]
-                    if axis in by_row:
-                        event = Event(NONE, axis, None, "goes with whole rows (heads, groups), not by itself")
-                    elif numbers.size:
-                        event = events[int(np.bincount(numbers).argmax())]
-                    else:
-                        event = Event(NONE, axis, None, "meets an axis that cannot be narrowed")
-                name = event.node.name if event.node is not None else ""
-                found.append(Frozen(axis, event.reason, name, describe_source(event.node), event.remedy))
+            if isinstance(state.tensor, torch.nn.Parameter):
+                for dim, size in enumerate(state.shape):
+                    event = why(state, dim) if size > 1 else None
+                    if event is not None:
+                        at = event.node.name if event.node is not None else ""
+                        source = describe_source(event.node)
+                        found.append(Frozen(Axis(state.name, dim), event.reason, at, source, event.remedy))
+        used = {id(state.tensor) for state in self._states.values()}
+        for name, tensor in self.captured.program.tensors.items():
+            if isinstance(tensor, torch.nn.Parameter) and id(tensor) not in used:
+                used.add(id(tensor))
+                axes = [Axis(name, dim) for dim, size in enumerate(tensor.shape) if size > 1]
+                found += [Frozen(axis, "the graph does not use this parameter", "", "", "") for axis in axes]
         return tuple(found)
 
     @property

@@ -271,13 +271,13 @@ def _collect(
         for dim, label in enumerate(state.axes):
             if label is not None:
                 if id(label.ids) not in touched:
-                    own = _distinct(group_of_unit[label.ids], len(components) + 1)
+                    numbers = _distinct(group_of_unit[label.ids], len(components) + 1)
                     if cells.cells.size:
                         inside = np.zeros(roots.size, dtype=bool)
                         inside[roots[label.ids]] = True
                         cells.collect(np.logical_or, inside)
-                        own = _distinct(group_of[inside], len(components) + 1)
-                    touched[id(label.ids)] = own.tolist()
+                        numbers = _distinct(group_of[inside], len(components) + 1)
+                    touched[id(label.ids)] = numbers.tolist()
                 for number in touched[id(label.ids)]:
                     axes[number].append((state, dim))
 

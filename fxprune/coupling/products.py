@@ -109,13 +109,17 @@ def close(roots: Ids, frozen: Mask, products: Sequence[Product], rectangles: Seq
     return _Closing(roots, frozen, products, rectangles).run()
 
 
+_PARTS = ("cells", "rows", "columns")
+
+
 class _Closing:
     def __init__(
         self, roots: Ids, frozen: Mask, products: Sequence[Product], rectangles: Sequence[Rectangle]
     ) -> None:
         self.roots, self.frozen, self.rectangles = roots, frozen.copy(), list(rectangles)
         self.products = products
-        self.given = [np.concatenate([product[k].ravel() for product in products]) for k in range(3)]
+        parts = ([getattr(product, name).ravel() for product in products] for name in _PARTS)
+        self.given = [np.concatenate(part) for part in parts]
         self.classes = Units()
         self.classes.fresh(roots.size)
         self.events: list[Event] = []
@@ -125,16 +129,19 @@ class _Closing:
         while True:
             self.changed = False
             self._settle()
-            if self.changed:
+            if self._moved():
                 continue
             cells = self._cells()
-            if self.changed:
+            if self._moved():
                 continue
             balanced, units = self._substitute(cells)
-            if self.changed:
-                continue
-            roots = self.find(np.arange(self.roots.size))
-            return Closed(roots, self.frozen, cells, balanced, self.rectangles, units, self.events)
+            if not self._moved():
+                roots = self.find(np.arange(self.roots.size))
+                return Closed(roots, self.frozen, cells, balanced, self.rectangles, units, self.events)
+
+    def _moved(self) -> bool:
+        """Whether something was merged or frozen, so that it has to be looked at again."""
+        return self.changed
 
     def find(self, ids: Ids) -> Ids:
         """The present classes of units or classes; in ``classes``, unit 0 is not merged."""

@@ -195,6 +195,8 @@ class CostModel:
         """All sizes that occur in the network, where only the ``alive`` classes survive."""
         sizes = self.full
         if self._rows:
+            alive = alive.copy()
+            self.graph.cells.inherit(np.logical_and, alive)
             columns = np.add.reduceat(alive[self._classes], self._row_starts, dtype=np.int64)
             sizes[self._where] = np.maximum.reduceat(columns, self._label_starts)  # rows that go are empty
         return sizes

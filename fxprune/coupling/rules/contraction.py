@@ -235,9 +235,9 @@ def _grouped(
         else:
             label = weight.label(inner)
             if label is not None:
-                rows = weight.label(outer)
-                if label.over == (outer,) and rows is not None and not rows.over and c.is_row(rows):
-                    c.multiply(label.ids, rows.ids[:, None], per_index, axis)
+                across = weight.label(outer)
+                if label.over == (outer,) and across is not None and not across.over and c.is_row(across):
+                    c.multiply(label.ids, across.ids[:, None], per_index, axis)
                 else:
                     c.merge(per_index, label.ids if label.over else label.ids[None], axis, label.axis)
             else:
