@@ -101,6 +101,21 @@ class LowRank(nn.Module):
         return self.out((mixed @ self.inp(x).relu()[:, :, None]).squeeze(-1))
 
 
+class Correlation(nn.Module):
+    """The features of one image are the kernels for another's, a pair for each of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3))
+        self.out = nn.Conv2d(1, 2, 1)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        z, x = self.net(z), self.net(x)
+        n, c, h, w = x.shape
+        y = F.conv2d(x.view(1, n * c, h, w), z, groups=n)
+        return self.out(y.view(n, 1, *y.shape[2:]))
+
+
 class Standardized(nn.Module):
     """A convolution whose weight is standardised over inputs and kernel."""
 
@@ -143,6 +158,12 @@ CASES: dict[str, tuple[Any, Any, float, dict[str, tuple[int, ...]]]] = {
     "outer_product": (Outer, torch.randn(2, 5), 0.5, {"out.weight": (3, 12)}),
     "hypernetwork": (LowRank, torch.randn(3, 5), 0.5, {"table": (4, 24)}),
     "standardised": (Standardized, IMAGE, 0.5, {"b.weight": (3, 4, 3, 3)}),
+    "correlation": (
+        Correlation,
+        (torch.randn(2, 3, 9, 9), torch.randn(2, 3, 12, 12)),
+        0.4,
+        {"net.3.weight": (4, 8, 3, 3)},
+    ),
 }
 
 

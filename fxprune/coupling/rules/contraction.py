@@ -185,7 +185,8 @@ def _grouped(
     """A grouped convolution: rows are groups, columns the channels of a group.
 
     Input and output channels of a group form two rectangles with the same rows. Each group chooses its
-    own columns, so the in-group axis of the weight is labelled over the grouped axis.
+    own columns, so the in-group axis of the weight is labelled over the grouped axis. Where all groups have the
+    same units, they are a batch: each has a kernel of its own that is computed (a cross-correlation).
     """
     n_in, n_out = x.shape[1] // groups, out.shape[1] // groups
     # A group that became one channel wide is still a row of its rectangle, not a channel of its own.
@@ -200,6 +201,9 @@ def _grouped(
         axis = c._here(1)
     else:
         ids, axis = channels.ids.reshape(groups, n_in), channels.axis
+        roots = c.units.find(ids)
+        if single and n_in > 1 and weight.state is None and (roots == roots[:1]).all():
+            single = False
         if single:
             c.produces(weight, 0)
             c.consumes(weight, 0, x, 1)
