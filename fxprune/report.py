@@ -284,7 +284,7 @@ def report(graph: CouplingGraph) -> Report:
         tuple(
             FrozenEntry(
                 str(entry.axis),
-                graph.states[entry.axis.name].shape[entry.axis.dim],
+                graph.captured.program.tensors[entry.axis.name].shape[entry.axis.dim],
                 entry.reason,
                 entry.node,
                 entry.source,

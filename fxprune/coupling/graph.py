@@ -368,7 +368,7 @@ class CouplingGraph:
             if isinstance(tensor, torch.nn.Parameter) and id(tensor) not in used:
                 used.add(id(tensor))
                 axes = [Axis(name, dim) for dim, size in enumerate(tensor.shape) if size > 1]
-                found += [Frozen(axis, "the graph does not use this parameter", "", "", "") for axis in axes]
+                found += [Frozen(axis, "no graph node uses this parameter", "", "", "") for axis in axes]
         return tuple(found)
 
     @property

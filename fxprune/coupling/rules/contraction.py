@@ -185,8 +185,8 @@ def _grouped(
     """A grouped convolution: rows are groups, columns the channels of a group.
 
     Input and output channels of a group form two rectangles with the same rows. Each group chooses its
-    own columns, so the in-group axis of the weight is labelled over the grouped axis. Where all groups have the
-    same units, they are a batch: each has a kernel of its own that is computed (a cross-correlation).
+    own columns, so the in-group axis of the weight is labelled over the grouped axis. Where all groups have
+    the same units, they are a batch: each has a kernel of its own that is computed (a cross-correlation).
     """
     n_in, n_out = x.shape[1] // groups, out.shape[1] // groups
     # A group that became one channel wide is still a row of its rectangle, not a channel of its own.
