@@ -89,6 +89,9 @@ class PruningPlan:
         fill_outputs: names of outputs that hold zeros in place of what was removed.
         regions: where the model is captured in parts: by path of a submodule a description of its inputs
             and the names of its tensors that are used outside of it, too.
+        costs: what a file says the network costs before and after, ``{"params": [2, 1], "macs": [2, 1]}``;
+        see
+            :meth:`counts`.
         into: the form of the result: ``"graph"``, or ``"module"`` for the model's own class.
         notes: why nodes were held, and what would let more go, for people.
         settings: how the plan was made (ratio, importance, seed); for the record only.
@@ -107,6 +110,7 @@ class PruningPlan:
     free_outputs: tuple[str, ...] = ()
     fill_outputs: tuple[str, ...] = ()
     into: str = "graph"
+    costs: Mapping[str, list[int]] = field(default_factory=dict, compare=False)
 
     def apply(self, model: nn.Module | CouplingGraph) -> nn.Module:
         """A narrowed copy of ``model``, which may be any copy of the architecture that the plan is for.
@@ -134,7 +138,7 @@ class PruningPlan:
                 raise PlanError(f"the positions to remove from {name!r} are a list, [3] say; got {units!r}.")
         merged = {name: list(self.removed.get(name, ())) for name in self.sizes}
         merged |= {name: sorted(units) for name, units in removed.items()}
-        edited = replace(self, removed={name: units for name, units in merged.items() if units})
+        edited = replace(self, removed={name: units for name, units in merged.items() if units}, costs={})
         edited.come_from(self.came_from)
         return edited
 
@@ -276,7 +280,7 @@ class PruningPlan:
         """
         if not isinstance(self.model, str):
             raise PlanError(f"the plan's 'model' must be the name of a class, got {self.model!r}.")
-        for name in ("inputs", "shapes", "sizes", "removed", "regions", "settings"):
+        for name in ("inputs", "shapes", "sizes", "removed", "regions", "settings", "costs"):
             if not isinstance(getattr(self, name), Mapping):
                 raise PlanError(f"the plan's {name!r} must map names to values, got {getattr(self, name)!r}.")
         for name, shape in self.shapes.items():
@@ -304,6 +308,9 @@ class PruningPlan:
                 raise PlanError(
                     f"the plan removes every unit of the group {group!r}; at least one must stay."
                 )
+        for name, pair in self.costs.items():
+            if not _whole_numbers(pair) or len(pair) != 2:
+                raise PlanError(f"the plan's cost {name!r} must be two whole numbers, got {pair!r}.")
         plan_file.check_sizes(self)
 
     def __repr__(self) -> str:
@@ -334,7 +341,27 @@ class PruningPlan:
         lines = [repr(self)]
         lines += [f"  {name:<{width}}  {size:>6} -> {size - gone:>6}" for name, size, gone in rows]
         lines += [f"  note: {note}" for note in self.notes]
+        for name, what in (("params", "parameters"), ("macs", "multiply-accumulates")):
+            if name in (counts := self.counts()):
+                before, after = counts[name]
+                share = f" ({after / before:.2f}x)" if before else ""
+                lines.append(f"  {what} {before:,} -> {after:,}{share}")
         return "\n".join(lines)
+
+    def counts(self) -> Mapping[str, list[int]]:
+        """Parameters and multiply-accumulates before and after, ``{"params": [2, 1], "macs": [2, 1]}``.
+
+        Empty where nobody knows: they are counted from the analysis that the plan was made from, which is
+        there as long as the model is, and are written into files by :meth:`save`.
+        """
+        graph = self.came_from()
+        if self.costs or graph is None:
+            return self.costs
+        from .cost_model import CostModel
+
+        model = CostModel(graph)
+        before, after = model({}), model(self.removed)
+        return {"params": [before.params, after.params], "macs": [before.macs, after.macs]}
 
     def diff(self, other: PruningPlan) -> PlanDiff:
         """How ``other`` differs from this plan; false if it does not; printing it says how."""
@@ -349,7 +376,8 @@ class PruningPlan:
         from ..files import check_output, write
 
         check_output(Path(path), (".json",))
-        write(Path(path), lambda draft: draft.write_text(self.to_json(), encoding="utf-8"))
+        text = replace(self, costs=self.counts()).to_json()
+        write(Path(path), lambda draft: draft.write_text(text, encoding="utf-8"))
 
     @staticmethod
     def load(path: str | Path) -> PruningPlan:

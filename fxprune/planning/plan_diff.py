@@ -85,7 +85,7 @@ def diff(first: PruningPlan, second: PruningPlan) -> PlanDiff:
     rest: dict[str, tuple[Any, Any]] = {}
     for item in fields(first):
         one, other = getattr(first, item.name), getattr(second, item.name)
-        if item.name in ("shapes", "sizes", "removed") or one == other:
+        if item.name in ("shapes", "sizes", "removed", "costs") or one == other:
             continue
         if item.name == "settings":
             for key in dict.fromkeys([*one, *other]):

@@ -45,6 +45,8 @@ def write(plan: PruningPlan) -> str:
     parts = [f'"fxprune_plan": {VERSION}']
     for item in fields(plan):
         value = getattr(plan, item.name)
+        if item.name == "costs" and not value:  # which are only written where they are known
+            continue
         if item.name == "removed":
             value = {name: _ranges(units) for name, units in value.items()}
         if item.name in _LINES and value:
