@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .coupling.graph import CouplingGraph
     from .coupling.groups import Group, Member
     from .coupling.registry import register_module, register_rule, unregister
+    from .dead_channels import lossless
     from .errors import FxpruneError, VerificationError
     from .exporting import export
     from .iterative import Step, schedule
@@ -46,6 +47,7 @@ __all__ = [
     "export",
     "functional",
     "load",
+    "lossless",
     "plan",
     "prune",
     "register_module",
@@ -71,6 +73,7 @@ _MODULES = {
     "register_module": "coupling.registry",
     "register_rule": "coupling.registry",
     "unregister": "coupling.registry",
+    "lossless": "dead_channels",
     "FxpruneError": "errors",
     "VerificationError": "errors",
     "export": "exporting",

@@ -115,7 +115,7 @@ class _Look:
         for name, value in own.items():
             if value.__class__ in _PLAIN:
                 found.append(value)
-            elif not value and value.__class__ in (dict, OrderedDict, set, tuple):  # most tables of hooks
+            elif value.__class__ in (dict, OrderedDict, set, tuple) and not value:  # most tables of hooks
                 found.append(None)
             elif name in ("_parameters", "_buffers"):
                 found += [(key, self._tensor(t, name == "_buffers")) for key, t in value.items()]

@@ -610,6 +610,21 @@ class TestCommands:
         assert sorted(p.name for p in folder.iterdir()) == ["nets.py", "plan.json"]
         assert fxprune.PruningPlan.load("plan.json").settings["ratio"] == 0.5
 
+    def test_lossless(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        model = load("nets:build", shapes=[(1,)]).model
+        with torch.no_grad():
+            for tensor in (model[0].weight, model[0].bias, model[1].bias):
+                tensor[:3] = 0
+        save_file(model.state_dict(), "sparse.safetensors")
+        argv = ["prune", *self.SOURCE, "--checkpoint", "sparse.safetensors", "--lossless", "--no-latency"]
+        assert main([*argv, "--out", "small.safetensors"]) == 0
+        assert "the same as the original" in capsys.readouterr().out
+        small = fxprune.load(load("nets:build", shapes=[(1,)]).model, "small.safetensors")
+        assert small.get_parameter("0.weight").shape[0] == 5
+        x = torch.randn(2, 3, 8, 8)
+        torch.testing.assert_close(small(x), model.eval()(x))
+        assert main(["prune", *self.SOURCE, "--lossless", "--no-latency"]) == 3
+
     def test_nothing_removed_has_a_code_of_its_own(
         self, folder: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -87,6 +87,12 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         help="share of the units of every group to remove, 0 <= RATIO < 1 (default: 0.5, which leaves about "
         "a quarter of the parameters; no default where a budget is given)",
     )
+    pruning.add_argument(
+        "--lossless",
+        action="store_true",
+        help="remove only channels that do no work, such as those that masks or sparse training have set to "
+        "zero; the result stays the same",
+    )
     for flag, metavar, what in BUDGETS:
         pruning.add_argument(flag, metavar=metavar, type=float, help=what)
     pruning.add_argument(

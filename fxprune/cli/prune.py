@@ -127,7 +127,8 @@ def run_prune(options: argparse.Namespace) -> int:
     from ..errors import RatioError
     from ..exporting import check_whole
     from ..files import check_output
-    from .loading import load_data, load_source
+    from ..origins import plans_of
+    from .loading import load_source
     from .progress import Progress, show
 
     for name, what in (("ratio", "0.5"), ("heads", "0.25")):
@@ -159,6 +160,36 @@ def run_prune(options: argparse.Namespace) -> int:
         say(str(graph.captured.report))
     for path in outs:
         check_whole(path, graph.captured.regions)
+    if options.lossless:
+        with progress.step("lossless") as say:
+            pruned = fxprune.lossless(loaded.model, loaded.inputs)
+            plan = plans_of(pruned)[-1]
+            say("\n".join(["channels that do no work", *plan.notes]))
+    else:
+        pruned = None
+        plan, selection = _planned(options, progress, graph, given, budget)
+    wanted = bool(options.ratio != 0 or options.heads)
+    if options.dry_run:
+        for path in plan_files:
+            plan.save(path)
+            progress.note("write", f"{path}, the plan")
+        if options.json:
+            show(_plan_data(options, plan, plan_files))
+        else:
+            progress.out(str(plan))
+        return NOTHING_REMOVED if wanted and not plan.removed else 0
+    fit = selection if options.calibrate and not options.lossless else None
+    return _carry_out(options, progress, loaded, plan, fit, plan_files, wanted, pruned)
+
+
+def _planned(
+    options: argparse.Namespace, progress: Progress, graph: Any, given: dict[str, float], budget: Any
+) -> tuple[PruningPlan, Any]:
+    """The plan that the options ask for, and the selection that they are."""
+    import fxprune
+
+    from .loading import load_data
+
     selection = fxprune.Selection(
         options.ratio,
         options.importance or ("auto" if options.calibrate else "l2"),
@@ -182,19 +213,7 @@ def run_prune(options: argparse.Namespace) -> int:
         exact = ", exact groups only" if options.exact_only else ""
         by = options.importance or ("calibration" if options.calibrate else "l2")
         say("\n".join([f"{asked} by {by}{ranked}{exact}", *plan.notes]))
-    wanted = bool(options.ratio != 0 or options.heads)
-    if options.dry_run:
-        for path in plan_files:
-            plan.save(path)
-            progress.note("write", f"{path}, the plan")
-        if options.json:
-            show(_plan_data(options, plan, plan_files))
-        else:
-            progress.out(str(plan))
-        return NOTHING_REMOVED if wanted and not plan.removed else 0
-    return _carry_out(
-        options, progress, loaded, plan, selection if options.calibrate else None, plan_files, wanted
-    )
+    return plan, selection
 
 
 _SUFFIXES = (".pt2", ".safetensors", ".onnx", ".aoti.pt2")
@@ -237,8 +256,9 @@ def _carry_out(
     selection: Any,
     plan_files: list[Path],
     wanted: bool,
+    pruned: Any = None,
 ) -> int:
-    """Rewrite, verify, compare and write."""
+    """Rewrite, verify, compare and write. What is given as ``pruned`` was compared already."""
     import fxprune
 
     from ..exporting import export
@@ -249,7 +269,8 @@ def _carry_out(
     model, inputs = loaded.model, loaded.inputs
     args, kwargs = normalize(inputs)
     with progress.step("rewrite") as say:
-        pruned: Any = plan.apply(model)
+        verdict = "" if pruned is None else "the same as the original, up to rounding"
+        pruned = plan.apply(model) if pruned is None else pruned
         before, after = count(model, inputs), count(pruned, inputs)
         say(f"{number(before.params)} -> {number(after.params)} parameters")
     removed = before.params != after.params
@@ -259,9 +280,10 @@ def _carry_out(
             "nothing was removed: every group is frozen, left out, or too small for this ratio "
             f"(fxprune inspect {options.model} says what is frozen and why)",
         )
-    with progress.step("verify") as say:
-        verdict = str(fxprune.verify(model, pruned, plan, inputs))
-        say("done")
+    if not verdict:
+        with progress.step("verify") as say:
+            verdict = str(fxprune.verify(model, pruned, plan, inputs))
+            say("done")
     if selection is not None:
         with progress.step("fit") as say:
             pruned = fxprune.compensate(

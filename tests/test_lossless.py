@@ -1,0 +1,142 @@
+"""Dead channels go without a change of the result, or stay with a reason."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import fxprune
+
+X = torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """In evaluation mode, with statistics as after training."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.weight.data, module.bias.data):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
+    return model.eval()
+
+
+def unchanged(model: nn.Module, x: Tensor) -> nn.Module:
+    before = copy.deepcopy(model.state_dict())
+    pruned = fxprune.lossless(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(x), model(x), rtol=1e-5, atol=1e-5)
+        other = torch.randn(x.shape) * 5
+        torch.testing.assert_close(pruned(other), model(other), rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    return pruned
+
+
+class Convs(nn.Module):
+    def __init__(self, padding: int, bias: bool) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.b = nn.Conv2d(8, 6, 3, padding=padding, bias=bias)
+        self.after = nn.BatchNorm2d(6)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.after(self.b(self.norm(self.a(x)).relu())).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("masks", [False, True])
+def test_convolutions(padding: int, bias: bool, masks: bool) -> None:
+    """What a ReLU lets through of the shift goes into the next layer, but not where that pads."""
+    torch.manual_seed(0)
+    model = settled(Convs(padding, bias))
+    prune.ln_structured(model.a, "weight", 0.5, n=2, dim=0)
+    dead = (model.a.weight == 0).flatten(1).all(1)
+    if not masks:
+        prune.remove(model.a, "weight")
+    pruned = unchanged(model, X)
+    shift = (
+        model.norm.bias - model.norm.running_mean * model.norm.weight / (model.norm.running_var + 1e-5).sqrt()
+    )
+    shift = shift + model.a.bias * model.norm.weight / (model.norm.running_var + 1e-5).sqrt()
+    kept = int((~dead | (dead & (shift > 0) & bool(padding))).sum())
+    assert 0 < int((dead & (shift > 0)).sum()) < int(dead.sum())  # of both kinds there are some
+    assert pruned.get_parameter("b.weight").shape[1] == kept
+    notes = " ".join(pruned.meta["fxprune"].notes)
+    assert ("which pads" in notes) == bool(padding)
+
+
+class Block(nn.Module):
+    """Of a transformer: attention, and a feed-forward layer whose dead units still carry ``gelu(bias)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.other = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.out(y)
+        return x + self.down(nn.functional.gelu(self.up(self.other(x))))
+
+
+def test_feed_forward_layers_of_transformers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), Block(), Block(), nn.Linear(8, 3)).eval()
+    for block in (model[1], model[2]):
+        prune.ln_structured(block.up, "weight", 6, n=2, dim=0)
+        prune.remove(block.up, "weight")
+    pruned = unchanged(model, torch.randn(2, 7, 5))
+    assert pruned.get_parameter("1.up.weight").shape == (10, 8)
+    assert pruned.get_parameter("2.down.weight").shape == (8, 10)
+
+
+def test_a_stream_that_several_layers_make() -> None:
+    """A channel is dead where all that add to it are zero."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 8, bias=False), nn.Linear(8, 8, bias=False)
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.head(x + self.b(x))
+
+    model = Residual().eval()
+    with torch.no_grad():
+        model.a.weight[:4] = 0
+        model.b.weight[2:6] = 0
+    pruned = unchanged(model, torch.randn(3, 5))
+    assert pruned.get_parameter("head.weight").shape[1] == 6
+
+
+def test_what_meets_data_is_not_dead() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.gate, self.head = nn.Linear(5, 8), nn.Linear(5, 1), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.a(x) + self.gate(x))
+
+    model = Gated().eval()
+    with torch.no_grad():
+        model.a.weight[:4] = 0
+        model.a.bias[:4] = 0
+    assert unchanged(model, torch.randn(3, 5)).get_parameter("head.weight").shape[1] == 8
+
+
+def test_nothing_dead_and_everything_dead() -> None:
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    assert unchanged(model, torch.randn(3, 5)).get_parameter("0.weight").shape == (8, 5)
+    nn.init.zeros_(model[0].weight)
+    assert unchanged(model.train(), torch.randn(3, 5)).get_parameter("0.weight").shape == (1, 5)
