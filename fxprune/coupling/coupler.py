@@ -297,6 +297,7 @@ class Coupler:
         self.delicate()
         flat = cells.reshape(-1, cells.shape[-1])
         if flat.shape[0] > 1:
+            self.units.mark_rows(rows.reshape(-1))
             self.rectangles.append(Rectangle(rows.reshape(-1), flat, self.node))
 
     # -- products of rows and columns -----------------------------------------------------------
@@ -313,10 +314,7 @@ class Coupler:
 
     def is_row(self, label: Label | None) -> bool:
         """Whether the units of a label stand for rows of rectangles, with which their cells go."""
-        if label is None or not self.rectangles:
-            return False
-        rows = np.concatenate([rectangle.rows for rectangle in self.rectangles])
-        return bool(np.isin(self.units.find(label.ids), self.units.find(rows)).all())
+        return label is not None and self.units.are_rows(label.ids)
 
     # -- meeting: pointwise operators, contractions, normalisations -----------------------------
 

@@ -264,24 +264,23 @@ def _collect(
     for number, (units, _) in enumerate(components):
         group_of[units] = number
         position[units] = np.arange(units.size)
-    group_of_unit = group_of[roots]
     axes: dict[int, list[tuple[State, int]]] = defaultdict(list)
     touched: dict[int, list[int]] = {}
     for state in states:
         for dim, label in enumerate(state.axes):
             if label is not None:
                 if id(label.ids) not in touched:
-                    numbers = _distinct(group_of_unit[label.ids], len(components) + 1)
-                    if cells.cells.size:
-                        inside = np.zeros(roots.size, dtype=bool)
-                        inside[roots[label.ids]] = True
-                        cells.collect(np.logical_or, inside)
-                        numbers = _distinct(group_of[inside], len(components) + 1)
+                    classes = roots[label.ids].ravel()
+                    classes = cells.ancestors(classes) if cells.cells.size else classes
+                    numbers = _distinct(group_of[classes], len(components) + 1)
                     touched[id(label.ids)] = numbers.tolist()
                 for number in touched[id(label.ids)]:
                     axes[number].append((state, dim))
 
     def build(number: int) -> Any:
+        def inside(classes: Ids) -> Ids:
+            return np.where(group_of[classes] == number, position[classes], -1)
+
         def members(group: Group) -> tuple[Member, ...]:
             found = []
             for state, dim in axes[number]:
@@ -289,12 +288,7 @@ def _collect(
                 assert label is not None
                 assert state.tensor is not None
                 classes = roots[label.ids]
-                places = position
-                if cells.cells.size:
-                    places = np.where(group_of == number, position, -1)
-                    cells.inherit(np.maximum, places)
-                inside = (group_of[classes] == number) | np.isin(classes, cells.cells)
-                units = np.where(inside, places[classes], -1)
+                units = cells.look_up(classes, inside)
                 axis, learnt = Axis(state.name, dim), trainable[state.name]
                 masked = learnt and label.zero
                 acts = tuple(uses.by_axis.get(axis, ()))

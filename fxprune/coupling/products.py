@@ -11,7 +11,7 @@ What a class of units is a product of is known when the whole graph is: :func:`c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -34,11 +34,13 @@ class Cells:
         cells: classes, ``(cells,)``.
         rows: the class of each one's row.
         columns: the class of each one's column.
+        count: number of classes, of cells and others.
     """
 
     cells: Ids
     rows: Ids
     columns: Ids
+    count: int
 
     def inherit(self, join: np.ufunc, values: NDArray[np.generic]) -> None:
         """By class, in place: give cells what their parents have."""
@@ -50,6 +52,32 @@ class Cells:
         for cells, rows, columns in reversed(self._levels):
             for parents in (rows, columns):
                 join.at(values, parents, values[cells])
+
+    def ancestors(self, classes: Ids) -> Ids:
+        """These classes, the parents of those that are cells, and theirs; some may be there twice."""
+        found = [classes]
+        while found[-1].size:
+            rows, columns = self._by_class[:, found[-1]]
+            inside = rows >= 0
+            found.append(np.concatenate([rows[inside], columns[inside]]))
+        return np.concatenate(found)
+
+    def look_up(self, classes: Ids, of_class: Callable[[Ids], Ids]) -> Ids:
+        """``of_class`` of these classes, for cells the largest of their ancestors."""
+        found = of_class(classes)
+        rows, columns = self._by_class[:, classes]
+        inside = rows >= 0
+        if inside.any():
+            above = (self.look_up(parents[inside], of_class) for parents in (rows, columns))
+            found[inside] = np.maximum(*above)
+        return found
+
+    @cached_property
+    def _by_class(self) -> Ids:
+        """Row and column of each class, ``(2, classes)``; -1 where it is no cell."""
+        parents = np.full((2, self.count), -1, dtype=np.int64)
+        parents[0, self.cells], parents[1, self.cells] = self.rows, self.columns
+        return parents
 
     @cached_property
     def _levels(self) -> list[tuple[Ids, Ids, Ids]]:
@@ -105,7 +133,9 @@ def close(roots: Ids, frozen: Mask, products: Sequence[Product], rectangles: Seq
         rectangles: those whose rows do not live and die as one.
     """
     if not products:
-        return Closed(roots, frozen, Cells(NONE, NONE, NONE), list(rectangles), list(rectangles), NONE, [])
+        return Closed(
+            roots, frozen, Cells(NONE, NONE, NONE, roots.size), list(rectangles), list(rectangles), NONE, []
+        )
     return _Closing(roots, frozen, products, rectangles).run()
 
 
@@ -199,7 +229,7 @@ class _Closing:
                 self.freeze(columns[left])
                 break
             left = left[waiting]
-        return Cells(cells, rows, columns)
+        return Cells(cells, rows, columns, self.roots.size)
 
     def _substitute(self, cells: Cells) -> tuple[list[Rectangle], Ids]:
         """The rectangles with columns in place of cells, and rows that nothing has to be balanced among."""

@@ -71,21 +71,31 @@ class Units:
         self._loose = np.zeros(self._parent.size, dtype=bool)
         self.any_loose = False
         self.products: list[Product] = []
+        self._parents = np.full(
+            (2, self._parent.size), -1, dtype=np.int64
+        )  # rows and columns of cells, by root
+        self._rows = np.zeros(self._parent.size, dtype=bool)
 
     def multiply(self, product: Product) -> None:
         """Say that these units are cells."""
         self.products.append(product)
+        cells = self.find(product.cells)
+        self._parents[0, cells], self._parents[1, cells] = product.rows, product.columns
 
     def factors(self, ids: Ids) -> tuple[Ids, Ids] | None:
         """Rows and columns of these units, where all of them are cells, else None."""
         if not self.products:
             return None
-        parents = np.full((2, self.count), -1, dtype=np.int64)
-        for product in self.products:
-            cells = self.find(product.cells)
-            parents[0, cells], parents[1, cells] = product.rows, product.columns
-        rows, columns = parents[:, self.find(ids)]
+        rows, columns = self._parents[:, self.find(ids)]
         return (rows, columns) if (rows >= 0).all() else None
+
+    def mark_rows(self, ids: Ids) -> None:
+        """Say that these units stand for rows of a rectangle."""
+        self._rows[self.find(ids)] = True
+
+    def are_rows(self, ids: Ids) -> bool:
+        """Whether all of these units stand for rows of rectangles."""
+        return bool(self._rows[self.find(ids)].all())
 
     def copy(self) -> Units:
         """Another union-find of the same units, in the same classes."""
@@ -100,6 +110,8 @@ class Units:
             more = np.arange(self._parent.size, 2 * self.count, dtype=np.int64)
             self._parent = np.concatenate([self._parent, more])
             self._loose = np.concatenate([self._loose, np.zeros(more.size, dtype=bool)])
+            self._rows = np.concatenate([self._rows, np.zeros(more.size, dtype=bool)])
+            self._parents = np.concatenate([self._parents, np.full((2, more.size), -1)], axis=1)
         ids = np.arange(start, self.count, dtype=np.int64).reshape(shape)
         if loose:
             self.loosen(ids)
@@ -160,11 +172,14 @@ class Units:
         if not both.all():
             met = np.maximum(a, b)[(a == FIXED) != (b == FIXED)]
             a, b = a[both], b[both]
+        before = NONE
         while True:
             ra, rb = self.find(a), self.find(b)
             differ = ra != rb
             if not differ.any():
                 break
+            if not before.size:
+                before = np.concatenate([ra[differ], rb[differ]])
             high, low = np.maximum(ra, rb)[differ], np.minimum(ra, rb)[differ]
             if self.anchors and (high <= self.anchors).any():
                 collided |= bool((~self._loose[high] | ~self._loose[low])[high <= self.anchors].any())
@@ -177,6 +192,10 @@ class Units:
             if self.any_loose and not self.anchors:
                 np.logical_and.at(self._loose, low, self._loose[high])
                 np.logical_and.at(self._loose, high, self._loose[low])
+        self._rows[self.find(before[self._rows[before]])] = True
+        if self.products:
+            known = before[self._parents[0, before] >= 0]
+            self._parents[:, self.find(known)] = self._parents[:, known]
         return met, collided
 
 
