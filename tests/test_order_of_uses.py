@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -294,6 +295,6 @@ def test_apply_refuses_a_plan_that_changes_the_shape_of_an_output(monkeypatch: p
     model, x = Penalty().eval(), MAP
     plan = fxprune.plan(model, x, ratio=0)
     sizes = {group.name: group.size for group in fxprune.analyze(model, x).groups}
-    edited = fxprune.PruningPlan(**{**vars(plan), "sizes": sizes, "removed": {"a.weight[2]": [0]}})
+    edited = replace(plan, sizes=sizes, removed={"a.weight[2]": [0]})
     with pytest.raises(PlanError, match="has shape"):
         edited.apply(model)
