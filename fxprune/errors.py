@@ -19,6 +19,10 @@ class ExampleInputsError(FxpruneError):
     """The example inputs do not fit the model."""
 
 
+class PinnedError(FxpruneError, ValueError):
+    """The inputs differ from the example in something that the captured graph holds fixed."""
+
+
 class RatioError(FxpruneError, ValueError):
     """A ratio lies outside ``0 <= ratio < 1``."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx.node import has_side_effect
@@ -63,6 +64,12 @@ def keep(kept: Tensor, value: Tensor) -> None:
 def assign(tensor: Tensor, value: Tensor) -> None:
     """``tensor.data = value``, as a forward does that merges branches or averages weights."""
     tensor.data = value
+
+
+def numpy_function(name: str, *args: Any, **kwargs: Any) -> Any:
+    """``np.log(n)`` for ``name = "log"``: a function of NumPy on numbers, whose result is a plain number."""
+    result = getattr(np, name)(*args, **kwargs)
+    return result.item() if isinstance(result, np.generic) else result
 
 
 class Unpack(nn.Module):

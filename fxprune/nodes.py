@@ -10,6 +10,8 @@ import torch
 from torch import fx, nn
 from torch.fx.operator_schemas import get_signature_for_torch_op
 
+from .guards import CHECKS
+
 
 def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[str, fx.Node]]:
     """A copy of a graph with the same node names, and its nodes by name.
@@ -41,6 +43,8 @@ def mutable(tree: Any) -> Any:
 
 def is_assertion(node: fx.Node, args: Any) -> bool:
     """Whether a node asserts something of the values of a tensor, which are not known on shapes alone."""
+    if node.target in CHECKS:
+        return True
     return node.target is torch._assert and bool(args) and isinstance(args[0], torch.Tensor)
 
 

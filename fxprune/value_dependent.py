@@ -7,17 +7,18 @@ the longest. Of boxes, all may be left.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
-from typing import Any
+from types import FunctionType, ModuleType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 from torch.nn.utils import rnn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .errors import CaptureError
 from .nn import assign
@@ -75,7 +76,10 @@ def kept_whole() -> tuple[tuple[Callable[..., Any], ...], tuple[ModuleType, ...]
         boxes: Any = found[_VISION[-1]]
         ON_SHAPES.setdefault(boxes.nms, boxes.nms)
         ON_SHAPES.setdefault(boxes.batched_nms, partial(_suppress, boxes.nms))
-    return tuple(ON_SHAPES), (rnn, *found.values())
+    einx: Any = sys.modules.get("einx")  # whose functions solve for sizes, as numbers
+    solving = [f for f in vars(einx).values() if isinstance(f, FunctionType)] if einx is not None else []
+    homes = (rnn, *found.values(), *filter(None, [einx]))
+    return (*ON_SHAPES, *solving), homes
 
 
 def _suppress(
@@ -87,6 +91,72 @@ def _suppress(
 
 _VISION = ("torchvision.ops", "torchvision.ops.boxes")
 AS_LIST = frozenset(["tolist", "numpy"])
+
+
+def _all_places(args: Any, kwargs: Any, fewer: int = 0) -> Tensor:
+    return torch.empty(args[0].numel() - fewer, args[0].dim(), dtype=torch.int64, device="meta")
+
+
+def _all_picked(args: Any, kwargs: Any, fewer: int = 0) -> Tensor | None:
+    """Where masks choose, all may be chosen; None for any other index."""
+    indices: list[Any] = []
+    for index in args[1]:
+        masks = index is not None and index.dtype == torch.bool
+        whole = torch.empty(index.numel() - fewer, dtype=torch.int64, device="meta") if masks else index
+        indices += [whole] * (index.dim() if masks else 1)
+    if len(indices) == len(args[1]) and all(a is b for a, b in zip(indices, args[1], strict=True)):
+        return None
+    return cast(Tensor, aten.index.Tensor(args[0], indices))
+
+
+def _all_selected(args: Any, kwargs: Any, fewer: int = 0) -> Tensor:
+    shape = torch.broadcast_shapes(args[0].shape, args[1].shape)
+    return torch.empty(math.prod(shape) - fewer, dtype=args[0].dtype, device="meta")
+
+
+def _products(args: Any, kwargs: Any, fewer: int = 0) -> Tensor | None:
+    """Rows ``(S, K)`` times ``(E, K, N)``: ``(S, N)``, in types that the general kernel refuses on shapes."""
+    x, weight = args[:2]
+    if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[1]:
+        return None
+    return torch.empty(x.shape[0], weight.shape[2], dtype=kwargs.get("out_dtype") or x.dtype, device="meta")
+
+
+aten = torch.ops.aten
+SHAPES: dict[Any, Callable[..., Any]] = {
+    aten.nonzero.default: _all_places,
+    aten.index.Tensor: _all_picked,
+    aten._unsafe_index.Tensor: _all_picked,
+    aten.masked_select.default: _all_selected,
+    aten._grouped_mm.default: _products,
+}
+"""Operators that do not run on shapes alone, or not always, and what makes results of the right shape; where
+that gives None, the operator itself is to be asked. How many entries a mask selects is for the values to say;
+here it selects all of them."""
+
+
+class OnShapes(TorchDispatchMode):
+    """While it lasts, operators in :data:`SHAPES` run on shapes alone.
+
+    Args:
+        fewer: how many entries masks leave out.
+
+    Attributes:
+        by_values: whether one of them was called whose result has a size that depends on values.
+    """
+
+    def __init__(self, fewer: int = 0) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.fewer = fewer
+        self.by_values = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shape = SHAPES.get(func)
+        out = shape(args, kwargs or {}, self.fewer) if shape is not None else None
+        if out is None:
+            return func(*args, **(kwargs or {}))
+        self.by_values |= func is not aten._grouped_mm.default
+        return out
 
 
 def is_lengths(node: fx.Node) -> bool:

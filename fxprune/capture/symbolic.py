@@ -15,12 +15,13 @@ shapes is decided by them, while sizes stay symbolic in the graph. Given names o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import os
 import sys
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections import ChainMap, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import FrameType, FunctionType
 from typing import Any
@@ -34,14 +35,16 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, ExampleInputsError
 from ..graph_module import clone_module
+from ..guards import check_number
 from ..inputs import meta_like, to_meta
+from ..known_values import UnknownValueError, Values
 from ..module_registry import leaf_for, own_kind
 from ..nn import Apply, TrainingFlag, assign, keep, stop_gradient
-from ..nodes import by_position, is_assertion, mutable
+from ..nodes import by_position, describe_source, is_assertion, mutable
 from ..program import Program, Skeleton, named_modules, named_tensors
 from ..trees import TENSORS, flatten
-from ..value_dependent import AS_LIST, ON_SHAPES, kept_whole
-from . import patches
+from ..value_dependent import AS_LIST, ON_SHAPES, OnShapes, kept_whole
+from . import patches, traced_sizes
 from .arguments import LITERALS, Arguments, packing
 from .effects import AUGMENTED, Kept, not_kept, write_in_place
 from .merge import Call, Trace, merge
@@ -183,6 +186,7 @@ class _Tracer(fx.Tracer):
         self.constants: dict[str, torch.Tensor] = {}
         self.alive: list[torch.Tensor] = []  # constants whose id must stay theirs
         self.given: dict[str, Any] = {}
+        self.originals: dict[str, Any] = {}
         self.added: dict[str, nn.Module] = {}  # modules of ours, by path
         self.notes: list[str] = []
         self.modules = dict(named_modules(model))
@@ -202,21 +206,21 @@ class _Tracer(fx.Tracer):
     def program(self) -> Program:
         """Trace, and collect what the graph refers to.
 
-        Lists of numbers that only say how long packed sequences are may differ from call to call; any other
-        stay those that are given. A module without tensors or children whose control flow asks for
-        ``self.training`` (stochastic depth, say) becomes a leaf, so that it still switches. Where others do,
-        the model is traced in both modes, and the graph holds the calls of both.
+        Lists of numbers may differ from call to call, as far as that can be; without known shapes only those
+        that say how long packed sequences are. A module without tensors or children whose control flow asks
+        for ``self.training`` (stochastic depth, say) becomes a leaf, so that it still switches. Where others
+        do, the model is traced in both modes, and the graph holds the calls of both.
         """
         try:
             graph = self._traced()
         except CaptureError:
-            if self.lists_as_values or not any(map(_is_numbers, self.given.values())):
+            if self.lists_as_values or not self.pins or not any(map(_is_numbers, self.given.values())):
                 raise
             return self._again(lists_as_values=True).program()
         lists = [n for n in graph.find_nodes(op="placeholder") if _is_numbers(self.given[str(n.target)])]
         users = {user.target for node in lists for user in node.users}
-        if not self.lists_as_values and users - {rnn.pack_padded_sequence}:
-            return self._again(lists_as_values=True).program()
+        if not self.lists_as_values and not self.pins and users - {rnn.pack_padded_sequence}:
+            raise CaptureError("a list of numbers among the inputs is used as more than lengths")
         if self.asked:
             other = self._again(flipped=True)
             try:
@@ -237,6 +241,7 @@ class _Tracer(fx.Tracer):
             skeleton=Skeleton.of(self.model),
             extras=self.constants,
             notes=tuple(self.notes),
+            reads_values=self.reads_values,
         )
 
     def _traced(self) -> fx.Graph:
@@ -297,17 +302,20 @@ class _Tracer(fx.Tracer):
             plain = isinstance(value, kinds)
             return plain or (isinstance(value, _Proxy) and issubclass(self.type_of(value.node), kinds))
 
-        files = {c.__module__ for kind in set(map(type, self.modules.values())) for c in kind.__mro__}
-        tables = [vars(sys.modules[file]) for file in files if file in sys.modules
-                  and file.partition(".")[0] not in ("torch", "builtins")]  # fmt: skip
+        tables = traced_sizes.tables(set(map(type, self.modules.values())))
         return [
             patches.fx_tracing,
             patches.training(flag),
-            patches.functions((*_FACTORIES, *_LIMITS), dynamic),
+            patches.functions((*_FACTORIES, *_FROM_NUMBERS), dynamic),
             patches.types_of_values(tables, is_instance),
             patches.autograd_functions(self._apply),
             patches.flags(True, set()),
+            *self._number_patches(tables),
         ]
+
+    def _number_patches(self, tables: list[dict[str, Any]]) -> list[patches.Patch]:
+        """What more is replaced where the values of numbers are known; ``tables`` are global names."""
+        return []
 
     def _again(self, **options: Any) -> _Tracer:
         """A tracer of the same model, with other options."""
@@ -411,7 +419,7 @@ class _Tracer(fx.Tracer):
 
     def _input(self, name: str, given: Any) -> Any:
         leaves, spec = pytree.tree_flatten(given)
-        self.given[name] = to_meta(given)
+        self.given[name], self.originals[name] = to_meta(given), given
         if _is_numbers(given) and not self.lists_as_values:
             return self.create_proxy("placeholder", name, (None,), {})
         if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
@@ -612,32 +620,39 @@ class _ShapeProxy(_Proxy):
     def value(self) -> Any:
         return self.tracer.values[self.node]
 
-    def _number(self) -> Any:
-        if isinstance(self.value, torch.Tensor):
-            raise TypeError("control flow depends on the values of a tensor")
-        return self.value
-
     def __bool__(self) -> bool:
         if self.node.target in (operator.eq, operator.ne):
             note_question(*(self.tracer.values.get(a, a) if isinstance(a, fx.Node) else a
                             for a in self.node.args))  # fmt: skip
-        return bool(self._number())
+        return bool(self.tracer.pinned(self, bool))
 
     def __index__(self) -> int:
-        return int(self._number())
+        return int(self.tracer.pinned(self, int))
 
     def __int__(self) -> int:
-        return int(self._number())
+        return int(self.tracer.pinned(self, int))
 
     def __float__(self) -> float:
-        return float(self._number())
+        return float(self.tracer.pinned(self, float))
 
     def __len__(self) -> int:
+        self.tracer.counted(self)
         return len(self.value)
+
+    def __hash__(self) -> int:
+        if isinstance(self.value, torch.Size):
+            raise TypeError("unhashable: a shape whose sizes may change")  # functools.cache would keep it
+        return id(self)
+
+    def __array_ufunc__(self, function: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        return traced_sizes.ufunc(self, function, method, inputs, options)
+
+    def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        return traced_sizes.of_numpy(self, function, args, kwargs)
 
     def __iter__(self) -> Iterator[Any]:
         proxy: Any = self  # torch.fx gives it __getitem__ at run time
-        return iter([proxy[i] for i in range(len(self.value))])
+        return iter([proxy[i] for i in range(len(self))])
 
     def __setitem__(self, key: Any, item: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, item), {})
@@ -649,6 +664,10 @@ class _ShapeProxy(_Proxy):
             return self.tracer.device.type == name.removeprefix("is_")
         if isinstance(self.value, torch.device) and name == "type":  # autocast takes no proxy
             return self.value.type
+        if name.startswith("__") and name.endswith("__"):  # protocols, of which a proxy has none
+            raise AttributeError(name)
+        if name == "item" and not isinstance(self.value, torch.Tensor):  # of a number of NumPy
+            return lambda: self
         if name in ("shape", "device", "dtype", "T", "mT", "H"):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return super().__getattr__(name)
@@ -665,6 +684,9 @@ class _ShapeTracer(_Tracer):
         self.metas: dict[int, torch.Tensor] = {}
         self.evaluating = False
         self.clones: dict[str, nn.Module] = {}
+        self.known = Values(self.values, self._source)
+        self.counts: set[fx.Node] = set()  # lists whose length is checked
+        self.others: dict[fx.Node, Any] = {}  # what nodes are where masks select less, if that differs
         self.device = next((tensor.device for tensor in self.tensors.values()), torch.device("cpu"))
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -700,6 +722,78 @@ class _ShapeTracer(_Tracer):
     def wants_factory(self) -> bool:
         return not self.evaluating
 
+    def _number_patches(self, tables: list[dict[str, Any]]) -> list[patches.Patch]:
+        def value(proxy: fx.Proxy) -> Any:
+            return self.values[proxy.node] if isinstance(proxy, _ShapeProxy) else proxy
+
+        return [traced_sizes.patch(tables, value, self._converted, self._require)]
+
+    def _converted(self, kind: type, proxy: fx.Proxy) -> Any:
+        """``int(proxy)`` or ``float(proxy)``, as a node where that changes anything."""
+        value = self.values.get(proxy.node)
+        if type(value) is kind:
+            return proxy
+        return self.create_proxy("call_function", kind, (proxy,), {})
+
+    def counted(self, proxy: _ShapeProxy) -> None:
+        """The length of a list of numbers among the inputs is pinned once the code asks for it."""
+        node = proxy.node
+        if node.op == "placeholder" and _is_numbers(self.values[node]) and node not in self.counts:
+            self.counts.add(node)
+            length = self.create_proxy("call_function", len, (proxy,), {})
+            where = f"the code for the list {node.target!r}"
+            self.create_proxy("call_function", check_number, (length, len(self.values[node]), where), {})
+
+    def pinned(self, proxy: _ShapeProxy, kind: type) -> Any:
+        """The plain number that a proxy stands for in the example.
+
+        One that depends on the values of inputs is checked when the graph runs.
+        """
+        node, seen = proxy.node, self.values[proxy.node]
+        number = kind(self._value(node)) if isinstance(seen, torch.Tensor) else seen
+        if self.evaluating:
+            return number
+        sized = node in self.others
+        if sized and kind is bool and _asks_for_none(node):
+            self._note(node, "code for what a mask selects runs also where it selects nothing")
+        elif sized and not isinstance(seen, torch.Tensor):
+            raise TypeError("control flow depends on how many entries a mask selects")
+        elif self.known.depend_on_inputs(node):
+            where = self._note(node, f"a number that depends on values of the inputs stays {number!r}")
+            self.create_proxy("call_function", check_number, (proxy, kind(number), where), {})
+        return number
+
+    def _note(self, node: fx.Node, what: str) -> str:
+        """Say in the notes what is pinned; gives the line of the model."""
+        where = describe_source(node) or "the model"
+        note = f"{what} ({where})"
+        if note not in self.notes:
+            self.notes.append(note)
+        return where
+
+    def _value(self, node: fx.Node) -> Any:
+        """The value of a node that depends on inputs and constants alone."""
+        self.evaluating = True
+        try:
+            return self.known.of(node)
+        except UnknownValueError as error:
+            raise TypeError("control flow depends on the values of a tensor") from error
+        finally:
+            self.evaluating = False
+
+    def _source(self, node: fx.Node) -> Any:
+        """What the values of a placeholder, or of a tensor that is no parameter, are read from."""
+        if node.op == "placeholder":
+            return self.originals[str(node.target)]
+        tensor = self.tensors[str(node.target)]
+        return None if isinstance(tensor, nn.Parameter) else tensor
+
+    def _require(self, error: type[Exception], condition: fx.Proxy, message: str) -> None:
+        """``torch._check(condition, message)``: the graph asserts it, too."""
+        if not isinstance(self.values.get(condition.node), torch.Tensor) and not bool(condition):
+            raise error(message)
+        self.create_proxy("call_function", torch._assert, (condition, message), {})
+
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return forward(*args, **kwargs) if self.evaluating else super().call_module(m, forward, args, kwargs)
 
@@ -710,39 +804,103 @@ class _ShapeTracer(_Tracer):
             return self._meta(self.tensors[str(node.target)])
         if node.op == "output":
             return None
-        args: Any = map_arg(node.args, self.values.__getitem__)
-        kwargs: Any = map_arg(node.kwargs, self.values.__getitem__)
+        result, by_values = self._on_shapes(node, self.values, 0)
+        if by_values or (self.others and not self.others.keys().isdisjoint(node.all_input_nodes)):
+            with contextlib.suppress(Exception):  # less need not be possible
+                other, _ = self._on_shapes(node, ChainMap(self.others, self.values), 1)
+                if isinstance(result, bool) or _sizes(other) != _sizes(result):
+                    self.others[node] = other
+        return result
+
+    def _on_shapes(self, node: fx.Node, values: Mapping[fx.Node, Any], fewer: int) -> tuple[Any, bool]:
+        """What a node gives on shapes alone, and whether values decide on its size.
+
+        Args:
+            node: the node.
+            values: what its inputs are.
+            fewer: how many entries masks leave out.
+        """
+        args: Any = map_arg(node.args, values.__getitem__)
+        kwargs: Any = map_arg(node.kwargs, values.__getitem__)
         if node.target is getattr:  # control flow must see the model's device
             tensor = isinstance(args[0], torch.Tensor)
-            return self.device if tensor and args[1] == "device" else getattr(*args)
+            return self.device if tensor and args[1] == "device" else getattr(*args), False
         if getattr(node.target, "__module__", "") != "_operator":  # what is computed is on no device
             args, kwargs = pytree.tree_map_only(torch.device, lambda _: torch.device("meta"), (args, kwargs))
+        if _reads_numbers(node, args):
+            return self._read(node), False
         self.evaluating = True
         try:
             with torch.no_grad():
-                if node.op == "call_method":
-                    if node.target in ("cpu", "cuda"):
-                        return args[0]
-                    if node.target in AS_LIST and isinstance(args[0], torch.Tensor):
-                        return None
-                    return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-                if is_assertion(node, args):
-                    return None
-                if node.op == "call_function":
-                    if getattr(node.target, "__name__", "") in _FACTORIES:
-                        kwargs = {**kwargs, "device": "meta"}
-                    args, kwargs = mutable(args), mutable(kwargs)
-                    target: Any = ON_SHAPES.get(node.target, node.target)
-                    return target(*args, **kwargs)
-                path = str(node.target)
-                if path not in self.clones:
-                    self.clones[path] = clone_module(self.leaf(path), lambda _, tensor: self._meta(tensor))
-                return self.clones[path].forward(*args, **kwargs)
+                return self._run(node, args, kwargs), False
+        except (RuntimeError, NotImplementedError):
+            if node.op == "call_module":
+                raise
+            with torch.no_grad(), OnShapes(fewer) as shapes:
+                return self._run(node, args, kwargs), shapes.by_values
         finally:
             self.evaluating = False
 
+    def _read(self, node: fx.Node) -> Any:
+        """The numbers that a node reads off a tensor. Lists of lengths need not be known."""
+        if node.target == "numpy":
+            return None
+        try:
+            tensor = self._value(node.all_input_nodes[0])
+        except TypeError:
+            if node.target in AS_LIST:
+                return None
+            raise
+        kind: Any = node.target
+        node.meta["number"] = getattr(tensor, kind)() if node.op == "call_method" else kind(tensor)
+        return node.meta["number"]
+
+    def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """What a node gives on shapes alone."""
+        if node.op == "call_method":
+            if node.target in ("cpu", "cuda"):
+                return args[0]
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if is_assertion(node, args):
+            return None
+        if node.op == "call_function":
+            if getattr(node.target, "__name__", "") in (*_FACTORIES, "tensor", "as_tensor"):
+                kwargs = {**kwargs, "device": "meta"}
+            args, kwargs = mutable(args), mutable(kwargs)
+            target: Any = ON_SHAPES.get(node.target, node.target)
+            return target(*args, **kwargs)
+        path = str(node.target)
+        if path not in self.clones:
+            self.clones[path] = clone_module(self.leaf(path), lambda _, tensor: self._meta(tensor))
+        return self.clones[path].forward(*args, **kwargs)
+
     def _meta(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.metas.setdefault(id(tensor), meta_like(tensor))
+
+
+def _sizes(tree: Any) -> list[Any]:
+    """The shapes of tensors in a tree, and its numbers."""
+    return [leaf.shape if isinstance(leaf, torch.Tensor) else leaf for leaf in pytree.tree_leaves(tree)]
+
+
+def _reads_numbers(node: fx.Node, args: Any) -> bool:
+    """Whether a node makes numbers of the values of a tensor."""
+    if not args or not isinstance(args[0], torch.Tensor) or len(node.all_input_nodes) != 1:
+        return False
+    if node.op == "call_method":
+        return node.target == "item" or node.target in AS_LIST
+    return node.op == "call_function" and node.target in (int, float, bool)
+
+
+def _asks_for_none(node: fx.Node) -> bool:
+    """Whether a node compares a size with none or one: is there anything?"""
+    if node.op == "call_method" or node.target is operator.getitem:
+        return True  # the size itself, as a truth value
+    numbers = [a for a in node.args if not isinstance(a, fx.Node)]
+    return node.target in _COMPARISONS and len(numbers) == 1 and numbers[0] in (0, 1)
+
+
+_COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.gt, operator.le, operator.ge)
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -762,7 +920,7 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "linspace", "eye")
-_LIMITS = ("finfo", "iinfo")
+_FROM_NUMBERS = ("tensor", "as_tensor", "finfo", "iinfo")
 
 
 def blame(error: BaseException) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,10 +29,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from ..errors import CaptureError, ExampleInputsError, FxpruneError
 from ..graph_module import clone_module
 from ..inputs import meta_like
+from ..known_values import Values
 from ..modes import either, holds
 from ..module_registry import leaf_for
 from ..nn import Apply, Fill, Pack
-from ..nodes import describe_source, is_assertion, mutable, operator_name, writes
+from ..nodes import describe_source, is_assertion, mutable, operator_name
 from ..program import Program, computed_tensors, named_tensors
 from ..trees import Leaf, flatten
 from ..value_dependent import AS_LIST, ON_SHAPES, is_lengths
@@ -274,9 +274,9 @@ class _Interpreter(TorchDispatchMode):
                     error.node = node  # type: ignore[attr-defined]
                     raise
                 except Exception as error:  # whatever a user's node raises
-                    needed = _needs_values(error, node)
-                    result = node.meta.get("number", self._constant(node)) if needed else None
-                    if not isinstance(result, (bool, int, float)):
+                    needed = "number" in node.meta or _needs_values(error, node)
+                    result = self._numbers_of(node, env) if needed else None
+                    if not isinstance(result, (bool, int, float, list)):
                         raise _failed(node, error, needed, args, self._shapes(node)) from error
                 if self._numbers:
                     self.scalars[node] = tuple(self._numbers)
@@ -350,33 +350,24 @@ class _Interpreter(TorchDispatchMode):
                 self._interior.update(found.chain)
                 self._shuffles[found.chain[-1]] = found
 
-    def _constant(self, node: fx.Node) -> Any:
-        """What a node computes from constants and buffers alone; None where it needs anything else.
-
-        For numbers that are read off small tensors (strides, sizes). The graph goes on computing them.
+    def _numbers_of(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+        """The numbers that a node reads off a tensor: as they are where constants, buffers and sizes alone
+        decide (strides), else those of the example; None where neither is known. The graph goes on computing
+        them.
         """
-        if node.op == "get_attr":
-            tensors = {**self.program.extras, **self.program.tensors}
-            tensor = tensors[str(node.target)]
-            fixed = not isinstance(tensor, torch.nn.Parameter) and tensor.device.type != "meta"
-            return tensor.clone() if fixed and tensor.numel() <= _SMALL else None
-        value = self.values.get(node)
-        if (
-            writes(node)
-            or node.op not in ("call_function", "call_method")
-            or (isinstance(value, Value) and math.prod(value.shape) > _SMALL)
-        ):
+        kind: Any = node.target
+        try:
+            tensor = Values(env, self._fixed).of(node.all_input_nodes[0])
+            return getattr(tensor, kind)() if node.op == "call_method" else kind(tensor)
+        except Exception:  # noqa: BLE001  whatever a user's node raises
+            return node.meta.get("number")
+
+    def _fixed(self, node: fx.Node) -> torch.Tensor | None:
+        """The tensor that a node reads, if it is a constant or buffer."""
+        if node.op != "get_attr":
             return None
-        inputs = {source: self._constant(source) for source in node.all_input_nodes}
-        if any(found is None for found in inputs.values()):
-            return None
-        args: Any = map_arg(node.args, inputs.__getitem__)
-        kwargs: Any = map_arg(node.kwargs, inputs.__getitem__)
-        target: Any = node.target
-        with _disable_current_modes(), torch.no_grad():
-            if node.op == "call_method":
-                return getattr(args[0], str(target))(*args[1:], **kwargs)
-            return target(*args, **kwargs)
+        tensor = {**self.program.extras, **self.program.tensors}[str(node.target)]
+        return None if isinstance(tensor, torch.nn.Parameter) else tensor
 
     def _call(self, path: str, args: Any, kwargs: Any) -> Any:
         """Run a leaf module; one with a rule of its own is not followed inside, a plain one need not run."""

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..value_dependent import SHAPES
+
 Shortcut = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 aten = torch.ops.aten
 
@@ -165,6 +167,7 @@ SHORTCUTS: dict[Any, Shortcut] = {
     **dict.fromkeys([aten.add.Scalar, aten.sub.Scalar, aten.mul.Scalar, aten.div.Scalar], _binary),
     aten.mean.dim: _mean,
     aten.cat.default: _cat,
+    **SHAPES,
     aten.add_.Tensor: _in_place,
     aten.mul_.Tensor: _in_place,
 }  # fmt: skip

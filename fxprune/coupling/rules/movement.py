@@ -198,19 +198,7 @@ def index_select(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> N
     _pick(c, value, _dim(value, args[1]), args[2], out)
 
 
-def _all_picked(args: Args, kwargs: Kwargs) -> torch.Tensor | None:
-    """Where masks choose, all may be chosen; None for any other index."""
-    indices: list[Any] = []
-    for index in args[1]:
-        masks = index is not None and index.dtype == torch.bool
-        whole = torch.empty(index.numel(), dtype=torch.int64, device="meta") if masks else index
-        indices += [whole] * (index.dim() if masks else 1)
-    if len(indices) == len(args[1]) and all(a is b for a, b in zip(indices, args[1], strict=True)):
-        return None
-    return torch.ops.aten.index.Tensor(args[0], indices)
-
-
-@rule("index", "_unsafe_index", shapes=_all_picked)
+@rule("index", "_unsafe_index")
 def index(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     """Indexing with tensors. Only one index along a known permutation can be followed."""
     value, indices = c.value(args[0]), list(args[1])
@@ -238,11 +226,7 @@ def index(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     c.put(out, labels)
 
 
-def _all_places(args: Args, kwargs: Kwargs) -> torch.Tensor:
-    return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64, device="meta")
-
-
-@rule("nonzero", shapes=_all_places)
+@rule("nonzero")
 def nonzero(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     """``x -> (places, dimensions of x)``: where it is not zero."""
     c.freeze_value(c.value(args[0]), "the places of its entries are the result")

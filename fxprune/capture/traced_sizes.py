@@ -1,0 +1,181 @@
+"""Numbers that a forward makes of sizes stay in the graph: ``len(x)``, ``int(n * 0.5)``, ``np.prod(shape)``.
+
+Python insists that ``len`` and ``int`` return plain numbers, which would be those of the example for good. So
+while a model is traced with known shapes, its own code finds others under these names (:func:`patch`), and
+proxies take part in NumPy's protocols (:func:`ufunc`, :func:`of_numpy`).
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from ..nn import numpy_function
+from .patches import Patch, Session
+
+Convert = Callable[[type, fx.Proxy], Any]
+"""``int`` or ``float`` of a proxy: another proxy."""
+
+_LIBRARIES = frozenset(
+    {"torch", "numpy", "fxprune", "builtins", "__future__", *sys.stdlib_module_names} - {"__main__"}
+)
+"""Packages in which no model's code stands."""
+_READERS = ("einops", "einx")
+"""Packages whose functions ask for the types and lengths of what they are given."""
+
+
+def tables(classes: Iterable[type]) -> list[dict[str, Any]]:
+    """The global names that the code of these classes sees, and of the functions that it calls.
+
+    Those are the names in the files of the classes, in all loaded files of their packages, and in the files
+    from which they have functions.
+    """
+    todo = {cls.__module__ for kind in classes for cls in kind.__mro__}
+    found: dict[str, dict[str, Any]] = {}
+    while todo:
+        file = todo.pop()
+        if file in found or file not in sys.modules or file.partition(".")[0] in _LIBRARIES:
+            continue
+        table = found[file] = vars(sys.modules[file])
+        todo |= {value.__module__ for value in list(table.values()) if isinstance(value, FunctionType)}
+    packages = {file.partition(".")[0] for file in found if "." in file} | set(_READERS)
+    for file, module in list(sys.modules.items()):
+        if file.partition(".")[0] in packages and file not in found and module is not None:
+            found[file] = vars(module)
+    return list(found.values())
+
+
+class _Named(type):
+    """The class of what stands for ``int`` and ``float``: instances are those of the type itself."""
+
+    kind: type
+    convert: Callable[..., Any]
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and isinstance(args[0], fx.Proxy) and not kwargs:
+            return cls.convert(cls.kind, args[0])
+        return cls.kind(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls.kind)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, cls.kind)
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls.kind or other is cls
+
+    def __hash__(cls) -> int:
+        return hash(cls.kind)
+
+
+def _number(kind: type, convert: Convert) -> Any:
+    names = {"kind": kind, "convert": staticmethod(convert), "dtype": np.dtype(kind)}  # as NumPy reads it
+    return _Named(kind.__name__, (kind,), names)
+
+
+class _Shape(type):
+    """The class of what stands for ``torch.Size``: of proxies it makes a tuple."""
+
+    def __call__(cls, items: Any = ()) -> Any:
+        items = tuple(items)
+        return items if any(isinstance(item, fx.Proxy) for item in items) else _SIZE(items)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, _SIZE)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, _SIZE)
+
+
+_SIZE: Any = torch.Size
+
+
+def patch(
+    found: Iterable[dict[str, Any]],
+    value: Callable[[fx.Proxy], Any],
+    convert: Convert,
+    require: Callable[[type, fx.Proxy, str], Any],
+) -> Patch:
+    """Have ``len``, ``int``, ``float`` and ``callable`` take proxies for what they stand for.
+
+    Args:
+        found: the global names where that is to hold.
+        value: the value that a proxy has for the example.
+        convert: makes an ``int`` or ``float`` of a proxy.
+        require: called for ``torch._check(proxy)`` with the error to raise, the proxy and the message.
+    """
+
+    def length(given: Any) -> Any:
+        is_tensor = isinstance(given, fx.Proxy) and isinstance(value(given), torch.Tensor)
+        return given.shape[0] if is_tensor else len(given)
+
+    def is_callable(given: Any) -> bool:
+        return callable(value(given) if isinstance(given, fx.Proxy) else given)
+
+    def check(original: Any) -> Callable[..., Any]:
+        def with_error(error: Any, condition: Any, message: Any = None) -> Any:
+            if not isinstance(condition, fx.Proxy):
+                return original(error, condition, message)
+            return require(error, condition, str(message() if callable(message) else message or ""))
+
+        return with_error
+
+    def is_size(original: Any) -> Callable[..., Any]:
+        return lambda i, *args, **kwargs: None if isinstance(i, fx.Proxy) else original(i, *args, **kwargs)
+
+    own = {int: _number(int, convert), float: _number(float, convert)}
+
+    def apply(session: Session) -> None:
+        for table in found:
+            for original, replacement in ((len, length), (callable, is_callable)):
+                name = original.__name__
+                session.note(table, name)
+                chosen = session.own(table.get(name, original), replacement)
+                session._begin.append(partial(table.__setitem__, name, chosen))
+            for kind, replacement in own.items():
+                if kind.__name__ not in table:
+                    session.note(table, kind.__name__)
+                    session._begin.append(partial(table.__setitem__, kind.__name__, replacement))
+        session.put(torch, "Size", _Shape("Size", (), {}))  # to other threads it is what it was
+        session.replace(torch, "_check_with", check)
+        session.replace(torch, "_check_is_size", is_size)
+
+    return apply
+
+
+_OPERATORS = {
+    "add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "true_divide": operator.truediv,
+    "divide": operator.truediv, "floor_divide": operator.floordiv, "power": operator.pow,
+    "remainder": operator.mod, "less": operator.lt, "less_equal": operator.le, "greater": operator.gt,
+    "greater_equal": operator.ge, "equal": operator.eq, "not_equal": operator.ne,
+}  # fmt: skip
+"""What Python's operators call where the first operand is a number of NumPy."""
+
+
+def ufunc(proxy: Any, function: Any, method: str, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """What ``np.log(proxy)`` is, and ``np.float64(2.0) * proxy``."""
+    if method != "__call__":
+        return NotImplemented
+    if function.__name__ in _OPERATORS and not options and len(inputs) == 2:
+        return proxy.tracer.create_proxy("call_function", _OPERATORS[function.__name__], inputs, {})
+    return of_numpy(proxy, function, inputs, options)
+
+
+def of_numpy(proxy: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What ``np.prod(proxy)`` is: a call in the graph, of numbers that are known."""
+    name = function.__name__
+    if getattr(np, name, None) is not function:
+        return NotImplemented
+    return proxy.tracer.create_proxy("call_function", numpy_function, (name, *args), kwargs)
+
+
+__all__ = ["of_numpy", "patch", "tables", "ufunc"]

@@ -1,0 +1,54 @@
+"""What captured graphs check when they run: that the inputs are like the example in all that was pinned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.fx.node import has_side_effect
+
+from .errors import PinnedError
+
+
+@has_side_effect
+def check_number(value: Any, expected: Any, where: str) -> None:
+    """Refuse inputs whose values lead elsewhere: ``value`` is what was ``expected`` for the example.
+
+    Args:
+        value: a number, or a tensor of one entry.
+        expected: the number that the graph was made with.
+        where: the line of the model that asks for it.
+    """
+    if value != expected:
+        got = value.item() if isinstance(value, Tensor) else value
+        raise PinnedError(
+            f"{where} asks for a value that was {expected!r} for the example inputs, and the graph goes on "
+            f"from there; for these inputs it is {got!r}. Next: analyse the model again with an example like "
+            f"these inputs."
+        )
+
+
+@has_side_effect
+def check_size(tensor: Tensor, name: str, dim: int, expected: int, step: int) -> None:
+    """Refuse an input of a size that the graph is not right for.
+
+    Args:
+        tensor: the input.
+        name: its name.
+        dim: the dimension.
+        expected: the size in the example.
+        step: sizes that differ from it by a multiple of this are right; 0 where it must be ``expected``.
+    """
+    size = tensor.shape[dim]
+    if size != expected and (not step or (size - expected) % step):
+        right = f"{expected}, or differs from it by a multiple of {step}" if step else f"{expected}"
+        raise PinnedError(
+            f"the input {name!r} has size {size} in dimension {dim}; the graph was made for size {right}. "
+            f"Next: analyse the model again with an example of the new size."
+        )
+
+
+CHECKS = frozenset([check_number, check_size])
+"""All of them; on shapes alone they have nothing to say."""
+
+__all__ = ["CHECKS", "check_number", "check_size"]
