@@ -427,7 +427,7 @@ def _plan(
     said += [hold_zeros(zeros), graph.advice]
     made = PruningPlan(
         model=graph.captured.class_name,
-        inputs=describe_inputs(args, kwargs),
+        inputs=describe_inputs(args, kwargs, graph.captured.program.reads_values),
         shapes=graph.tensor_names(),
         sizes={group.name: group.size for group in graph.groups},
         removed=selected.removed,

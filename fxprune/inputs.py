@@ -77,13 +77,23 @@ def meta_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-def describe_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A JSON-serialisable description of a model's arguments; the inverse of :func:`restore_inputs`."""
-    return {"args": [describe(a) for a in args], "kwargs": {k: describe(v) for k, v in kwargs.items()}}
+def describe_inputs(args: tuple[Any, ...], kwargs: dict[str, Any], values: bool = False) -> dict[str, Any]:
+    """A JSON-serialisable description of a model's arguments; the inverse of :func:`restore_inputs`.
+
+    With ``values`` tensors of up to :data:`MOST` entries keep these.
+    """
+    return {
+        "args": [describe(a, values) for a in args],
+        "kwargs": {k: describe(v, values) for k, v in kwargs.items()},
+    }
+
+
+MOST = 1 << 16
+"""Entries of a tensor whose values may stand in a description."""
 
 
 def restore_inputs(description: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments, tensors on the meta device.
+    """Positional and keyword arguments, tensors without values on the meta device.
 
     Raises:
         PlanError: if the description is malformed.
@@ -95,16 +105,25 @@ def restore_inputs(description: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(restore(a) for a in args), {k: restore(v) for k, v in kwargs}
 
 
-def describe(tree: Any) -> Any:
-    """A JSON-serialisable description of a tree of inputs; the inverse of :func:`restore`."""
+def describe(tree: Any, values: bool = False) -> Any:
+    """A JSON-serialisable description of a tree of inputs; the inverse of :func:`restore`.
+
+    For ``values`` see :func:`describe_inputs`.
+    """
     if isinstance(tree, torch.Tensor):
-        return {"tensor": list(tree.shape), "dtype": str(tree.dtype).removeprefix("torch.")}
+        described: dict[str, Any] = {
+            "tensor": list(tree.shape),
+            "dtype": str(tree.dtype).removeprefix("torch."),
+        }
+        if values and not tree.is_meta and not tree.is_complex() and tree.numel() <= MOST:
+            described["values"] = tree.tolist()
+        return described
     if isinstance(tree, tuple):
-        return {"tuple": [describe(item) for item in tree]}
+        return {"tuple": [describe(item, values) for item in tree]}
     if isinstance(tree, list):
-        return [describe(item) for item in tree]
+        return [describe(item, values) for item in tree]
     if isinstance(tree, dict):
-        return {"dict": {key: describe(item) for key, item in tree.items()}}
+        return {"dict": {key: describe(item, values) for key, item in tree.items()}}
     if isinstance(tree, _SCALARS):
         return {"value": tree}
     raise ExampleInputsError(
@@ -154,7 +173,10 @@ def restore(description: Any) -> Any:
         if "tensor" in description:
             dtype = getattr(torch, str(description.get("dtype")), None)
             if isinstance(dtype, torch.dtype):
-                return torch.empty(description["tensor"], dtype=dtype, device="meta")
+                shape = description["tensor"]
+                if "values" in description:
+                    return torch.tensor(description["values"], dtype=dtype).reshape(shape)
+                return torch.empty(shape, dtype=dtype, device="meta")
         elif "tuple" in description:
             return tuple(restore(item) for item in description["tuple"])
         elif "dict" in description:

@@ -122,6 +122,7 @@ class Program:
         extras: constants that were met while tracing or added by the rewriter; not in the state dict.
         notes: what the user should know about how the graph was made.
         free_outputs: names of outputs (see :class:`~fxprune.trees.Leaf`) that may become narrower.
+        reads_values: values of the example inputs were read to make the graph, not only their shapes.
     """
 
     graph: fx.Graph
@@ -131,6 +132,7 @@ class Program:
     extras: Mapping[str, torch.Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     free_outputs: tuple[str, ...] = ()
+    reads_values: bool = False
 
     def placeholders(self) -> list[fx.Node]:
         return [node for node in self.graph.nodes if node.op == "placeholder"]

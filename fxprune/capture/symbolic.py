@@ -183,6 +183,7 @@ class _Tracer(fx.Tracer):
         self.asked: dict[tuple[Call, ...], dict[str, None]] = {}
         self.given_to: dict[Call, Any] = {}
         self.lists_as_values = False
+        self.reads_values = False
         self.constants: dict[str, torch.Tensor] = {}
         self.alive: list[torch.Tensor] = []  # constants whose id must stay theirs
         self.given: dict[str, Any] = {}
@@ -784,6 +785,7 @@ class _ShapeTracer(_Tracer):
     def _source(self, node: fx.Node) -> Any:
         """What the values of a placeholder, or of a tensor that is no parameter, are read from."""
         if node.op == "placeholder":
+            self.reads_values = True
             return self.originals[str(node.target)]
         tensor = self.tensors[str(node.target)]
         return None if isinstance(tensor, nn.Parameter) else tensor

@@ -1,0 +1,273 @@
+"""What depends on inputs and constants alone has values while a model is traced on shapes."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fxprune
+from fxprune.errors import CaptureError, PinnedError
+
+KNOWN = "symbolic tracing with known shapes"
+
+
+class Middle(nn.Module):
+    """``b(how(self, a(x), *others))`` with ``a: 16 -> 32``."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.a, self.b = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x, *others):
+        if len(x.shape) > 3:
+            raise ValueError("expected a sequence")
+        return self.b(self.how(self, self.a(x), *others))
+
+
+def by_length(s, t, lengths):
+    n = int(lengths.max())
+    return t[:, :n].masked_fill((torch.arange(n).expand(len(lengths), n) >= lengths[:, None])[..., None], 0.0)
+
+
+def by_item(s, t, lengths):
+    return t[:, : lengths.max().item()]
+
+
+def by_list(s, t, lengths):
+    longest = max(lengths.tolist())
+    return t * longest
+
+
+def without_nan(s, t, mask):
+    return t if not torch.isnan(mask).any() else t * 2
+
+
+LENGTHS = torch.tensor([8, 5])
+
+
+@pytest.mark.parametrize("how", [by_length, by_item], ids=lambda how: how.__name__)
+def test_lengths_stay_free(how):
+    net, x = Middle(how).eval(), (torch.randn(2, 8, 16), LENGTHS)
+    graph = fxprune.analyze(net, x)
+    assert graph.captured.rung == KNOWN
+    plan = fxprune.plan(net, x, ratio=0.5)
+    pruned = plan.apply(net)
+    assert pruned.a.weight.shape == (16, 16)
+    assert fxprune.verify(net, pruned, plan, x)
+    same = fxprune.prune(net, x, ratio=0.0)
+    for lengths in ([4, 6, 1], [8]):
+        other = torch.randn(len(lengths), 8, 16), torch.tensor(lengths)
+        torch.testing.assert_close(same(*other), net(*other))
+
+
+@pytest.mark.parametrize(
+    ("how", "other", "differs"),
+    [(by_list, LENGTHS, torch.tensor([3, 4])), (without_nan, torch.zeros(2), torch.tensor([0.0, torch.nan]))],
+    ids=["a choice between numbers", "a question to a mask"],
+)
+def test_what_is_pinned_is_said_and_checked(how, other, differs):
+    net, x = Middle(how).eval(), torch.randn(2, 8, 16)
+    plan = fxprune.plan(net, (x, other), ratio=0.5)
+    assert any("depends on values of the inputs" in note and __file__ in note for note in plan.notes)
+    pruned = plan.apply(net)
+    assert pruned.a.weight.shape == (16, 16)
+    assert pruned(x, other).shape == (2, 8, 16)
+    with pytest.raises(PinnedError, match=r"was .* for the example inputs.*Next:"):
+        pruned(x, differs)
+
+
+def test_a_plan_remembers_values_that_it_was_made_with(tmp_path):
+    net, x = Middle(by_length).eval(), (torch.randn(2, 8, 16), LENGTHS)
+    plan = fxprune.plan(net, x, ratio=0.5)
+    plan.save(tmp_path / "plan.json")
+    again = fxprune.PruningPlan.load(tmp_path / "plan.json")
+    pruned = again.apply(Middle(by_length).eval())
+    assert pruned(*x).shape == (2, 8, 16)
+
+
+def test_values_of_weights_are_not_known():
+    net = Middle(lambda s, t: t * int(t.argmax())).eval()
+    with pytest.raises(CaptureError):
+        fxprune.analyze(net, torch.randn(2, 8, 16))
+
+
+def test_writes_are_followed():
+    def how(s, t, lengths):
+        twice = lengths.clone()
+        twice[0] = 3
+        twice.view(-1)[1:].add_(1)
+        return t[:, : int(twice.max())]
+
+    net, x = Middle(how).eval(), (torch.randn(2, 8, 16), LENGTHS)
+    graph = fxprune.analyze(net, x)
+    (number,) = (n.meta["number"] for n in graph.captured.program.graph.nodes if "number" in n.meta)
+    assert number == 6
+
+
+SIZES = {
+    "a tensor as a shape": lambda s, t: t.reshape(torch.tensor(t.shape).tolist()),
+    "a product": lambda s, t: t / torch.tensor([t.shape[0], t.shape[1]]).prod(),
+    "a root": lambda s, t: t * torch.tensor(t.shape[1]).float().sqrt().item(),
+    "a difference": lambda s, t: F.pad(t, [0, 0, 0, int(torch.tensor(t.shape)[1] - t.shape[1])]),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_as_tensors(name):
+    net = Middle(SIZES[name]).eval()
+    x = torch.randn(2, 8, 16)
+    assert fxprune.prune(net, x, ratio=0.5).a.weight.shape[1] == 16
+    same = fxprune.prune(net, x, ratio=0.0)
+    for size in ((3, 5), (1, 8)):
+        z = torch.randn(*size, 16)
+        torch.testing.assert_close(same(z), net(z))
+
+
+class Lin(nn.Module):
+    def __init__(self, i, o):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(o, i) / 4)
+
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
+def loops_removed(e, n):
+    e = e[:, e[0] != e[1]]
+    return torch.cat([e, torch.arange(n).repeat(2, 1)], 1)
+
+
+def places(e, n):
+    return e[:, (e[0] != e[1]).nonzero()[:, 0]]
+
+
+def selected(e, n):
+    keep = e[0] < e[1]
+    return torch.stack([e[0].masked_select(keep), e[1].masked_select(keep)])
+
+
+class Graph(nn.Module):
+    def __init__(self, edges):
+        super().__init__()
+        self.edges, self.l1, self.l2, self.l3 = edges, Lin(16, 32), Lin(32, 32), Lin(32, 8)
+
+    def conv(self, lin, x, e):
+        if x.dim() != 2 or e.size(0) != 2 or int(x.size(0)) < 1:
+            raise ValueError("expected nodes and edges")
+        e, h = self.edges(e, x.shape[0]), lin(x)
+        return torch.zeros_like(h).index_add(0, e[1], h[e[0]])
+
+    def forward(self, x, e):
+        x = self.conv(self.l2, self.conv(self.l1, x, e).relu(), e).relu()
+        return self.conv(self.l3, x, e)
+
+
+@pytest.mark.parametrize("edges", [loops_removed, places, selected], ids=lambda edges: edges.__name__)
+def test_graph_convolutions_narrow(edges):
+    torch.manual_seed(0)
+    net, x = Graph(edges).eval(), (torch.randn(10, 16), torch.randint(0, 10, (2, 40)))
+    assert fxprune.analyze(net, x).captured.rung == KNOWN
+    plan = fxprune.plan(net, x, ratio=0.5)
+    pruned = plan.apply(net)
+    assert pruned.l2.weight.shape == (16, 16)
+    assert fxprune.verify(net, pruned, plan, x)
+    same = fxprune.prune(net, x, ratio=0.0)
+    other = torch.randn(7, 16), torch.randint(0, 7, (2, 9))
+    torch.testing.assert_close(same(*other), net(*other))
+
+
+class Experts(nn.Module):
+    """A loop over the experts that have tokens; ``places(mask)`` gives tokens and ranks."""
+
+    def __init__(self, places):
+        super().__init__()
+        self.places, self.router = places, nn.Linear(16, 4)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(4)
+        )
+
+    def forward(self, x):
+        b, n, d = x.shape
+        x = x.reshape(-1, d)
+        weights, chosen = self.router(x).softmax(-1).topk(2, -1)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            tokens, ranks = self.places(chosen == number)
+            if tokens.shape[0] == 0:
+                continue
+            out.index_add_(0, tokens, expert(x[tokens]) * weights[tokens, ranks, None])
+        return out.reshape(b, n, d)
+
+
+@pytest.mark.parametrize(
+    "places",
+    [torch.where, lambda mask: mask.nonzero(as_tuple=True), lambda mask: mask.nonzero().unbind(1)],
+    ids=["where", "nonzero", "unbind"],
+)
+def test_loops_over_experts_narrow(places):
+    torch.manual_seed(0)
+    net, x = Experts(places).eval(), torch.randn(2, 6, 16)
+    plan = fxprune.plan(net, x, ratio=0.5)
+    pruned = plan.apply(net)
+    assert pruned.experts.get_submodule("0.0").weight.shape == (16, 16)
+    assert any("selects nothing" in note for note in plan.notes)
+    assert fxprune.verify(net, pruned, plan, x)
+    same = fxprune.prune(net, x, ratio=0.0)
+    for size in ((1, 1), (3, 5)):  # of four experts two have no token
+        z = torch.randn(*size, 16)
+        torch.testing.assert_close(same(z), net(z))
+
+
+def test_other_questions_to_what_a_mask_selects_are_refused():
+    net = Middle(lambda s, t: t * 2 if len(t[t > 0]) > 7 else t).eval()
+    with pytest.raises(CaptureError, match="how many entries a mask selects"):
+        fxprune.analyze(net, torch.randn(2, 8, 16))
+
+
+class Parts(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.a, self.b = how, nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x, sizes):
+        return self.b(self.how(self.a(x), sizes))
+
+
+LISTS = {
+    "split": lambda t, sizes: torch.cat([part.relu() for part in t.split(sizes)]),
+    "one by one": lambda t, sizes: torch.cat([part * i for i, part in enumerate(t.split(sizes, dim=0))]),
+    "a number": lambda t, sizes: t[: sizes[0]],
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_of_numbers_stay_free(name):
+    net, x = Parts(LISTS[name]).eval(), torch.randn(24, 16)
+    pruned = fxprune.prune(net, (x, [2, 5, 7, 10]), ratio=0.5)
+    assert pruned.a.weight.shape == (16, 16)
+    same = fxprune.prune(net, (x, [2, 5, 7, 10]), ratio=0.0)
+    torch.testing.assert_close(same(x, [7, 5, 6, 6]), net(x, [7, 5, 6, 6]))
+
+
+def test_the_length_of_a_list_is_checked_where_it_matters():
+    net, x = Parts(lambda t, sizes: t * len(sizes)).eval(), torch.randn(24, 16)
+    pruned = fxprune.prune(net, (x, [2, 22]), ratio=0.5)
+    with pytest.raises(PinnedError, match="sizes"):
+        pruned(x, [2, 2, 20])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_grouped_products(dtype):
+    def how(s, t, offsets):
+        rows = t.reshape(-1, 32)
+        return (F.grouped_mm(rows, s.up, offs=offsets).relu() @ s.back).reshape(t.shape)
+
+    net = Middle(how).eval()
+    net.up = nn.Parameter(torch.randn(4, 32, 64) / 8)
+    net.back = nn.Parameter(torch.randn(64, 32) / 8)
+    net, x = net.to(dtype), torch.randn(2, 8, 16, dtype=dtype)
+    offsets = torch.tensor([4, 8, 12, 16], dtype=torch.int32)
+    pruned = fxprune.prune(net, (x, offsets), ratio=0.5)
+    assert pruned.up.shape == (4, 16, 32)
+    assert fxprune.analyze(net, (x, offsets)).captured.rung == KNOWN
