@@ -834,12 +834,12 @@ class _ShapeTracer(_Tracer):
         self.evaluating = True
         try:
             with torch.no_grad():
-                return self._run(node, args, kwargs), False
+                return self._meta_call(node, args, kwargs), False
         except (RuntimeError, NotImplementedError):
             if node.op == "call_module":
                 raise
             with torch.no_grad(), OnShapes(fewer) as shapes:
-                return self._run(node, args, kwargs), shapes.by_values
+                return self._meta_call(node, args, kwargs), shapes.by_values
         finally:
             self.evaluating = False
 
@@ -857,7 +857,7 @@ class _ShapeTracer(_Tracer):
         node.meta["number"] = getattr(tensor, kind)() if node.op == "call_method" else kind(tensor)
         return node.meta["number"]
 
-    def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    def _meta_call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """What a node gives on shapes alone."""
         if node.op == "call_method":
             if node.target in ("cpu", "cuda"):
