@@ -6,6 +6,7 @@ computed when they are asked for, on the CPU.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,18 +61,36 @@ class Values:
                     found[part] = self._run(part, found, written)
         return found[node]
 
-    def depend_on_inputs(self, node: fx.Node) -> bool:
-        """Whether a value of an input, and not only its shape, has a part in the value of ``node``."""
+    def inputs(self, node: fx.Node) -> list[fx.Node]:
+        """The inputs whose values, and not only whose shapes, have a part in the value of ``node``."""
         todo, met = [node], {node}
+        found = []
         while todo:
             part = todo.pop()
             if part.op == "placeholder":
-                return True
+                found.append(part)
             if _fact(part) or operator_name(part) in _FROM_SHAPE:
                 continue
             todo += [n for n in part.all_input_nodes if n not in met]
             met.update(part.all_input_nodes)
-        return False
+        return found
+
+    def are_whole(self, node: fx.Node) -> bool:
+        """Whether a value is computed of whole numbers and masks alone: lengths, indices, where a number is
+        missing. Of measured values, any input has others.
+        """
+        todo, met = [node], {node}
+        while todo:
+            part = todo.pop()
+            if part.op == "placeholder" and not _is_whole(self._seen[part]):
+                return False
+            if _fact(part) or operator_name(part) in (*_FROM_SHAPE, "isnan", "isinf", "isfinite"):
+                continue
+            if part.target is operator.getitem and _is_whole(self._seen[part]):
+                continue  # of a tree of inputs
+            todo += [n for n in part.all_input_nodes if n not in met]
+            met.update(part.all_input_nodes)
+        return True
 
     def _needed(self, node: fx.Node) -> list[fx.Node]:
         """What must be run for ``node``, in order, with all that writes into any of it."""
@@ -142,6 +161,10 @@ def _has_tensors(tree: Any) -> bool:
     return isinstance(tree, (list, tuple, dict)) and any(
         isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(tree)
     )
+
+
+def _is_whole(seen: Any) -> bool:
+    return isinstance(seen, torch.Tensor) and not (seen.is_floating_point() or seen.is_complex())
 
 
 def _fact(node: fx.Node) -> bool:

@@ -759,7 +759,9 @@ class _ShapeTracer(_Tracer):
             self._note(node, "code for what a mask selects runs also where it selects nothing")
         elif sized and not isinstance(seen, torch.Tensor):
             raise TypeError("control flow depends on how many entries a mask selects")
-        elif self.known.depend_on_inputs(node):
+        elif self.known.inputs(node):
+            if not self.known.are_whole(node):
+                raise TypeError("control flow depends on the values of an input")
             where = self._note(node, f"a number that depends on values of the inputs stays {number!r}")
             self.create_proxy("call_function", check_number, (proxy, kind(number), where), {})
         return number
