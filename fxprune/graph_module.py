@@ -90,6 +90,10 @@ class OwnedModule(fx.GraphModule):
         for registry in _REGISTRIES:
             module.__dict__[registry] = root.__dict__[registry]
         module.training = root.training
+        outputs = [node.args for node in graph.nodes if node.op == "output"]
+        classes = {type(part) for part in _parts(outputs) if hasattr(part, "_fields")}
+        if classes and type(graph._codegen) is CodeGen:
+            graph.set_codegen(_NamedOutputs({c.__name__: c for c in classes}))
         module._graph = graph
         graph.owning_module = module
         for name in _GENERATED:
@@ -105,16 +109,6 @@ class OwnedModule(fx.GraphModule):
     def whole(self) -> fx.Graph:
         """The graph; where it differs from mode to mode, the one that holds the calls of both."""
         return self._graph
-
-    def recompile(self) -> Any:
-        """Generate the code of ``forward``, which may build named tuples for its outputs."""
-        codegen: Any = self._graph._codegen
-        if type(codegen) is CodeGen:
-            outputs = [node.args for node in self._graph.nodes if node.op == "output"]
-            classes = {type(part) for part in _parts(outputs) if hasattr(part, "_fields")}
-            if classes:
-                self._graph.set_codegen(_NamedOutputs({c.__name__: c for c in classes}))
-        return super().recompile()
 
     def __reduce__(self) -> tuple[Any, ...]:
         own = {registry: self.__dict__[registry] for registry in _REGISTRIES}
