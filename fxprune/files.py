@@ -53,6 +53,8 @@ FORMATS: dict[str, Format] = {
         Format(".onnx", "an ONNX model", whole=True),
         Format(".aoti.pt2", "a package of AOTInductor", whole=True),
         Format(".json", "a plan"),
+        Format(".html", "a report"),
+        Format(".svg", "a drawing"),
     )
 }
 """By suffix. A further one is an entry here, and a function that writes it, by way of :func:`write`."""

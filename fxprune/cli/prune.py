@@ -70,6 +70,12 @@ def add_parsers(commands: _SubParsers) -> None:
     result = add_results(parser, _OUT)
     result.add_argument("--plan-out", metavar="FILE", type=Path, help="write the plan here, FILE.json")
     result.add_argument(
+        "--report",
+        metavar="FILE",
+        type=Path,
+        help="write a page here, FILE.html, on what goes, what stays, and why",
+    )
+    result.add_argument(
         "--dry-run", action="store_true", help="plan only: say what would go, and write no network"
     )
     result.add_argument("--no-latency", action="store_true", help="do not measure the latency")
@@ -83,7 +89,7 @@ def add_parsers(commands: _SubParsers) -> None:
         "example:\n  fxprune plan torchvision:resnet18 --macs 0.5 --global --out plan.json",
         run_prune,
     )
-    parser.set_defaults(dry_run=True, no_latency=True, plan_out=None)
+    parser.set_defaults(dry_run=True, no_latency=True, plan_out=None, report=None)
     add_source(parser)
     add_selection(parser)
     add_results(parser, "write the plan here, FILE.json")
@@ -128,8 +134,9 @@ def run_prune(options: argparse.Namespace) -> int:
     from ..exporting import check_whole
     from ..files import check_output
     from ..origins import plans_of
+    from ..pages import write_report
     from .loading import load_source
-    from .progress import Progress, show
+    from .progress import Progress, show, size
 
     for name, what in (("ratio", "0.5"), ("heads", "0.25")):
         share = getattr(options, name)
@@ -147,6 +154,8 @@ def run_prune(options: argparse.Namespace) -> int:
         check_output(path, (".json",))
     for path in outs:
         check_output(path, _SUFFIXES)
+    if options.report is not None:
+        check_output(options.report, (".html",))
 
     progress = Progress(options.quiet)
     with progress.step("model") as say:
@@ -169,6 +178,9 @@ def run_prune(options: argparse.Namespace) -> int:
         pruned = None
         plan, selection = _planned(options, progress, graph, given, budget)
     wanted = bool(options.ratio != 0 or options.heads)
+    if options.report is not None:
+        with progress.step("report") as say:
+            say(f"{options.report}, {size(write_report(graph, plan, options.report))}")
     if options.dry_run:
         for path in plan_files:
             plan.save(path)

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -445,6 +446,22 @@ class CouplingGraph:
             node = nodes[0] if nodes else None
             links.append(Link(b, a, node.name if node is not None else "", describe_source(node)))
         return tuple(links)
+
+    def draw(self, path: str | Path) -> None:
+        """Write a drawing of the network to an ``.svg`` file: its nodes, coloured by the groups that they
+        carry.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        from ..pages import draw
+
+        draw(self, path)
+
+    def _repr_html_(self) -> str:
+        from ..pages import graph_html
+
+        return graph_html(self)
 
     def report(self) -> Report:
         """What can be removed and what cannot, with reasons and shares of the costs; printing it shows it."""

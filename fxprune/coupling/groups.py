@@ -131,6 +131,11 @@ class Group:
     def __len__(self) -> int:
         return self.size
 
+    def _repr_html_(self) -> str:
+        from ..pages import group_html
+
+        return group_html(self)
+
     def __repr__(self) -> str:
         rows = len(self.rows) or sum(len(rows) for rows in self.balance)
         shape = f"{self.size} units" + (f" in {rows} rows" if rows > 1 else "")

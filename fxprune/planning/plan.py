@@ -323,6 +323,11 @@ class PruningPlan:
     def __str__(self) -> str:
         return self.text()
 
+    def _repr_html_(self) -> str:
+        from ..pages import plan_html
+
+        return plan_html(self)
+
     def text(self, all: bool = False) -> str:
         """The plan for people: what becomes of each group, and the notes.
 

@@ -1,0 +1,272 @@
+"""Reports and notebooks: HTML and SVG in one piece, which need no network and no script to be shown."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from . import files
+from .coupling.graph import CouplingGraph, tree_values
+from .coupling.groups import Group
+from .planning.cost_model import CostModel
+from .planning.plan import PruningPlan
+from .repeats import joined, starred
+from .report import GroupEntry
+
+__all__ = ["draw", "graph_html", "group_html", "plan_html", "report_html", "write_report"]
+
+_STYLE = """
+.fx{font:14px/1.45 system-ui,sans-serif;color:#1d2733;max-width:70rem}
+.fx table{border-collapse:collapse;margin:.6rem 0}.fx th,.fx td{padding:.15rem .7rem .15rem
+0;text-align:left;vertical-align:top} .fx td.n,.fx
+th.n{text-align:right;font-variant-numeric:tabular-nums}.fx tr{border-bottom:1px solid #e3e8ee} .fx
+.bar{display:inline-block;width:9rem;height:.7rem;background:#e3e8ee}.fx .bar i{display:block;height:100%}
+.fx code{font-size:.92em}.fx h2{font-size:1.1rem;margin:1.4rem 0 .2rem}.fx p{margin:.3rem 0}
+"""
+
+_MOST_ROWS = 400
+"""Rows of a table; repeated blocks are joined first."""
+
+
+def plan_html(plan: PruningPlan) -> str:
+    """What becomes of each group, as in ``plan.text()``, with bars."""
+    alike: dict[Any, list[str]] = {}
+    for narrowed in plan:
+        alike.setdefault((starred(narrowed.group), narrowed.size, narrowed.kept), []).append(narrowed.group)
+    names = list(plan.sizes)
+    rows = [
+        (
+            _code(joined(groups)),
+            size,
+            kept,
+            _bar(kept / size, _colour(names.index(groups[0]))),
+        )
+        for (_, size, kept), groups in alike.items()
+    ]
+    body = _table(("group", "units", "kept", ""), rows)
+    return _page(repr(plan), [_costs(plan), body, _list(plan.notes)])
+
+
+def group_html(group: Group) -> str:
+    """A group's members."""
+    rows = [
+        (_code(str(m.axis)), "x".join(map(str, m.tensor.shape)), ", ".join(sorted(m.roles)))
+        for m in group.members
+    ]
+    return _page(repr(group), [_table(("axis", "shape", "role"), rows)])
+
+
+def graph_html(graph: CouplingGraph) -> str:
+    """The report of an analysis: what can be removed, and what is frozen, where, why, and what would help."""
+    report = graph.report()
+    return _page(
+        f"{report.model}: {len(graph)} groups",
+        [_text(report.capture), _shares(report), _groups(graph, report.blocks, None), _frozen(graph)],
+    )
+
+
+def report_html(graph: CouplingGraph, plan: PruningPlan) -> str:
+    """One page on what a plan does to a network: costs by block, groups, the graph, what is held, and why."""
+    report = graph.report()
+    parts = [
+        _text(report.capture),
+        _heading("What it costs"),
+        _costs(plan),
+        _blocks(graph, plan),
+        _heading("Groups: what goes together, and how much of it"),
+        _groups(graph, report.blocks, plan),
+        _heading("The network: each line is a node, coloured by the groups that it carries"),
+        _svg(graph),
+        _heading("What is held, and why"),
+        _list(plan.notes),
+        _frozen(graph),
+    ]
+    page = _page(f"{report.model}, pruned", parts)
+    head = f'<head><meta charset="utf-8"><title>{_esc(report.model)}</title></head>'
+    return f'<!DOCTYPE html><html lang="en">{head}<body>{page}</body></html>'
+
+
+def write_report(graph: CouplingGraph, plan: PruningPlan, path: Path) -> int:
+    """Write :func:`report_html` to a file, which appears there only when it is whole; its size in bytes.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    files.check_output(path, (".html",))
+    text = report_html(graph, plan)
+    return files.write(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+
+def draw(graph: CouplingGraph, path: str | Path) -> None:
+    """See :meth:`fxprune.CouplingGraph.draw`."""
+    path = Path(path)
+    files.check_output(path, (".svg",))
+    text = _svg(graph)
+    files.write(path, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+
+def _esc(text: Any) -> str:
+    return html.escape(str(text), quote=True)
+
+
+def _code(text: str) -> str:
+    return f"<code>{_esc(text)}</code>"
+
+
+def _text(text: str) -> str:
+    return f"<p>{_esc(text)}</p>"
+
+
+def _heading(text: str) -> str:
+    return f"<h2>{_esc(text)}</h2>"
+
+
+def _list(texts: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{_esc(text)}</li>" for text in texts) + "</ul>" if texts else ""
+
+
+def _colour(number: int) -> str:
+    return f"hsl({number * 137.508 % 360:.0f} 60% 52%)"  # the golden angle: neighbours differ
+
+
+def _bar(share: float, colour: str) -> str:
+    return f'<span class="bar"><i style="width:{share:.1%};background:{colour}"></i></span>'
+
+
+def _page(title: str, parts: Iterable[str]) -> str:
+    return f'<div class="fx"><style>{_STYLE}</style><p><b>{_esc(title)}</b></p>{"".join(parts)}</div>'
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Strings are HTML already; numbers are set to the right."""
+    numeric = [bool(rows) and isinstance(value, int) for value in (rows[0] if rows else names)]
+
+    def cell(tag: str, value: Any, number: bool) -> str:
+        text = f"{value:,}" if isinstance(value, int) else value
+        return f"<{tag} class=n>{text}</{tag}>" if number else f"<{tag}>{text}</{tag}>"
+
+    lines = ["".join(cell("th", _esc(name), n) for name, n in zip(names, numeric, strict=True))]
+    lines += [
+        "".join(cell("td", v, n) for v, n in zip(row, numeric, strict=True)) for row in rows[:_MOST_ROWS]
+    ]
+    more = f"<p>and {len(rows) - _MOST_ROWS} more</p>" if len(rows) > _MOST_ROWS else ""
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + f"</table>{more}"
+
+
+def _costs(plan: PruningPlan) -> str:
+    names = {"params": "parameters", "macs": "multiply-accumulates"}
+    rows = [
+        (names.get(name, name), a, b, _bar(b / max(a, 1), "#3572b0"))
+        for name, (a, b) in plan.counts().items()
+    ]
+    return _table(("", "before", "after", ""), rows) if rows else ""
+
+
+def _shares(report: Any) -> str:
+    rows = [
+        (name, share.total, share.prunable, _bar(share.prunable / max(share.total, 1), "#3572b0"))
+        for name, share in (("parameters", report.params), ("multiply-accumulates", report.macs))
+    ]
+    return _table(("", "total", "can be removed", ""), rows)
+
+
+def _blocks(graph: CouplingGraph, plan: PruningPlan) -> str:
+    """Parameters by block before and after."""
+    model = CostModel(graph)
+    full, left = (model.sizes(model.alive(removed)) for removed in ({}, plan.removed))
+    blocks: dict[str, None] = {}
+    for name in graph.tensor_names():
+        parts = name.split(".")[:-1]
+        depth = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), min(1, len(parts)))
+        blocks[".".join(parts[:depth])] = None
+    rows = []
+    for block in filter(None, blocks):
+        before, after = (model.params(sizes, f"{block}.") for sizes in (full, left))
+        if before:
+            rows.append((_code(block), before, after, _bar(after / before, "#3572b0")))
+    return _table(("block", "parameters before", "after", ""), rows)
+
+
+def _groups(graph: CouplingGraph, entries: Sequence[GroupEntry], plan: PruningPlan | None) -> str:
+    numbers = {group.name: i for i, group in enumerate(graph.groups)}
+    kept: dict[str, list[tuple[str, int]]] = {}
+    for group in graph.groups:
+        gone = len(plan.removed.get(group.name, ())) if plan is not None else 0
+        kept.setdefault(starred(group.name), []).append((group.name, group.size - gone))
+    rows = []
+    for entry in entries:
+        own = [
+            item for items in kept.values() for item in items if joined([n for n, _ in items]) == entry.name
+        ]
+        own = own or [item for items in kept.values() for item in items if item[0] == entry.name]
+        widths = sorted({width for _, width in own}) or [entry.units]
+        after = str(widths[0]) if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"
+        mean = sum(widths) / len(widths) / max(entry.units, 1)
+        colour = _colour(numbers.get(own[0][0], 0) if own else 0)
+        exact = "yes" if entry.exact else f"no: {_esc(entry.because)}"
+        rows.append(
+            (_code(entry.name), entry.units, _esc(after), _bar(mean, colour), len(entry.members), exact)
+        )
+    return _table(("group", "units", "left", "", "axes", "exact"), rows)
+
+
+def _frozen(graph: CouplingGraph) -> str:
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for entry in graph.frozen:
+        key = starred(str(entry.axis)), starred(entry.reason), entry.remedy
+        alike.setdefault(key, []).append(str(entry.axis))
+    rows = [(_code(joined(axes)), _esc(reason), _esc(remedy)) for (_, reason, remedy), axes in alike.items()]
+    return _table(("frozen axis", "why", "what would help"), rows)
+
+
+def _svg(graph: CouplingGraph) -> str:
+    """The captured graph from top to bottom: a line for each node, arcs where a value skips nodes."""
+    nodes = [node for node in graph.captured.program.graph.nodes if node.op != "get_attr"]
+    place = {node: i for i, node in enumerate(nodes)}
+    carried = _carried(graph)
+    high, left = 15, 190
+    parts = []
+    for node, row in place.items():
+        y = row * high + high
+        for i, number in enumerate(sorted(carried.get(node, ()))[:8]):
+            parts.append(
+                f'<rect x="{left + 8 * i}" y="{y - 9}" width="7" height="11" fill="{_colour(number)}"/>'
+            )
+        name = node.target if node.op == "call_module" else node.name
+        parts.append(f'<text x="{left + 74}" y="{y}">{_esc(name)}</text>')
+        for source in node.all_input_nodes:
+            start = place.get(source)
+            if start is not None and row - start > 1:
+                y1 = start * high + high - 4
+                bend = left - min(170, 12 + 3 * (row - start))
+                parts.append(f'<path d="M{left - 3} {y1} C{bend} {y1} {bend} {y - 4} {left - 3} {y - 4}"/>')
+    height = len(nodes) * high + 2 * high
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="760" height="{height}" '
+        'style="font:11px ui-monospace,monospace">'
+        "<style>path{fill:none;stroke:#8fa1b5;stroke-width:1}</style>" + "".join(parts) + "</svg>"
+    )
+
+
+def _carried(graph: CouplingGraph) -> Mapping[fx.Node, set[int]]:
+    """For each node the numbers of the groups whose channels its output has."""
+    owner = {int(unit): i for i, group in enumerate(graph.groups) for unit in group.units}
+    known: dict[int, set[int]] = {}
+    found: dict[fx.Node, set[int]] = {}
+    for node, tree in graph.run.values.items():
+        own: set[int] = set()
+        for value in tree_values(tree):
+            for dim in range(len(value.shape)):
+                label = value.label(dim)
+                if label is None:
+                    continue
+                if id(label.ids) not in known:
+                    classes = set(graph.classes(label.ids.reshape(-1)).tolist())
+                    known[id(label.ids)] = {owner[c] for c in classes if c in owner}
+                own |= known[id(label.ids)]
+        found[node] = own
+    return found
