@@ -1,8 +1,8 @@
 """Rewrite: passes that turn a program and a narrowing into a narrower program.
 
-A pass never changes what it is given; it returns a new :class:`~fxprune.program.Program` that shares
-what stayed the same. Passes know nothing of importance or budgets: everything that they need is in the
-:class:`~fxprune.passes.base.Narrowing`.
+A pass never changes what was analysed; it returns a new :class:`~fxprune.program.Program` that shares
+what stayed the same. The graph is copied once, by the first pass that edits it. Passes know nothing of
+importance or budgets: everything that they need is in the :class:`~fxprune.passes.base.Narrowing`.
 """
 
 if __name__ != "fxprune.passes":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import fx
 from ..coupling.graph import CouplingGraph
 from ..coupling.units import Ids, Label, State, Take, Value
 from ..errors import RewriteError
+from ..nodes import copy_graph
 from ..program import Program
 
 Mask = NDArray[np.bool_]
@@ -198,9 +199,22 @@ class Narrowing:
         return (origin, take) if origin is not None else None
 
 
+def editable(program: Program, narrowing: Narrowing) -> tuple[fx.Graph, dict[str, fx.Node]]:
+    """A graph that a pass may edit, and its nodes by name.
+
+    The graph that was analysed is copied, once in a pipeline; the passes that follow go on with that copy.
+    """
+    if program.graph is narrowing.graph.captured.program.graph:
+        return copy_graph(program.graph)
+    return program.graph, {node.name: node for node in program.graph.nodes}
+
+
 @dataclass(frozen=True)
 class Pass(abc.ABC):
     """One rewrite. Subclasses are frozen dataclasses whose fields are their options."""
+
+    edits_graph: ClassVar[bool] = True
+    """Whether it changes nodes: in a graph that :func:`editable` gave it."""
 
     @abc.abstractmethod
     def requires(self, program: Program, narrowing: Narrowing) -> Sequence[Any]:
@@ -208,7 +222,7 @@ class Pass(abc.ABC):
 
     @abc.abstractmethod
     def run(self, program: Program, narrowing: Narrowing, sites: Sequence[Any]) -> Program:
-        """A new program in which the sites are rewritten."""
+        """A new program in which the sites are rewritten; its graph may be that of ``program``, edited."""
 
     def ensures(self, before: Program, after: Program) -> None:
         """Raise :class:`RewriteError` if the pass broke the contract that all passes share."""
@@ -216,7 +230,7 @@ class Pass(abc.ABC):
             raise RewriteError(f"{self} changed the module tree or a training flag.")
         if list(after.tensors) != list(before.tensors):
             raise RewriteError(f"{self} added, dropped or reordered parameters.")
-        if after.graph is not before.graph:
+        if after.graph is not before.graph or self.edits_graph:
             after.graph.lint()
 
     def __call__(self, program: Program, narrowing: Narrowing) -> Program:

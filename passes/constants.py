@@ -17,9 +17,9 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from ..coupling.units import Value
-from ..nodes import copy_graph, operator_name
+from ..nodes import operator_name
 from ..program import Program
-from .base import Narrowing, Pass
+from .base import Narrowing, Pass, editable
 
 _NUMBERS = (int, float)
 
@@ -44,7 +44,7 @@ class KeepConstants(Pass):
         ]
 
     def run(self, program: Program, narrowing: Narrowing, sites: Sequence[Any]) -> Program:
-        graph, nodes = copy_graph(program.graph)
+        graph, nodes = editable(program, narrowing)
         had_users = {node.name for node in program.graph.nodes if node.users}
         for name, stale in sites:
             factors = _batch_of_rows(nodes[name], narrowing)

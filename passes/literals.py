@@ -18,9 +18,9 @@ from torch.fx.node import map_aggregate
 
 from ..coupling.units import Label, Value
 from ..nn import multi_head_attention
-from ..nodes import copy_graph, operator_name
+from ..nodes import operator_name
 from ..program import Program
-from .base import Narrowing, Pass
+from .base import Narrowing, Pass, editable
 from .constants import computed, origins, scale
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -38,7 +38,7 @@ class RewriteLiterals(Pass):
         return [node.name for node in program.graph.nodes if _edited(node, narrowing) is not None]
 
     def run(self, program: Program, narrowing: Narrowing, sites: Sequence[Any]) -> Program:
-        graph, nodes = copy_graph(program.graph)
+        graph, nodes = editable(program, narrowing)
         for site in sites:
             node = nodes[site]
             edited = _edited(node, narrowing)

@@ -20,9 +20,9 @@ from torch import fx
 from ..coupling.units import Take, Value
 from ..errors import RewriteError
 from ..nn import Fill
-from ..nodes import copy_graph, operator_name, writes
+from ..nodes import operator_name, writes
 from ..program import Program
-from .base import Narrowing, Pass
+from .base import Narrowing, Pass, editable
 
 _FLIPS = frozenset(["flip", "fliplr", "flipud"])
 _COUNTING = frozenset(["arange", "linspace", "logspace", "eye", "randperm"])
@@ -36,7 +36,8 @@ class SelectMovements(Pass):
         return [node.name for node in program.graph.nodes if _moves(node, narrowing)]
 
     def run(self, program: Program, narrowing: Narrowing, sites: Sequence[Any]) -> Program:
-        graph, nodes = copy_graph(program.graph)
+        graph, nodes = editable(program, narrowing)
+        had_users = {node.name for node in graph.nodes if node.users}
         extras = dict(program.extras)
         for name in sites:
             node = nodes[name]
@@ -59,7 +60,6 @@ class SelectMovements(Pass):
                 else:
                     node.args, node.kwargs = (graph.call_function(torch.index_select, pick), *rest), {}
                 node.meta.pop("is_wrapped", None)
-        had_users = {node.name for node in program.graph.nodes if node.users}
         for node in reversed(list(graph.nodes)):  # the movements that the picks replace
             calls = node.op in ("call_method", "call_function") and not writes(node)
             if calls and not node.users and node.name in had_users:
@@ -134,7 +134,7 @@ class NarrowConstants(Pass):
         ]
 
     def run(self, program: Program, narrowing: Narrowing, sites: Sequence[Any]) -> Program:
-        graph, nodes = copy_graph(program.graph)
+        graph, nodes = editable(program, narrowing)
         extras = dict(program.extras)
         for name in sites:
             node = nodes[name]
@@ -172,7 +172,7 @@ class PickFromTables(Pass):
         ]
 
     def run(self, program: Program, narrowing: Narrowing, sites: Sequence[Any]) -> Program:
-        graph, nodes = copy_graph(program.graph)
+        graph, nodes = editable(program, narrowing)
         extras = dict(program.extras)
         shared: dict[Any, str] = {}
         for user, table, picks in sites:
@@ -280,7 +280,7 @@ class FillOutputs(Pass):
         ]
 
     def run(self, program: Program, narrowing: Narrowing, sites: Sequence[Any]) -> Program:
-        graph, nodes = copy_graph(program.graph)
+        graph, nodes = editable(program, narrowing)
         captured = narrowing.graph.captured.program
         originals = {node.name: node for node in captured.graph.nodes}
         tensors = {**captured.tensors, **captured.extras}

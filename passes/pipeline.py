@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -48,15 +48,29 @@ class Rewritten:
         return replace(self.program, tensors=narrowed.tensors, extras=extras)
 
 
-def rewrite(graph: CouplingGraph, removed: Mapping[str, Sequence[int]]) -> Rewritten:
+Between = Callable[[Pass, Program, Program], None]
+"""What is called after each pass, with the pass, the program before it and the program after it: the same
+object where it had nothing to do. Both may share one graph, which the pass has edited."""
+
+
+def rewrite(
+    graph: CouplingGraph, removed: Mapping[str, Sequence[int]], between: Between | None = None
+) -> Rewritten:
     """Rewrite the program of ``graph`` without the ``removed`` units, on shapes alone, and check it.
 
     Where nothing is removed, nothing is rewritten, and nothing can be wrong.
+
+    Args:
+        graph: the analysis; not changed.
+        removed: positions of the units that go, by the group's name.
+        between: called after each pass, for developers: to time, print or check what each does.
     """
     narrowing = Narrowing(graph, removed)
-    program = NarrowParameters(shapes_only=True)(graph.captured.program, narrowing)
-    for rewriting in PIPELINE:
-        program = rewriting(program, narrowing)
+    program = graph.captured.program
+    for rewriting in (NarrowParameters(shapes_only=True), *PIPELINE):
+        before, program = program, rewriting(program, narrowing)
+        if between is not None:
+            between(rewriting, before, program)
     if not any(len(units) for units in removed.values()):
         return Rewritten(program, narrowing, ())
     found = [replace(v, node=_named(program, graph, v.node)) for v in check(program, narrowing)]

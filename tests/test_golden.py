@@ -21,6 +21,8 @@ from torch.utils import _pytree as pytree
 import fxprune
 from fxprune.api import graph_for
 from fxprune.nodes import copy_graph
+from fxprune.passes import PIPELINE, Pass, rewrite
+from fxprune.program import Program
 
 HERE = Path(__file__).parent / "golden"
 WIDTHS = (
@@ -307,6 +309,23 @@ def test_golden(golden: Golden, update_goldens: bool) -> None:
         path.read_text().splitlines(), text.splitlines(), "golden", "now", lineterm=""
     )
     assert path.read_text() == text, "\n".join(difference)
+
+
+def test_every_pass_has_a_golden() -> None:
+    """A new pass has a file here that shows what it does."""
+    acted: set[str] = set()
+
+    def between(rewriting: Pass, before: Program, after: Program) -> None:
+        if after is not before:
+            acted.add(type(rewriting).__name__)
+
+    for golden in GOLDENS:
+        if golden.name.startswith("refused"):
+            continue
+        model, x = golden.model().eval(), torch.randn(golden.shape)
+        plan = fxprune.plan(model, x, ratio=0.5, importance=_scattered)
+        rewrite(graph_for(plan, model), plan.removed, between)
+    assert acted == {"NarrowParameters", *(type(rewriting).__name__ for rewriting in PIPELINE)}
 
 
 def test_no_golden_is_left_over() -> None:

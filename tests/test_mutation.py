@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -88,6 +88,7 @@ def without(name: str) -> Patch:
         assert len(rest) == len(pipeline.PIPELINE) - 1
         monkeypatch.setattr(pipeline, "PIPELINE", rest)
 
+    patch.left_out = name
     return patch
 
 
@@ -170,6 +171,17 @@ def unnarrowed(narrowing: Any, take: Any) -> Any:
     return np.arange(int(narrowing.row(label)[take.index].sum()))
 
 
+class Table(nn.Module):
+    """A table that both halves of what it meets pick from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rates", torch.linspace(1, 2, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.view(-1, 5, 2, 6) * self.rates.cos()).flatten(2)
+
+
 def heads(self: Any, x: Tensor) -> Tensor:
     """Attention with everything written out: 3 heads of 4."""
     q, k, v = (layer(x).view(x.shape[0], 5, 3, 4).transpose(1, 2) for layer in (self.q, self.k, self.v))
@@ -224,6 +236,8 @@ MUTANTS = [
            lambda self, x: F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)), projections, tokens=True),
     Mutant("constants follow the width", without("KeepConstants"), scaled, tokens=True),
     Mutant("computed constants stay", without("NarrowConstants"), rotated, tokens=True),
+    Mutant("tables are taken whole", without("PickFromTables"), lambda self, x: self.table(x),
+           lambda: {"table": Table()}, tokens=True),
     Mutant("shuffles stay", without("SelectMovements"), shuffled),
     Mutant("rolls stay", without("SelectMovements"), lambda self, x: x.roll(5, 1)),
     Mutant("strided slices stay", without("SelectMovements"), lambda self, x: x[:, 1::3]),
@@ -296,6 +310,41 @@ def test_mutants_are_noticed(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) ->
     assert held or not wrong, "wrong, and nobody objects"
 
 
+class States(NamedTuple):
+    """A result, and what is returned beside it."""
+
+    last: Tensor
+    first: Tensor
+
+
+class Hidden(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> States:
+        y = self.first(x)
+        y = y + self.middle(y).relu()
+        return States(self.last(y), y)
+
+
+WITHOUT_FILLING = without("FillOutputs")
+
+
+def test_outputs_that_are_not_filled_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Hidden().eval(), torch.randn(2, 3)
+    assert not fxprune.plan(model, x).held
+    WITHOUT_FILLING(monkeypatch)
+    assert fxprune.plan(model, x).held
+
+
+def test_every_pass_has_a_mutant() -> None:
+    """A pass that nobody misses is not needed, or not tested."""
+    patches = [*(mutant.patch for mutant in MUTANTS), WITHOUT_FILLING]
+    left_out = {patch.left_out for patch in patches if hasattr(patch, "left_out")}
+    assert left_out == {type(rewriting).__name__ for rewriting in pipeline.PIPELINE}
+
+
 def test_what_is_given_inserted_numbers_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass computes the groups of a convolution anew, and wrongly: planning notices, without ``verify``."""
     mutant = next(mutant for mutant in MUTANTS if mutant.name == "every size is that of a batch of rows")
@@ -311,7 +360,7 @@ def test_a_check_that_never_agrees_leaves_all_as_it_is(monkeypatch: pytest.Monke
     model = nn.Sequential(nn.Linear(3, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 4))
     x = torch.randn(2, 3)
     violation = pipeline.Violation("_1", "never")
-    monkeypatch.setattr(pipeline, "_check", lambda program, narrowing: [violation])
+    monkeypatch.setattr(pipeline, "check", lambda program, narrowing: [violation])
     pruned = fxprune.prune(model, x, ratio=0.5)
     torch.testing.assert_close(pruned(x), model(x))
     plan = pruned.meta["fxprune"]
