@@ -46,7 +46,7 @@ class _Deferred:
         self.module = weakref.ref(module)  # the class that holds this is the module's own
 
     def __get__(self, instance: Any, owner: type) -> Any:
-        module = self.module()
+        module = instance if isinstance(instance, OwnedModule) else self.module()  # which it is a copy of
         if module is not None:
             module.recompile()
         return getattr(owner if instance is None else instance, "forward")  # noqa: B009  (now another one)

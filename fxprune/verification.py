@@ -7,9 +7,10 @@ removed on both sides of each coupling, so consumers multiply by zero whatever a
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,15 +18,17 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate, map_arg
 from torch.nn import functional as F
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from .api import graph_for, model_of
 from .capture.regions import real_inputs
 from .coupling.graph import CouplingGraph
 from .coupling.units import Value
-from .errors import ExampleInputsError, VerificationError
+from .errors import ExampleInputsError, ModeError, VerificationError
+from .graph_module import OwnedModule
 from .inputs import normalize
-from .nn import multi_head_attention
+from .nn import MultiheadAttention, multi_head_attention
 from .nodes import copy_graph, describe_source, mutable, operator_name
 from .passes import Narrowing
 from .passes.parameters import masked, narrow, surviving
@@ -34,6 +37,15 @@ from .program import Program
 from .region_program import RegionModule, RegionProgram
 from .trees import Leaf, flatten
 from .verify_class import as_graph, compare_classes
+from .verify_model import (
+    call,
+    compare_with_model,
+    copied,
+    plain,
+    relative_error,
+    second_batch,
+    writes_parameters,
+)
 
 
 @dataclass(frozen=True)
@@ -46,12 +58,18 @@ class Verdict:
             the whole networks were.
         skipped: inexact nodes, whose values may differ; what follows them was compared from there on.
         dtype: the precision of the comparison.
+        modes: the modes in which the networks were compared, "evaluation" and "training".
+        inputs: how many sets of inputs they were compared on; one of twice the batch is added where it fits.
+        notes: what could not be compared, and why.
     """
 
     error: float
     compared: int
     skipped: tuple[str, ...]
     dtype: torch.dtype
+    modes: tuple[str, ...] = ("evaluation",)
+    inputs: int = 1
+    notes: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -60,13 +78,23 @@ class Verdict:
 
     def __str__(self) -> str:
         precision = str(self.dtype).removeprefix("torch.")
-        measured = f"(relative error {self.error:.1e} in {precision})"
+        sizes = f", on {self.inputs} sizes of inputs" if self.inputs > 1 else ""
+        measured = f"(relative error {self.error:.1e} in {precision}; {' and '.join(self.modes)} mode{sizes})"
         if self.exact:
-            return f"exact: the pruned network equals the masked original {measured}"
-        return (
-            f"exact but for {len(self.skipped)} normalisations and reductions over narrowed axes: all other "
-            f"{self.compared} nodes equal those of the masked original {measured}"
-        )
+            said = f"exact: the pruned network equals the masked original {measured}"
+        else:
+            said = (
+                f"exact but for {len(self.skipped)} normalisations and reductions over narrowed axes: all "
+                f"other {self.compared} nodes equal those of the masked original {measured}"
+            )
+        return "\n".join([said, *(f"not compared: {note}" for note in self.notes)])
+
+
+_LARGE = 1 << 30
+"""Bytes of parameters from which on networks are compared in their own precision."""
+_LIMITS = {torch.float64: 1e-8, torch.float32: 1e-3}
+"""Largest relative error by precision; in less than these, that of a few rounded steps."""
+_ROUGH = 5e-2
 
 
 def verify(
@@ -75,36 +103,75 @@ def verify(
     plan: PruningPlan,
     example_inputs: Any,
     *,
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype | None = None,
     tolerance: float | None = None,
+    more_inputs: Sequence[Any] = (),
+    low_memory: bool = False,
 ) -> Verdict:
     """Check that ``pruned`` computes what ``model`` computes with the removed entries set to zero.
 
-    Both are run in evaluation mode, as copies in ``dtype``. If an inexact group was narrowed, the
-    networks differ legitimately from there on; then the graphs are run side by side, each node on the
-    masked original's narrowed values wherever an inexact node came before. Of a result in the model's own
-    class, its own ``forward`` is compared as well, in both modes (with dropout off) where the plan is exact.
+    First the captured graph is compared with a copy of ``model``, which runs its own ``forward``. Then the
+    masked original is with ``pruned``, both as copies in ``dtype``. If an inexact group was narrowed, these
+    differ legitimately from there on; then the graphs are run side by side, each node on the masked
+    original's narrowed values wherever an inexact node came before. Of a result in the model's own
+    class, its own ``forward`` is compared as well where the plan is exact. All of it is done in
+    evaluation mode and in training mode (with dropout off, batch statistics included), and in evaluation mode
+    again with a batch of twice the size where the model takes one.
 
     Args:
         model: the original model, or its analysis; not changed.
         pruned: what ``plan.apply(model)`` gave.
         plan: the plan.
         example_inputs: real inputs, as for :func:`fxprune.analyze`.
-        dtype: precision of the comparison.
-        tolerance: largest relative error allowed; by default 1e-8 in float64, 1e-3 in less.
+        dtype: precision of the comparison of the two networks. By default float64; for networks of more than
+            a gigabyte, and those that do not run in float64, their own.
+        tolerance: largest relative error allowed; by default 1e-8 in float64, 1e-3 in float32, 5e-2 in less.
+        more_inputs: further inputs, of other sizes say, to compare on in evaluation mode; in place of the
+            batch of twice the size.
+        low_memory: compare in the networks' own precision, so that weights are copied once at most.
 
     Raises:
         VerificationError: where the networks differ; names the first node, its source line and the error.
         PlanError: if the plan does not belong to the model.
     """
-    args, kwargs = normalize(example_inputs)
     given, model = model, model_of(model)
-    if any(t.device.type == "meta" for t in [*model.parameters(), *model.buffers()]):
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(t.device.type == "meta" for t in tensors):
         raise VerificationError("the model is on the meta device, so there are no weights to verify.")
-    limit = tolerance if tolerance is not None else 1e-8 if dtype == torch.float64 else 1e-3
+    own = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+    size = sum(t.numel() * t.element_size() for t in model.parameters())
+    choice = dtype or (own if low_memory or size > _LARGE else torch.float64)
+    try:
+        return _verify(given, pruned, plan, example_inputs, choice, own, tolerance, more_inputs)
+    except _Precision as error:
+        if dtype is not None or choice == own:
+            raise ExampleInputsError(str(error)) from error.__cause__
+        return _verify(given, pruned, plan, example_inputs, own, own, tolerance, more_inputs)
+
+
+class _Precision(Exception):
+    """The original does not run in the precision of the comparison."""
+
+
+def _limit(dtype: torch.dtype, tolerance: float | None) -> float:
+    return tolerance if tolerance is not None else _LIMITS.get(dtype, _ROUGH)
+
+
+def _verify(
+    given: nn.Module | CouplingGraph,
+    pruned: nn.Module,
+    plan: PruningPlan,
+    example_inputs: Any,
+    dtype: torch.dtype,
+    own: torch.dtype,
+    tolerance: float | None,
+    more_inputs: Sequence[Any],
+) -> Verdict:
+    model = model_of(given)
+    limit = _limit(dtype, tolerance)
     if plan.into == "module":
         form, made = as_graph(model, pruned, plan), replace(plan, into="graph")
-        verdict = verify(model, form, made, example_inputs, dtype=dtype, tolerance=tolerance)
+        verdict = _verify(model, form, made, example_inputs, dtype, own, tolerance, more_inputs)
         error = compare_classes(
             model,
             pruned,
@@ -118,66 +185,205 @@ def verify(
         )
         return replace(verdict, error=max(verdict.error, error))
     graph = graph_for(plan, given)
-    narrowing = Narrowing(graph, plan.removed)
     program = graph.captured.program
-    originals = _masked(program, narrowing, dtype).pieces()
-    candidate = _converted(pruned, dtype).eval()
-    inexact = {
-        event.node.name: None
-        for event in graph.run.coupler.inexact
-        if event.node is not None and narrowing.mixed(event.ids)
-    }
+    args, kwargs = normalize(example_inputs)
     calls = real_inputs(model, program, args, kwargs)
-    if originals.keys() != calls.keys():
-        missed = ", ".join(sorted(originals.keys() - calls.keys()))
+    pieces = program.pieces()
+    if pieces.keys() != calls.keys():
+        missed = ", ".join(sorted(pieces.keys() - calls.keys()))
         raise VerificationError(f"{missed} is not called in evaluation mode on these inputs.")
-    worst, compared = 0.0, 0
-    for path, piece in originals.items():
-        args, kwargs = (_cast(tree, dtype) for tree in calls[path])
-        original = piece.module().eval()
-        part = candidate.get_submodule(path)
-        walk = _Walk(original, narrowing, inexact, limit)
-        with torch.no_grad():
-            linked = isinstance(program, RegionProgram) and walk.linked()
-            if not inexact and not linked:
-                difference = _whole(original, part, args, kwargs, graph.run.outputs[path], narrowing)
-                if difference <= limit:
-                    worst = max(worst, difference)
-                    continue
-            try:
-                inputs = piece.bind(args, kwargs)
-            except TypeError as error:
-                raise ExampleInputsError(f"the captured {plan.model} {error}.") from error
-            if isinstance(program, RegionProgram):
-                part = program.graph_module(candidate, path) or part
-            if not isinstance(part, fx.GraphModule):
-                differs = (
-                    "" if inexact or linked else f"the outputs differ by {difference:.1e} (relative), and "
+    others = [] if isinstance(program, RegionProgram) else _others(args, kwargs, more_inputs)
+    notes, taken = [], []
+    for path, piece in pieces.items():
+        for training in (False, True):
+            runs = [(*calls[path], "")] + ([] if training else others)
+            for run_args, run_kwargs, size in runs:
+                _, note = compare_with_model(
+                    model.get_submodule(path), piece, run_args, run_kwargs, training, _limit(own, tolerance)
                 )
+                if not size:
+                    notes += [f"{path}: {note}" if path else note] if note else []
+                elif not note:
+                    taken.append((run_args, run_kwargs))
+                elif more_inputs:
+                    notes.append(f"{size}: {note}")
+    comparison = _Comparison(graph, Narrowing(graph, plan.removed), pruned, dtype, limit)
+    comparison.run(calls, False)
+    for more in taken:
+        comparison.run({"": more}, False)
+    trained, note = comparison.trains(calls)
+    if trained:
+        comparison.run(calls, True)
+    notes += [note] if note and note not in notes else []
+    if comparison.inexact:
+        _compare_weights(program, pruned, comparison.narrowing)  # the skipped nodes' own weights, too
+    modes = ("evaluation", "training") if trained else ("evaluation",)
+    return Verdict(
+        comparison.worst,
+        comparison.compared,
+        tuple(comparison.inexact),
+        dtype,
+        modes,
+        1 + len(taken),
+        tuple(dict.fromkeys(notes)),
+    )
+
+
+def _others(args: tuple[Any, ...], kwargs: dict[str, Any], more_inputs: Sequence[Any]) -> list[Any]:
+    """Further inputs to compare on, and what they are."""
+    if more_inputs:
+        return [(*normalize(more), f"inputs {number}") for number, more in enumerate(more_inputs, 2)]
+    doubled = second_batch(args, kwargs)
+    return [(*doubled[:2], f"a batch of {doubled[2]}")] if doubled is not None else []
+
+
+class _Comparison:
+    """The masked original and the pruned network, side by side."""
+
+    def __init__(
+        self, graph: CouplingGraph, narrowing: Narrowing, pruned: nn.Module, dtype: torch.dtype, limit: float
+    ) -> None:
+        self.graph, self.narrowing, self.limit, self.dtype = graph, narrowing, limit, dtype
+        self.program = graph.captured.program
+        self.pieces = self.program.pieces()
+        self.originals = {
+            path: (piece, _without_dropout(piece.module()))
+            for path, piece in _masked(self.program, narrowing, dtype).pieces().items()
+        }
+        share = not any(map(writes_parameters, self.pieces.values()))
+        self.candidate = _without_dropout(_converted(pruned, dtype, share))
+        self.inexact = {
+            event.node.name: None
+            for event in graph.run.coupler.inexact
+            if event.node is not None and narrowing.mixed(event.ids)
+        }
+        self.worst, self.compared = 0.0, 0
+
+    def trains(self, calls: Mapping[str, Any]) -> tuple[bool, str]:
+        """Whether the networks can be compared in training mode, and if not, why."""
+        for path, (_, original) in self.originals.items():
+            args, kwargs = (_cast(tree, self.dtype) for tree in calls[path])
+            with _restored(original):
+                try:
+                    _mode(original, True)
+                    outcomes = [call(original, args, kwargs, seed) for seed in (0, 1)]
+                except ModeError as error:
+                    return False, str(error)
+            failed = next((outcome.error for outcome in outcomes if outcome.error is not None), None)
+            if failed is not None:
+                return (
+                    False,
+                    f"the masked original does not run in training mode ({type(failed).__name__}: {failed})",
+                )
+            leaves = [flatten(outcome.output)[0] for outcome in outcomes]
+            if relative_error(*leaves) > self.limit:
+                return False, "in training mode, what is drawn at random depends on widths"
+        return True, ""
+
+    def run(self, calls: Mapping[str, Any], training: bool) -> None:
+        """Compare on these inputs of each piece; raises VerificationError."""
+        try:
+            _mode(self.candidate, training)
+        except ModeError as error:
+            raise VerificationError(
+                f"the original runs in training mode, the result does not: {error}"
+            ) from error
+        for path, (piece, original) in self.originals.items():
+            _mode(original, training)
+            part = self.candidate.get_submodule(path)
+            with _restored(original), _restored(part):
+                self._piece(path, piece, original, part, calls[path])
+
+    def _piece(self, path: str, piece: Program, original: Any, part: nn.Module, inputs: Any) -> None:
+        args, kwargs = (_cast(tree, self.dtype) for tree in inputs)
+        walk = _Walk(original, self.narrowing, self.inexact, self.limit)
+        with torch.no_grad():
+            linked = isinstance(self.program, RegionProgram) and walk.linked()
+            whole = not self.inexact and not linked
+            if whole:
+                outputs = self.graph.run.outputs[path]
+                with _restored(original), _restored(part):
+                    difference = _whole(original, part, args, kwargs, outputs, self.narrowing)
+                    if difference <= self.limit:
+                        difference = max(difference, self._buffers(self.pieces[path], original, part))
+                if difference <= self.limit:
+                    self.worst = max(self.worst, difference)
+                    return
+            else:
+                with _restored(original):
+                    failed = call(original, args, kwargs).error
+                if failed is not None:
+                    raise _Precision(f"the original does not run in {self.dtype}: {failed}") from failed
+            try:
+                values = piece.bind(args, kwargs)
+            except TypeError as error:
+                raise ExampleInputsError(f"the captured {self.graph.captured.class_name} {error}.") from error
+            if isinstance(self.program, RegionProgram):
+                part = self.program.graph_module(self.candidate, path) or part
+            if not isinstance(part, fx.GraphModule):
+                differs = f"the outputs differ by {difference:.1e} (relative), and " if whole else ""
                 raise VerificationError(
                     f"{differs}{type(part).__name__} is no GraphModule, so it cannot be compared with the "
                     f"masked original node by node. Give verify the module that plan.apply(model) returned."
                 )
-            worst = max(worst, walk.run(part, inputs))
-            compared += walk.compared
-        if not inexact and not linked and not walk.settled:
+            self.worst = max(self.worst, walk.run(part, values))
+            self.compared += walk.compared
+        if whole and not walk.settled:
             raise VerificationError(
                 f"the outputs differ from the masked original's by {difference:.1e} (relative), though no "
                 f"single node of the graph differs: was {type(part).__name__} changed since it was pruned?"
             )
-    if inexact:
-        _compare_weights(program, pruned, narrowing)  # the skipped nodes' own weights, too
-    return Verdict(worst, compared, tuple(inexact), dtype)
+
+    def _buffers(self, own: Program, original: nn.Module, part: nn.Module) -> float:
+        """Largest relative error of what is left in buffers."""
+        wanted, got = (dict(m.named_buffers(remove_duplicate=False)) for m in (original, part))
+        worst = 0.0
+        for name, buffer in wanted.items():
+            tensor = own.tensors.get(name)
+            if tensor is not None and name in got:
+                expected = narrow(buffer, self.graph.labels(tensor), self.narrowing)
+                worst = max(worst, relative_error(got[name], expected))
+        return worst
 
 
-def _converted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of ``module`` in ``dtype``."""
-    new = copy.deepcopy(module)._apply(lambda tensor: tensor.to(_wide(tensor.dtype, dtype)))
+def _mode(module: nn.Module, training: bool) -> None:
+    """Put a network into a mode, but for its dropout."""
+    module.train(training)
+    _without_dropout(module)
+
+
+def _without_dropout(module: Any) -> Any:
+    """Dropout off: what it draws depends on the width."""
+    for inner in module.modules():
+        if isinstance(inner, (_DropoutNd, nn.RReLU)):
+            inner.training = False
+        elif isinstance(inner, (nn.RNNBase, nn.MultiheadAttention, MultiheadAttention)):
+            inner.dropout = 0.0
+    return module
+
+
+@contextlib.contextmanager
+def _restored(module: nn.Module) -> Iterator[None]:
+    """Afterwards, buffers hold what they hold now."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                if buffer.shape == value.shape and not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def _converted(module: nn.Module, dtype: torch.dtype, share: bool = False) -> nn.Module:
+    """A copy of ``module`` in ``dtype``; given ``share``, with the very parameters that have it already."""
+    shared = {id(p): p for p in module.parameters() if share and p.dtype == _wide(p.dtype, dtype)}
+    new = copy.deepcopy(module, dict(shared))._apply(lambda tensor: tensor.to(_wide(tensor.dtype, dtype)))
     for inner in new.modules():
         if isinstance(inner, RegionModule):
             RegionModule.take_over(inner, _recast(inner.graph, dtype))
         elif isinstance(inner, fx.GraphModule):
-            inner.graph = _recast(inner.graph, dtype)
+            inner.graph = _recast(inner.whole if isinstance(inner, OwnedModule) else inner.graph, dtype)
     return new
 
 
@@ -262,7 +468,7 @@ def _compare_weights(program: Program, pruned: nn.Module, narrowing: Narrowing) 
     for name, tensor in program.tensors.items():
         if name in state:
             wanted = narrow(tensor, narrowing.graph.labels(tensor), narrowing)
-            error = _error(state[name].detach().to(wanted), wanted.detach())
+            error = relative_error(state[name].detach().to(wanted), wanted.detach())
             if error > 0:
                 users = [
                     n.name for n in program.graph.nodes if name.startswith(f"{n.target}.") or n.target == name
@@ -293,10 +499,10 @@ def _whole(
             torch.manual_seed(0)
             try:
                 # Past __call__, which would print torch.fx's own traceback.
-                outputs.append(module.forward(*_copied(args), **_copied(kwargs)))
+                outputs.append(module.forward(*copied(args), **copied(kwargs)))
             except Exception as error:
                 if module is original:
-                    raise ExampleInputsError(
+                    raise _Precision(
                         f"the original model does not run on the example inputs in this precision: "
                         f"{type(error).__name__}: {error}. Where only another will do, give verify its dtype."
                     ) from error
@@ -309,37 +515,7 @@ def _whole(
         value = labelled.get(leaf)
         labels = [value.label(dim) for dim in range(len(value.shape))] if value is not None else None
         expected.append(tensor if labels is None else narrow(tensor, labels, narrowing))
-    return _error([got, _plain(outputs[1])], [expected, _plain(outputs[0])])
-
-
-def _plain(tree: Any) -> list[Any]:
-    """What of a tree is no tensor."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if not isinstance(leaf, torch.Tensor)]
-
-
-def _copied(tree: Any) -> Any:
-    return pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, tree)
-
-
-def _error(got: Any, wanted: Any) -> float:
-    """Largest relative difference of two trees of tensors."""
-    gots, wanteds = pytree.tree_leaves(got), pytree.tree_leaves(wanted)
-    if len(gots) != len(wanteds):
-        return math.inf
-    worst = 0.0
-    for a, b in zip(gots, wanteds, strict=True):
-        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-            if a.shape != b.shape or a.dtype != b.dtype:
-                return math.inf
-            same = (a == b) | ((a != a) & (b != b))
-            if bool(same.all()):
-                continue
-            if not (a.is_floating_point() or a.is_complex()):
-                return math.inf
-            scale = b[torch.isfinite(b)].abs().max().item() if bool(torch.isfinite(b).any()) else 0.0
-            difference = (a - b).abs().masked_fill(same, 0).max().item()
-            worst = max(worst, difference / max(scale, 1e-30) if difference == difference else math.inf)
-    return worst
+    return relative_error([got, plain(outputs[1])], [expected, plain(outputs[0])])
 
 
 class _Walk:
@@ -360,10 +536,10 @@ class _Walk:
     def run(self, candidate: fx.GraphModule, inputs: list[Any]) -> float:
         """Largest relative error of a node of ``candidate``; raises VerificationError above the limit."""
         worst = 0.0
-        wanted = _Stepper(self.original, _copied(inputs))
+        wanted = _Stepper(self.original, copied(inputs))
         places = [node for node in self.original.graph.nodes if node.op == "placeholder"]
         narrow = [self._narrowed(node, value) for node, value in zip(places, inputs, strict=True)]
-        got = _Stepper(candidate, _copied(narrow))
+        got = _Stepper(candidate, copied(narrow))
         nodes = self.original.graph.nodes
         names = {n.name for n in nodes if n.op == "output" or self.narrowing.tree(n.name) is not None}
         for node in got:
@@ -378,7 +554,7 @@ class _Walk:
                 continue
             if self._narrowed_later(node) and _shapes(got.values[node]) == _shapes(reference):
                 expected = reference
-            error = _error(*self._used(node, got.values[node], expected))
+            error = relative_error(*self._used(node, got.values[node], expected))
             if error > self.limit and self._tied(node, got.values, expected):
                 got.values[node], self.settled, error = expected, True, 0.0
             self.compared += 1
@@ -408,7 +584,7 @@ class _Walk:
             value = next(values, None)
             if (
                 not (isinstance(leaf, torch.Tensor) and isinstance(value, Value) and leaf.is_floating_point())
-                or tuple(leaf.shape) != value.shape
+                or not _alike(leaf, value)
                 or bool(leaf.isfinite().all())
             ):
                 return leaf
@@ -448,7 +624,7 @@ class _Walk:
         if int(want.max()) >= source.shape[dim]:
             return False
         numbers = [*numbers, (source.take_along_dim(got, dim), source.take_along_dim(want, dim))]
-        return max(_error(a, b) for a, b in numbers) <= self.limit
+        return max(relative_error(a, b) for a, b in numbers) <= self.limit
 
     def _used(self, node: fx.Node, *trees: Any) -> list[list[Any]]:
         """The leaves of two trees that some operator reads, and that have been written."""
@@ -494,6 +670,14 @@ class _Walk:
 
         leaves, spec = pytree.tree_flatten(reference)
         return pytree.tree_unflatten([narrowed(leaf) for leaf in leaves], spec)
+
+
+def _alike(leaf: torch.Tensor, value: Value) -> bool:
+    """Whether a tensor has the shape of a value, but for sizes that are free."""
+    if leaf.dim() != len(value.shape):
+        return False
+    sizes = zip(leaf.shape, value.shape, strict=True)
+    return all(a == b or value.label(dim) is None for dim, (a, b) in enumerate(sizes))
 
 
 class _Interpreter(fx.Interpreter):

@@ -534,8 +534,9 @@ class TestEndToEnd:
             "--round-to",
             "2",
         ]
-        assert main([*argv, "--max-ratio", "0.9", "--size-mb", "1", "--no-latency"]) == 0
+        assert main([*argv, "--max-ratio", "0.9", "--size-mb", "1", "--no-latency", "--no-verify"]) == 0
         captured = capsys.readouterr()
+        assert "not verified" in captured.out
         assert "params 0.7, size_mb 1 by l2, global ranking" in captured.err
         rows = {line.split("  ")[0]: line.split() for line in captured.out.splitlines()}
         assert 0.5 < float(rows["parameters"][-1].rstrip("x")) <= 0.7

@@ -138,7 +138,7 @@ def test_decoder_narrows_and_keeps_its_interface(language: Language) -> None:
     assert sizes["attention.q.weight"] == (16, 16)
     assert sizes["attention.kv.weight"] == (16, 16)
     assert sizes["up.weight"] == (32, 16)
-    assert not plan.notes
+    assert not plan.held
     fxprune.verify(language, pruned, plan, inputs)
     wanted, got = language(TOKENS), pruned(TOKENS)
     assert type(got) is Output

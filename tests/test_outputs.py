@@ -340,7 +340,7 @@ def test_outputs_inside_of_objects_and_over_heads(kind: type[Packed], free: Any)
     out = pruned(x)
     assert out["state"].hidden.shape == (2, 4, 5, 2)
     assert out["logits"].shape == (2, 5, 3)
-    assert not plan.notes
+    assert not plan.held
     assert fxprune.verify(model, pruned, plan, x).exact
     changed = plan.apply(model)
     with torch.no_grad():

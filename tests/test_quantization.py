@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.ao import quantization as quant
 
 import fxprune
-from fxprune.errors import CaptureError
+from fxprune.errors import CaptureError, ExampleInputsError
 
 IMAGE = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 NAMES = ["a", "b", "c"]
@@ -193,3 +193,13 @@ class Twice(nn.Module):
 def test_a_layer_under_two_names() -> None:
     """It keeps its children."""
     check(Twice(), torch.randn(2, 5, 6), narrows=["x.linear1.weight", "a.weight"], exact=False)
+
+
+def test_verify_chooses_the_precision() -> None:
+    """Fake quantisers take float32 alone: so they are compared in it, and another is refused by name."""
+    model = prepared(training=True, by_channel=True)
+    plan = fxprune.plan(model, IMAGE)
+    pruned = plan.apply(model)
+    assert fxprune.verify(model, pruned, plan, IMAGE).dtype == torch.float32
+    with pytest.raises(ExampleInputsError, match=r"float64"):
+        fxprune.verify(model, pruned, plan, IMAGE, dtype=torch.float64)

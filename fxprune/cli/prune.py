@@ -79,6 +79,7 @@ def add_parsers(commands: _SubParsers) -> None:
         "--dry-run", action="store_true", help="plan only: say what would go, and write no network"
     )
     result.add_argument("--no-latency", action="store_true", help="do not measure the latency")
+    result.add_argument("--no-verify", action="store_true", help="do not hold the result against the model")
     parser = _parser(
         commands,
         "plan",
@@ -89,7 +90,7 @@ def add_parsers(commands: _SubParsers) -> None:
         "example:\n  fxprune plan torchvision:resnet18 --macs 0.5 --global --out plan.json",
         run_prune,
     )
-    parser.set_defaults(dry_run=True, no_latency=True, plan_out=None, report=None)
+    parser.set_defaults(dry_run=True, no_latency=True, no_verify=True, plan_out=None, report=None)
     add_source(parser)
     add_selection(parser)
     add_results(parser, "write the plan here, FILE.json")
@@ -106,6 +107,7 @@ def add_parsers(commands: _SubParsers) -> None:
     parser.add_argument("plan", metavar="PLAN", type=Path, help="a plan file, FILE.json")
     result = add_results(parser, _OUT)
     result.add_argument("--no-latency", action="store_true", help="do not measure the latency")
+    result.add_argument("--no-verify", action="store_true", help="do not hold the result against the model")
 
 
 def _parser(
@@ -292,7 +294,9 @@ def _carry_out(
             "nothing was removed: every group is frozen, left out, or too small for this ratio "
             f"(fxprune inspect {options.model} says what is frozen and why)",
         )
-    if not verdict:
+    if options.no_verify:
+        verdict = verdict or "not verified (--no-verify)"
+    elif not verdict:
         with progress.step("verify") as say:
             verdict = str(fxprune.verify(model, pruned, plan, inputs))
             say("done")

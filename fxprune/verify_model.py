@@ -1,0 +1,283 @@
+"""Verify against the user's own model: the captured graph must do what ``model(x)`` does.
+
+Copies of both run on the same inputs with the same random numbers, in each mode, in the model's own
+precision; outputs and buffers (running statistics) are compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from .capture.twin import Twin
+from .errors import FxpruneError, ModeError, VerificationError
+from .nn import assign
+from .nodes import describe_source, mutable, writes
+from .program import Program
+from .trees import flatten
+
+MODES = {False: "evaluation", True: "training"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call came to.
+
+    Attributes:
+        output: what was returned.
+        buffers: the module's buffers afterwards, by name.
+        error: what was raised, or None.
+    """
+
+    output: Any = None
+    buffers: Mapping[str, torch.Tensor] | None = None
+    error: Exception | None = None
+
+
+def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int = 0) -> Outcome:
+    """Run ``module`` on copies of the inputs, with random numbers that follow from ``seed``."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        try:
+            # Past __call__ of torch.fx, which would print a traceback of its own.
+            run = module.forward if isinstance(module, fx.GraphModule) else module
+            output = run(*copied(args), **copied(kwargs))
+        except Exception as error:  # noqa: BLE001  whatever a user's forward raises
+            return Outcome(error=error)
+    return Outcome(output, dict(module.named_buffers()))
+
+
+def compare_with_model(
+    model: nn.Module,
+    piece: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    training: bool,
+    limit: float,
+) -> tuple[float, str]:
+    """The largest relative difference of the captured graph, and why there is none to compare, or "".
+
+    Args:
+        model: the user's model, or a submodule that was captured.
+        piece: what was captured of it.
+        args: real inputs.
+        kwargs: the same by name.
+        training: the mode to compare.
+        limit: largest error allowed.
+
+    Raises:
+        VerificationError: if the graph does something else than the model; names the first layer that does.
+    """
+    mode = MODES[training]
+    own = _twin(model, piece).train(training)
+    wanted = call(own, args, kwargs)
+    if wanted.error is not None:
+        return 0.0, f"the model does not run in {mode} mode ({_short(wanted.error)})"
+    graph = _module(piece)
+    try:
+        graph.train(training)
+        got = call(graph, args, kwargs)
+    except ModeError as refusal:
+        return 0.0, str(refusal)
+    if isinstance(got.error, FxpruneError):
+        return 0.0, str(got.error)
+    error, what = _apart(wanted, got)
+    if error <= limit:
+        return error, ""
+    again, _ = _apart(wanted, call(_twin(model, piece).train(training), args, kwargs))
+    if again > limit:
+        return 0.0, f"in {mode} mode the model itself gives something else at each call"
+    raised = f" ({_short(got.error)})" if got.error is not None else ""
+    first = _first_difference(model, piece, args, kwargs, training, limit)
+    raise VerificationError(
+        f"what was captured is not the model: in {mode} mode {what} by {error:.1e} (relative), allowed "
+        f"{limit:.0e}{raised}.{first} Code that asks whether it is traced may be the cause. Next: prune "
+        f"the submodules around it."
+    )
+
+
+def _apart(wanted: Outcome, got: Outcome) -> tuple[float, str]:
+    """How far two outcomes are apart, and what of them."""
+    if got.error is not None:
+        return math.inf, "the graph fails, which differs"
+    a, b = (flatten(outcome.output)[0] for outcome in (wanted, got))
+    error = relative_error([b, plain(got.output)], [a, plain(wanted.output)])
+    what = "the outputs differ"
+    ours = got.buffers or {}
+    for name, buffer in (wanted.buffers or {}).items():
+        if name in ours and (apart := relative_error(ours[name], buffer)) > error:
+            error, what = apart, f"the buffer {name} differs"
+    return error, what
+
+
+def _twin(model: nn.Module, piece: Program) -> nn.Module:
+    """A copy of the model whose forward may write anywhere; parameters are shared where none is written."""
+    shared = {id(p) for p in model.parameters()} if not writes_parameters(piece) else set()
+
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) in shared:
+            return tensor
+        copy = tensor.detach().clone()
+        return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+
+    return Twin(model, own).model
+
+
+def _module(piece: Program) -> fx.GraphModule:
+    """The captured graph as a module with buffers of its own."""
+    share = not writes_parameters(piece)
+    made = {
+        id(t): t if share and isinstance(t, nn.Parameter) else _like(t.detach().clone(), t)
+        for t in [*piece.tensors.values(), *piece.extras.values()]
+    }
+    tensors = {name: made[id(t)] for name, t in piece.tensors.items()}
+    extras = {name: made[id(t)] for name, t in piece.extras.items()}
+    return replace(piece, tensors=tensors, extras=extras).module()
+
+
+def _like(copy: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+
+
+def writes_parameters(piece: Program) -> bool:
+    """Whether the graph may write into a parameter, itself or by another name."""
+    todo = [n for n in piece.graph.nodes if n.op == "get_attr" and _is_parameter(piece, str(n.target))]
+    seen = set(todo)
+    while todo:
+        for user in todo.pop().users:
+            if user.target is assign or (writes(user) and user.all_input_nodes and user.args[0] in seen):
+                return True
+            alias = user.op in ("call_function", "call_method") and user.args and user.args[0] in seen
+            if alias and user not in seen and getattr(user.target, "__name__", user.target) in _ALIASES:
+                seen.add(user)
+                todo.append(user)
+    return False
+
+
+_ALIASES = frozenset(
+    ["data", "detach", "getattr", "getitem", "view", "stop_gradient", "t", "transpose", "narrow", "select"]
+)
+
+
+def _is_parameter(piece: Program, name: str) -> bool:
+    return isinstance(piece.tensors.get(name), nn.Parameter)
+
+
+class _Recorder(fx.Interpreter):
+    """Keeps what leaf modules return, call by call."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.calls: list[tuple[str, fx.Node | None, Any]] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op == "call_module":
+            self.calls.append((str(n.target), n, copied(result)))
+        return result
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(target, mutable(args), mutable(kwargs))
+
+
+def _first_difference(
+    model: nn.Module,
+    piece: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    training: bool,
+    limit: float,
+) -> str:
+    """The first layer that returns something else in the graph than in the model, for a message."""
+    own, module = _twin(model, piece).train(training), _module(piece).train(training)
+    seen: dict[str, list[Any]] = {}
+
+    def watch(path: str, inner: nn.Module, given: Any, output: Any) -> None:
+        seen.setdefault(path, []).append(copied(output))
+
+    for path, inner in own.named_modules():
+        if path in piece.modules:
+            inner.register_forward_hook(partial(watch, path))
+    call(own, args, kwargs)
+    recorder = _Recorder(module)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        with contextlib.suppress(Exception):  # said already
+            recorder.run(*piece.bind(copied(args), copied(kwargs)))
+    for path, node, result in recorder.calls:
+        outputs = seen.get(path)
+        if outputs is None:
+            continue
+        if not outputs or relative_error(result, outputs.pop(0)) > limit:
+            source = describe_source(node)
+            at = f" ({source})" if source else ""
+            return f" The first layer that differs is {path}{at}, or what comes before it."
+    return " No layer differs: what comes after the last does."
+
+
+def second_batch(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], int] | None:
+    """The inputs with a batch of twice the size, and that size; None where they have no batch in common."""
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    sizes = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors}
+    if len(sizes) != 1 or 0 in sizes or any(tensor.dim() < 2 for tensor in tensors):
+        return None
+    (size,) = sizes
+    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: torch.cat([t, t.flip(0)]), (args, kwargs))
+    return args, kwargs, 2 * size
+
+
+def plain(tree: Any) -> list[Any]:
+    """What of a tree is no tensor."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if not isinstance(leaf, torch.Tensor)]
+
+
+def copied(tree: Any) -> Any:
+    """The tree with copies of its tensors."""
+    return pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, tree)
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def relative_error(got: Any, wanted: Any) -> float:
+    """Largest relative difference of two trees of tensors."""
+    gots, wanteds = pytree.tree_leaves(got), pytree.tree_leaves(wanted)
+    if len(gots) != len(wanteds):
+        return math.inf
+    worst = 0.0
+    for a, b in zip(gots, wanteds, strict=True):
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            if a.shape != b.shape or a.dtype != b.dtype:
+                return math.inf
+            same = (a == b) | ((a != a) & (b != b))
+            if bool(same.all()):
+                continue
+            if not (a.is_floating_point() or a.is_complex()):
+                return math.inf
+            scale = b[torch.isfinite(b)].abs().max().item() if bool(torch.isfinite(b).any()) else 0.0
+            difference = (a - b).abs().masked_fill(same, 0).max().item()
+            worst = max(worst, difference / max(scale, 1e-30) if difference == difference else math.inf)
+    return worst
+
+
+__all__ = [
+    "call",
+    "compare_with_model",
+    "copied",
+    "plain",
+    "relative_error",
+    "second_batch",
+    "writes_parameters",
+]

@@ -1,0 +1,171 @@
+"""``verify`` holds results against the user's own model, in both modes, at two sizes."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+import fxprune
+from fxprune.errors import VerificationError
+
+
+class Net(nn.Module):
+    """Two linear layers with a normalisation; ``between`` says what comes between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(8, 32), nn.BatchNorm1d(32), nn.Linear(32, 4)
+
+    def between(self, x: Tensor, h: Tensor) -> Tensor:
+        return h
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(F.relu(self.norm(self.between(x, self.a(x)))))
+        return out
+
+
+class AsksForTheType(Net):
+    def between(self, x: Tensor, h: Tensor) -> Tensor:
+        return h.sigmoid() if type(x) is Tensor else h
+
+
+class AsksForAProxy(Net):
+    def between(self, x: Tensor, h: Tensor) -> Tensor:
+        return h if isinstance(x, fx.Proxy) else h * 2
+
+
+class AsksForAnAttribute(Net):
+    def between(self, x: Tensor, h: Tensor) -> Tensor:
+        return h + 1 if not hasattr(x, "tracer") else h
+
+
+def pruned(model: nn.Module, x: Any, ratio: float = 0.5) -> tuple[fxprune.PruningPlan, Any]:
+    plan = fxprune.plan(model, x, ratio=ratio)
+    return plan, plan.apply(model)
+
+
+X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", [AsksForTheType, AsksForAProxy, AsksForAnAttribute])
+def test_a_capture_that_is_not_the_model_is_refused(kind: type[Net]) -> None:
+    """The pruned graph equals the captured one; the model is what counts."""
+    model = kind().eval()
+    plan, result = pruned(model, X)
+    with pytest.raises(
+        VerificationError, match=r"what was captured is not the model: in evaluation mode"
+    ) as info:
+        fxprune.verify(model, result, plan, X)
+    assert "The first layer that differs is norm" in str(info.value)
+
+
+def test_both_modes_and_two_sizes_are_compared() -> None:
+    model = Net().eval()
+    plan, result = pruned(model, X)
+    verdict = fxprune.verify(model, result, plan, X)
+    assert verdict.exact
+    assert verdict.modes == ("evaluation", "training")
+    assert verdict.inputs == 2
+    assert not verdict.notes
+    assert "evaluation and training mode, on 2 sizes of inputs" in str(verdict)
+
+
+def test_statistics_of_the_batch_are_compared() -> None:
+    """Right in evaluation mode, and in the outputs of training mode."""
+    model = Net().eval()
+    plan, result = pruned(model, X)
+    result.norm.momentum = 0.5
+    with pytest.raises(VerificationError, match="differ"):
+        fxprune.verify(model, result, plan, X)
+
+
+def test_training_mode_is_compared() -> None:
+    model = Net().eval()
+    plan, result = pruned(model, X)
+    result.norm.track_running_stats = False  # by which training no longer differs from evaluation there
+    result.norm.running_mean = result.norm.running_var = None
+    with pytest.raises(VerificationError):
+        fxprune.verify(model, result, plan, X)
+
+
+class ByBatch(Net):
+    """Does something else from a batch of seven on."""
+
+    def between(self, x: Tensor, h: Tensor) -> Tensor:
+        return h.sigmoid() if x.shape[0] > 6 else h
+
+
+def test_the_second_size_is_compared() -> None:
+    model = ByBatch().eval()
+    plan, result = pruned(model, X)
+    try:
+        result(torch.cat([X, X]))
+    except Exception:  # noqa: BLE001  refused by name: nothing is wrong
+        assert fxprune.verify(model, result, plan, X).inputs == 1
+    else:
+        with pytest.raises(VerificationError, match="what was captured is not the model"):
+            fxprune.verify(model, result, plan, X)
+
+
+def test_further_inputs_are_compared() -> None:
+    model = Net().eval()
+    plan, result = pruned(model, X)
+    assert fxprune.verify(model, result, plan, X, more_inputs=[X[:3], X[:4]]).inputs == 3
+    assert fxprune.verify(model, result, plan, X, more_inputs=[torch.randn(3, 9)]).notes
+
+
+class NoTraining(Net):
+    def between(self, x: Tensor, h: Tensor) -> Tensor:
+        if self.training:
+            raise RuntimeError("give targets")
+        return h
+
+
+def test_what_is_not_compared_is_said() -> None:
+    model = NoTraining().eval()
+    plan, result = pruned(model, X)
+    verdict = fxprune.verify(model, result, plan, X)
+    assert verdict.modes == ("evaluation",)
+    assert any("give targets" in note for note in verdict.notes)
+    assert "not compared" in str(verdict)
+
+
+class Noisy(Net):
+    def between(self, x: Tensor, h: Tensor) -> Tensor:
+        return h + torch.randn_like(h) if self.training else h
+
+
+def test_random_numbers_by_width_are_no_difference() -> None:
+    model = Noisy().eval()
+    plan, result = pruned(model, X)
+    verdict = fxprune.verify(model, result, plan, X)
+    assert verdict.modes == ("evaluation",)
+    assert "drawn at random" in verdict.notes[0]
+
+
+def test_nothing_is_written_and_little_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the networks' own precision, the weights of the result are compared as they lie there."""
+    seen = []
+    module: Any = importlib.import_module("fxprune.verification")
+    made = module._converted
+
+    def converted(*args: Any) -> nn.Module:
+        seen.append(made(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(module, "_converted", converted)
+    model = Net().eval().to(torch.bfloat16)
+    plan, result = pruned(model, X.to(torch.bfloat16))
+    before = copy.deepcopy(result.state_dict())
+    verdict = fxprune.verify(model, result, plan, X.to(torch.bfloat16), low_memory=True)
+    assert verdict.dtype == torch.bfloat16
+    ours, theirs = dict(result.named_parameters()), dict(seen[0].named_parameters())
+    assert all(theirs[name].data_ptr() == tensor.data_ptr() for name, tensor in ours.items())
+    torch.testing.assert_close(result.state_dict(), before, rtol=0, atol=0)
+    assert fxprune.verify(model, result, plan, X.to(torch.bfloat16)).dtype == torch.float64
