@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .planning.budget import Budget
     from .planning.plan import PruningPlan
     from .planning.selection import Selection
+    from .pretrained import Saved, from_pretrained, save_pretrained
     from .saving import load, save
     from .verification import Verdict, verify
 
@@ -37,6 +38,7 @@ __all__ = [
     "PruningPlan",
     "Registration",
     "Removal",
+    "Saved",
     "Selection",
     "Step",
     "Verdict",
@@ -45,6 +47,7 @@ __all__ = [
     "compensate",
     "count",
     "export",
+    "from_pretrained",
     "functional",
     "load",
     "lossless",
@@ -55,6 +58,7 @@ __all__ = [
     "regularize",
     "removable",
     "save",
+    "save_pretrained",
     "schedule",
     "unregister",
     "verify",
@@ -85,6 +89,9 @@ _MODULES = {
     "Budget": "planning.budget",
     "PruningPlan": "planning.plan",
     "Selection": "planning.selection",
+    "Saved": "pretrained",
+    "from_pretrained": "pretrained",
+    "save_pretrained": "pretrained",
     "load": "saving",
     "save": "saving",
     "Verdict": "verification",

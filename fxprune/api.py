@@ -18,7 +18,8 @@ from .capture.numbers import Comparison
 from .capture.patches import without_collector
 from .capture.symbolic import function_name
 from .compensation import Pick, Reconstruction, compensated
-from .coupling.graph import CouplingGraph, Source
+from .configurations import has_config, solve_config
+from .coupling.graph import WHOLE_ROWS, CouplingGraph, Source
 from .coupling.outputs import fill, hold_zeros
 from .errors import CaptureError, PlanError, RewriteError, SelectionError
 from .importance import score
@@ -26,14 +27,16 @@ from .inputs import describe_inputs, in_dtype_of, normalize, restore_inputs, to_
 from .origins import remember
 from .own_class import holds, line_notes, marked_copy, rewrite_in_class
 from .passes import Rewritten, rewrite
+from .passes.check import Violation
 from .planning.budget import Budget
 from .planning.latency import Meter
 from .planning.patterns import nearest
 from .planning.plan import Problem, PruningPlan
 from .planning.plan_diff import architectures, listed
-from .planning.select import select
+from .planning.select import repeated, select
 from .planning.selection import AUTO, Selection, output_names, takes_selection
 from .planning.validate import check_balance, problems
+from .pretrained import said_by_config
 from .reuse import analysis_of, link, rewritten_by
 
 _ATTEMPTS = 100
@@ -368,6 +371,7 @@ def _plan(
     analyzed = _analyzed(given, example_inputs, selection, own)
     args, kwargs = analyzed.source.args, analyzed.source.kwargs
     graph, dissolved = analyzed.loose(), analyzed.source.dissolved
+    graph = graph.hold({WHOLE_ROWS}) if selection.uniform else graph
     notes = []
     # With its parameters as its own, a graph can be run for gradients and activations.
     owner = graph.captured.program.module() if takes_tensors(model) else model
@@ -387,6 +391,12 @@ def _plan(
                 notes += line_notes(program, {name: v for name, v in found.items() if name in held} or found)
                 graph, first = graph.hold(set(held)), rewritten.violations[0]
                 continue
+            if selection.uniform:
+                unsaid, why = _unsaid(own, graph, selected.removed, rewritten, args, kwargs, dissolved)
+                if unsaid:
+                    notes.append(f"{', '.join(sorted(unsaid)[:3])} and all alike stay whole: {why}")
+                    graph, first = graph.hold(unsaid), Violation("", why)
+                    continue
         if not rewritten.violations or not any(selected.removed.values()):  # nothing narrower, nothing wrong
             if meter is None or meter.accepts(selected.left["latency"], rewritten.materialize()):
                 break
@@ -445,6 +455,48 @@ def _plan(
         },
     )
     return made, graph, rewritten
+
+
+def _unsaid(
+    own: _OwnClass,
+    graph: CouplingGraph,
+    removed: Mapping[str, Sequence[int]],
+    rewritten: Rewritten,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dissolved: frozenset[str],
+) -> tuple[set[str], str]:
+    """Axes of the groups that no configuration of the model's class can say by themselves, and why.
+
+    Empty where one says all of what is removed, or where the class has no configuration.
+    """
+    if not has_config(own.model) or not any(removed.values()):
+        return set(), ""
+
+    def said(found: Rewritten) -> tuple[bool, str]:
+        if any(tensor.is_meta for tensor in own.model.state_dict().values()):  # shapes alone
+            names = list(own.model.state_dict())
+            shapes = {name: tuple(found.program.tensors[name].shape) for name in names}
+            solved, reason = solve_config(own.model, shapes)
+            return solved is not None, reason
+        values, _, reason = said_by_config(found.materialize(), args, kwargs)
+        return values is not None, reason
+
+    whole, reason = said(rewritten)
+    if whole:
+        return set(), ""
+    alike = {group.name: repeated(group) for group in graph.groups}
+    unsaid = set()
+    for kind in {alike[name] for name, units in removed.items() if units}:
+        part = {name: units for name, units in removed.items() if alike[name] == kind}
+        alone = own.rewritten(rewrite(graph, part), args, kwargs, dissolved)
+        single, why = said(alone) if not alone.violations else (False, alone.violations[0].reason)
+        if not single:
+            unsaid |= {name.rpartition("]")[0] + "]" for name in part}
+            reason = why
+    if not unsaid:  # each can be said, but not all of them together
+        unsaid = {name.rpartition("]")[0] + "]" for name, units in removed.items() if units}
+    return unsaid, reason
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,8 +10,9 @@ from torch import nn
 
 from .planning.plan import PruningPlan
 
-__all__ = ["made_in_training", "plans_of", "remember"]
+__all__ = ["config_before", "keep_config", "made_in_training", "plans_of", "remember"]
 
+_CONFIG = "fxprune_config"
 _LAST, _ALL, _MODE = "fxprune", "fxprune_plans", "fxprune_training"
 
 
@@ -33,6 +35,18 @@ def plans_of(pruned: nn.Module) -> tuple[PruningPlan, ...]:
     """
     found = _meta(pruned).get(_ALL, ())
     return tuple(plan for plan in found if isinstance(plan, PruningPlan))
+
+
+def keep_config(pruned: nn.Module, config: Any) -> None:
+    """Note in ``pruned`` the configuration that its class was built from, where its own has changed."""
+    meta = getattr(pruned, "meta", {})
+    if isinstance(meta, dict):
+        pruned.meta = {**meta, _CONFIG: copy.deepcopy(config)}  # type: ignore[assignment]
+
+
+def config_before(pruned: nn.Module) -> Any:
+    """The configuration that the original of ``pruned`` was built from."""
+    return _meta(pruned).get(_CONFIG, getattr(pruned, "config", None))
 
 
 def made_in_training(pruned: nn.Module) -> bool:

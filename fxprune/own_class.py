@@ -37,6 +37,7 @@ from .coupling.units import Value
 from .errors import CaptureError, ExampleInputsError, FxpruneError
 from .graph_module import clone_module
 from .nodes import describe_source, operator_name
+from .origins import keep_config
 from .passes import Narrowing, Rewritten
 from .passes.check import Violation, check
 from .passes.modules import narrowed_attributes
@@ -87,7 +88,11 @@ class InOwnClass(Rewritten):
     attributes: Mapping[Place, int]
 
     def materialize(self) -> nn.Module:
-        return build(self.model, self.narrowed(), self.attributes)
+        new = build(self.model, self.narrowed(), self.attributes)
+        config = getattr(self.model, "config", None)
+        if config is not None and any("." in place.name for place in self.attributes):
+            keep_config(new, config)  # what the class was built from
+        return new
 
 
 def build(model: nn.Module, program: Program, attributes: Mapping[Place, int]) -> nn.Module:

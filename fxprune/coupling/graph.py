@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 _DIM = re.compile(r"(.+)\[(\d+)\]")
 
+WHOLE_ROWS = "*[rows]"
+"""Held, it lets rows (attention heads, groups of a convolution) go as a whole only, none of their columns."""
+
 _IN_CLASS = "the model's own code keeps this extent"
 
 _MUCH = 0.1
@@ -144,6 +147,11 @@ class CouplingGraph:
         self.source = source
         self.held = held
         self._run: Run = interpret(captured.program, self.inputs)
+        if WHOLE_ROWS in held:
+            self.held = ()
+            self._regroup()
+            self._tie_rows(self.rows)
+            self.held = held
         if held:
             self._hold_dims(held)
         self._regroup()
@@ -165,24 +173,37 @@ class CouplingGraph:
 
         ``"view_3[2]"`` stands for dimension 2 of what ``view_3`` puts out (or of a parameter or buffer of
         that name): it keeps its extent. Where it has rows (as the columns of attention heads have), whole
-        rows may go.
+        rows may go. :data:`WHOLE_ROWS` stands for all columns of rows that can go as a whole.
         """
         other = object.__new__(CouplingGraph)
         other.captured, other._run, other.source = self.captured, self._run, self.source
         other.held = tuple(sorted({*self.held, *names}))
+        if WHOLE_ROWS in names:
+            other._tie_rows(self.rows)
         other._hold_dims(sorted(names - set(self.held)))
         other._regroup()
         return other
+
+    def _fork(self) -> Coupler:
+        """A copy of what was found out, to change."""
+        coupler = copy.copy(self._run.coupler)
+        coupler.units = coupler.units.copy()
+        coupler.frozen, coupler.edges = list(coupler.frozen), list(coupler.edges)
+        self._run = replace(self._run, coupler=coupler)
+        return coupler
+
+    def _tie_rows(self, rows: Sequence[RowSet]) -> None:
+        """Let rows that can go as a whole go only so."""
+        units = self._fork().units
+        for classes in (classes for found in rows for classes in found.classes):
+            units.merge(classes[:1], classes)
 
     def _hold_dims(self, names: Sequence[str]) -> None:
         """Freeze single dimensions, in a copy of the analysis that it was made from."""
         dims = [match for name in names if (match := _DIM.fullmatch(name))]
         if not dims:
             return
-        coupler = copy.copy(self._run.coupler)
-        coupler.units = coupler.units.copy()
-        coupler.frozen, coupler.edges = list(coupler.frozen), list(coupler.edges)
-        self._run = replace(self._run, coupler=coupler)
+        coupler = self._fork()
         nodes = {node.name: node for node in self.captured.program.graph.nodes}
         for match in dims:
             name, dim = match[1], int(match[2])
@@ -200,7 +221,7 @@ class CouplingGraph:
         _tie_beside(coupler)
 
     def _hold(self, name: str) -> Iterator[Event]:
-        if _DIM.fullmatch(name):
+        if name == WHOLE_ROWS or _DIM.fullmatch(name):
             return
         node = next((n for n in self.captured.program.graph.nodes if n.name == name), None)
         if node is None:

@@ -13,6 +13,7 @@ way to select is a choice of scopes and of where to stop:
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -150,6 +151,8 @@ def select(
         search = _search(costs, sets, steps, order, values, gone, meter)
         chosen, left = search.run(selection.budget)
         steps = steps + chosen
+    if selection.uniform:
+        steps = _evened(sets, steps)
     removed: dict[str, list[int]] = defaultdict(list, rows)
     for number, own in enumerate(sets):
         if steps[number]:
@@ -258,6 +261,23 @@ def _levels(rows: tuple[Ids, ...], parts: int, multiple: int, max_ratio: float) 
         widths = sizes if sizes.min() * parts >= multiple else np.array([sizes.sum()])
         gone = gone[((parts - gone)[:, None] * widths % multiple == 0).all(axis=1)]
     return gone
+
+
+def repeated(group: Group) -> Hashable:
+    """The same for groups of layers that repeat: their members' names but for numbers."""
+    return tuple(sorted((re.sub(r"\d+", "*", m.axis.name), m.axis.dim) for m in group.members))
+
+
+def _evened(sets: list[_Set], steps: Ids) -> Ids:
+    """As many steps for all sets of layers that repeat as the most that one of them loses."""
+    alike: dict[Hashable, list[int]] = defaultdict(list)
+    for number, own in enumerate(sets):
+        sizes = tuple(sorted(row.size for row in own.rows))
+        alike[repeated(own.group), sizes, own.levels.tobytes()].append(number)
+    even = steps.copy()
+    for numbers in alike.values():
+        even[numbers] = steps[numbers].max()
+    return even
 
 
 def _kinds(graph: CouplingGraph, model: nn.Module) -> dict[str, Hashable]:

@@ -72,6 +72,10 @@ class Selection:
             rewritten. ``"module"``: a copy of the model of its own class, with its own methods; what its code
             keeps as wide as it is stays whole, or goes by whole rows (attention heads), and the plan's notes
             name the lines.
+        uniform: layers of the same structure lose equally many units, attention heads go as a whole, and
+            widths of heads stay: what the configuration of a class can say
+            (:func:`fxprune.save_pretrained`). With ``into="module"``, kinds of layers whose widths the
+            model's ``config`` cannot say stay whole.
         calibrate: unlabelled inputs, with which :func:`fxprune.prune` lets the layers that are left make up
             for what went: batches in a list, a data loader or any other iterable. A batch is a tensor, a
             tuple of positional inputs or a dict of keyword inputs.
@@ -98,6 +102,7 @@ class Selection:
     free_outputs: str | Sequence[str] = ()
     fill_outputs: str | Sequence[str] = AUTO
     into: Form = "graph"
+    uniform: bool = False
     calibrate: Iterable[Any] | None = None
     pick: Callable[[Any], Any] | None = None
 
@@ -231,6 +236,8 @@ class Selection:
             found["round_to"] = self.round_to
         if self.heads:
             found["heads"] = self.heads
+        if self.uniform:
+            found["uniform"] = True
         if self.budget is not None:
             found["budget"] = self.budget.settings()
         return found | {"importance": describe(self.importance), "seed": self.seed}

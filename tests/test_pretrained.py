@@ -1,0 +1,105 @@
+"""Narrowed networks in the files of their own library: what a configuration says, and what none does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_own_class import small
+
+import fxprune
+from fxprune.configurations import changed, solve_config
+from fxprune.errors import CheckpointError, OutputError
+
+transformers = pytest.importorskip("transformers")
+
+
+def logits(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(**inputs).logits
+    return found
+
+
+def test_a_library_opens_what_its_configuration_says(tmp_path: Path) -> None:
+    model, inputs = small("Llama")
+    result: Any = fxprune.prune(model, inputs, into="module", uniform=True, where=lambda group: group.exact)
+    saved = fxprune.save_pretrained(result, tmp_path / "narrow")
+    assert saved.config == {"intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    assert result.config.intermediate_size == 48, "the network itself is as it was"
+    code = (
+        "import sys, torch, transformers; assert not any(m.startswith('fxprune') for m in sys.modules); "
+        "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]); "
+        "ids = torch.tensor([[3, 4, 5]]); "
+        "tokens = model.generate(ids, max_new_tokens=4, do_sample=False).tolist(); "
+        "print(model(ids).logits.sum().item(), tokens)"
+    )
+    environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "narrow")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    ids = torch.tensor([[3, 4, 5]])
+    generated = result.generate(ids, max_new_tokens=4, do_sample=False).tolist()
+    number, _, tokens = run.stdout.strip().splitlines()[-1].partition(" ")
+    assert float(number) == pytest.approx(float(logits(result, {"input_ids": ids}).sum()), abs=1e-4)
+    assert json.loads(tokens) == generated
+    again = fxprune.from_pretrained(tmp_path / "narrow")
+    torch.testing.assert_close(logits(again.eval(), inputs), logits(result, inputs))
+
+
+def test_what_no_configuration_says_is_never_written_as_if(tmp_path: Path) -> None:
+    model, inputs = small("GPT2")
+    result = fxprune.prune(model, inputs, into="module", where=lambda group: group.exact)
+    saved = fxprune.save_pretrained(result, tmp_path)
+    assert saved.config is None
+    assert "c_attn.weight" in str(saved)
+    assert not list(tmp_path.glob("model*.safetensors"))
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    again = fxprune.from_pretrained(tmp_path)
+    assert type(again) is transformers.GPT2LMHeadModel
+    assert torch.equal(logits(again, inputs), logits(result, inputs))
+    assert again.transformer.h[0].attn.head_dim == 4  # type: ignore[union-attr,index]
+
+
+def test_uniform_leaves_whole_what_no_configuration_says(tmp_path: Path) -> None:
+    model, inputs = small("GPT2")
+    exact = {"where": lambda group: group.exact, "into": "module", "uniform": True}
+    plan = fxprune.plan(model, inputs, **exact)
+    assert any("stay whole: no configuration gives" in note for note in plan.notes)
+    saved = fxprune.save_pretrained(plan.apply(model), tmp_path)
+    assert saved.config == {"n_inner": 64}, "which the configuration left open"
+
+
+def test_shapes_that_mean_another_network_are_told_from_it() -> None:
+    model, _ = small("Llama")
+    target = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    assert solve_config(model, target) == ({}, "")
+    uneven = {**target, "model.layers.0.mlp.up_proj.weight": (40, 32)}
+    values, reason = solve_config(model, uneven)
+    assert values is None
+    assert "layers.0.mlp.up_proj.weight (40, 32) (the nearest configuration gives (48, 32))" in reason
+    config = changed(model.config, {("hidden_size",): 16})
+    assert (config.hidden_size, model.config.hidden_size) == (16, 32)  # type: ignore[union-attr]
+
+
+def test_errors_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"Linear has no config.*fxprune\.save"):
+        fxprune.save_pretrained(torch.nn.Linear(2, 2), tmp_path)
+    model, _ = small("Llama")
+    with pytest.raises(OutputError, match="nobody knows which plan"):
+        fxprune.save_pretrained(model, tmp_path)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        fxprune.from_pretrained(tmp_path / "nothing")
+    (tmp_path / "fxprune.json").write_text(json.dumps({"class": "os.system"}))
+    with pytest.raises(CheckpointError, match=r"os\.system is no class of networks"):
+        fxprune.from_pretrained(tmp_path)
