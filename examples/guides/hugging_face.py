@@ -1,0 +1,70 @@
+"""Hugging Face: prune a language model in its own class, generate, train, adapt, save and reopen it.
+
+    pip install fxprune transformers peft
+    python examples/guides/hugging_face.py
+
+A small Llama with random weights stands for your own; nothing is downloaded.
+"""
+
+import tempfile
+
+import torch
+import transformers
+
+import fxprune
+
+torch.manual_seed(0)
+config = transformers.LlamaConfig(
+    vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=8,
+    num_key_value_heads=4, max_position_embeddings=64, pad_token_id=0,
+)  # fmt: skip
+model = transformers.LlamaForCausalLM(config).eval()
+ids = torch.randint(3, 128, (2, 8))
+
+# 1. Prune. The result is a LlamaForCausalLM: half of the hidden units and of the attention heads are gone.
+# `uniform` keeps to what a configuration can say, so that transformers itself can open the files.
+inputs = {"input_ids": ids, "use_cache": False}
+plan = fxprune.plan(model, inputs, ratio=0.5, into="module", uniform=True, where=lambda group: group.exact)
+narrow = plan.apply(model)
+assert type(narrow) is transformers.LlamaForCausalLM
+print(fxprune.verify(model, narrow, plan, inputs))
+
+# 2. Generate, with the cache. The tokens are those of the original with the removed weights at zero.
+prompt = ids[:1, :4]
+tokens = narrow.generate(prompt, max_new_tokens=12, do_sample=False)
+assert torch.equal(tokens, plan.mask(model).generate(prompt, max_new_tokens=12, do_sample=False))
+
+# 3. Train: labels, loss and train mode are the class's own, though the example had none of them.
+narrow.train()
+optimizer = torch.optim.AdamW(narrow.parameters(), lr=1e-3)
+before = narrow(input_ids=ids, labels=ids).loss.item()
+for _ in range(5):
+    loss = narrow(input_ids=ids, labels=ids).loss
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+after = narrow(input_ids=ids, labels=ids).loss.item()
+narrow.eval()
+print(f"loss {before:.3f} -> {after:.3f}")
+assert after < before
+
+# 4. Save. What changed in the configuration is solved, and AutoModel opens the directory, without fxprune.
+with tempfile.TemporaryDirectory() as directory:
+    saved = fxprune.save_pretrained(narrow, directory)
+    print(saved)
+    assert saved.config == {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    again = transformers.AutoModelForCausalLM.from_pretrained(directory)
+with torch.no_grad():
+    torch.testing.assert_close(again(ids).logits, narrow(ids).logits)
+
+# 5. Adapt: LoRA finds the layers by their names and widths.
+try:
+    import peft
+except ImportError:
+    print("peft is not installed: no adapter")
+else:
+    adapted = peft.get_peft_model(again, peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    trained = [name for name, p in adapted.named_parameters() if p.grad is not None]
+    assert trained
+    assert all("lora" in name for name in trained)
