@@ -375,3 +375,36 @@ def test_an_iterator_serves_plan_and_weights() -> None:
     one = fxprune.prune(model, data[0], 0.4, calibrate=iter(data))
     two = fxprune.prune(model, data[0], 0.4, calibrate=data)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_moments_of_low_rank() -> None:
+    """Channels that are always zero, and more channels than positions."""
+    model = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 3)).eval()
+    with torch.no_grad():
+        model[0].weight[20:] = 0  # type: ignore[union-attr, operator, index]
+        model[0].bias[20:] = 0  # type: ignore[union-attr, operator, index]
+    data = [torch.full((4, 4), float(number)) for number in range(4)]
+    for options in ({"ratio": 0.5}, {"budget": fxprune.Budget(params=0.5)}):
+        pruned = fxprune.prune(model, data[0], **options, calibrate=data)
+        assert found(pruned).after <= found(pruned).before
+        assert torch.isfinite(pruned(data[1])).all()
+
+
+class Switched(nn.Module):
+    """Control flow that depends on values: only the part can be captured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(int(x.abs().max().item() > 100) + 1):
+            x = self.part(x)
+        return x
+
+
+def test_regions_stay_as_they_are_and_it_is_said() -> None:
+    model, data = Switched().eval(), batches(4, 16, 8)
+    pruned = fxprune.prune(model, data[0], 0.5, calibrate=data)
+    assert "in parts only" in found(pruned).notes[0]
+    assert pruned.meta["fxprune"].regions  # type: ignore[index, union-attr]

@@ -23,7 +23,7 @@ inputs."""
 
 Values = dict[fx.Node, Any]
 
-_IN_MEMORY = 1 << 30
+_IN_MEMORY = 1 << 29
 """Bytes of values that are kept in memory; more go to a temporary folder."""
 
 

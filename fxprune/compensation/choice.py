@@ -73,12 +73,17 @@ class _Consumer:
     shift: tuple[str, int] | None
 
     def __post_init__(self) -> None:
-        n = self.second.shape[0]
         floor = self.second.diagonal().mean().clamp(min=1e-20)
-        self.second = self.second + _RIDGE * floor * torch.eye(n, dtype=self.second.dtype)
+        one = torch.eye(self.second.shape[0], dtype=self.second.dtype)
+        ridge, failed = _RIDGE, True
+        while failed:  # rounding may leave moments of a low rank with eigenvalues below zero
+            second = self.second + ridge * floor * one
+            factor, info = torch.linalg.cholesky_ex(second)
+            ridge, failed = 10 * ridge, bool(info)
+        self.second = second
         power = float(((self.weight @ self.second) * self.weight).sum())
         self.share = 1 / max(power, 1e-30)
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.second))
+        self.inverse = torch.cholesky_inverse(factor)
         self.left = self.weight.clone()
         order = np.argsort(self.units, kind="stable")
         self.entries = {
@@ -386,7 +391,7 @@ class _Seen:
                 if bias is not None and bias.untyped_storage().data_ptr() in memory:
                     found.biases[key] = memory[bias.untyped_storage().data_ptr()]
                 u = torch.cat([u, u.new_ones(1, u.shape[1])])
-                square = u @ u.mT
+                square = (u @ u.mT).double()
                 sums[key] = sums[key] + square if key in sums else square
 
             given = batch if pick is None else pick(batch)
