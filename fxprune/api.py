@@ -190,7 +190,7 @@ def prune(model: nn.Module | CouplingGraph, example_inputs: Any, selection: Sele
     made, _, rewritten = _plan(model, example_inputs, selection)
     module = _finish(model_of(model), made, rewritten)
     if selection.calibrate is not None:
-        _compensate(module, rewritten, selection.calibrate, selection.pick, True, selection.seed)
+        _compensate(module, rewritten, selection.calibrate, selection.pick, selection.rebuild, selection.seed)
     return module
 
 
@@ -202,6 +202,7 @@ def compensate(
     *,
     pick: Pick | None = None,
     least_squares: bool = True,
+    rebuild: int = 0,
     seed: int = 0,
 ) -> nn.Module:
     """A copy of ``pruned`` in which the layers that are left make up for what went.
@@ -224,6 +225,7 @@ def compensate(
         batches: as ``calibrate`` of :class:`Selection`; gone through once.
         pick: as for :class:`Selection`.
         least_squares: change weights; if not, only biases and statistics of batch normalisations.
+        rebuild: as for :class:`Selection`.
         seed: for the positions of large inputs that are looked at.
 
     Raises:
@@ -238,7 +240,7 @@ def compensate(
         )
     rewritten = rewrite(graph_for(made, model), made.removed)
     module = _finish(model, made, rewritten) if isinstance(pruned, PruningPlan) else copy.deepcopy(pruned)
-    _compensate(module, rewritten, batches, pick, least_squares, seed)
+    _compensate(module, rewritten, batches, pick, rebuild, seed, least_squares)
     return module
 
 
@@ -247,10 +249,11 @@ def _compensate(
     rewritten: Rewritten,
     batches: Iterable[Any],
     pick: Pick | None,
-    least_squares: bool,
+    rebuild: int,
     seed: int,
+    least_squares: bool = True,
 ) -> None:
-    found = compensated(module, rewritten, batches, pick, least_squares, seed)
+    found = compensated(module, rewritten, batches, pick, least_squares, rebuild, seed)
     meta = getattr(module, "meta", {})
     if isinstance(meta, dict):
         module.meta = {**meta, "compensation": found}  # type: ignore[assignment]

@@ -17,7 +17,7 @@ from fxprune.compensation import Compensation
 from fxprune.compensation.choice import _Consumer, _order
 from fxprune.compensation.moments import inputs, matrix, outputs, write
 from fxprune.compensation.walk import Runner, quiet
-from fxprune.errors import CalibrationError, PlanError
+from fxprune.errors import CalibrationError, PlanError, SelectionError
 
 
 class Residual(nn.Module):
@@ -408,3 +408,25 @@ def test_regions_stay_as_they_are_and_it_is_said() -> None:
     pruned = fxprune.prune(model, data[0], 0.5, calibrate=data)
     assert "in parts only" in found(pruned).notes[0]
     assert pruned.meta["fxprune"].regions  # type: ignore[index, union-attr]
+
+
+def test_rebuilding_comes_nearer_still() -> None:
+    model = settled(Residual(), 8, 3, 12, 12)
+    data = batches(12)
+    plain = fxprune.prune(model, torch.randn(1, 3, 12, 12), 0.5)
+    kept = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    fitted = fxprune.compensate(plain, model, data)
+    rebuilt = fxprune.compensate(plain, model, data, rebuild=60)
+    parts = [entry for entry in found(rebuilt).layers if entry.step == "rebuilding"]
+    assert len(parts) >= 3
+    assert all(entry.after <= entry.before for entry in parts)
+    assert found(rebuilt).after < found(fitted).after
+    assert all(torch.equal(kept[name], tensor) for name, tensor in plain.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in rebuilt.parameters())
+    test = torch.randn(32, 3, 12, 12)
+    assert divergence(model, rebuilt, test) < divergence(model, fitted, test)
+
+
+def test_rebuilding_needs_data() -> None:
+    with pytest.raises(SelectionError, match="rebuild needs data"):
+        fxprune.plan(Residual(), torch.randn(1, 3, 12, 12), rebuild=10)

@@ -5,6 +5,7 @@
 - :mod:`.moments`: what is measured of a layer, and the least-squares problem;
 - :mod:`.choice`: what is given up, and how much of each group;
 - :mod:`.layers`: statistics and least squares, layer after layer;
+- :mod:`.rebuild`: an optional fit by gradients, part by part;
 - :mod:`.outputs`: comparing outputs;
 - :mod:`.report`: what it brought.
 """
@@ -29,6 +30,7 @@ from .batches import Kept, Pick, read
 from .choice import Reconstruction
 from .layers import Layers
 from .outputs import divergence, own, private
+from .rebuild import Rebuild, free
 from .report import Compensation, LayerEntry
 from .walk import quiet
 
@@ -44,6 +46,7 @@ def compensated(
     batches: Iterable[Any],
     pick: Pick | None = None,
     least_squares: bool = True,
+    rebuild: int = 0,
     seed: int = 0,
 ) -> Compensation:
     """Compensate a narrowed network, in place.
@@ -54,6 +57,7 @@ def compensated(
         batches: calibration data.
         pick: see :data:`.batches.Pick`.
         least_squares: see :class:`Layers`.
+        rebuild: steps of :class:`.rebuild.Rebuild` for each part.
         seed: see :class:`Layers`.
 
     Raises:
@@ -77,13 +81,19 @@ def compensated(
     plain = copy.deepcopy(narrow).eval()
     layers = Layers(dense, narrow.eval(), rewritten.narrowing, least_squares, seed)
     probes: list[list[Any]] = []
-    with quiet(), Kept() as state:
+    with quiet(), Kept() as state, Kept() as again:
         for number, values in enumerate(read(program, batches, pick, device)):
             state.add((layers.dense.start(own(values)), layers.narrow.start(own(values))))
+            if rebuild:
+                again.add((layers.dense.start(own(values)), layers.narrow.start(own(values))))
             if number < _PROBES or number % 4 == 3:  # those that are held out, where there are enough
                 probes = [*probes, values][-_PROBES:]
         entries = tuple(layers.run(state))
         count = len(state)
+        if rebuild:
+            names = free(narrow, layers.readers)
+            parts = Rebuild(layers.dense, layers.narrow, rewritten.narrowing, rebuild, names, seed)
+            entries = (*entries, *parts.run(again))
         wanted, *others = (
             [network.forward(*own(values)) for values in probes] for network in (dense, plain, narrow)
         )

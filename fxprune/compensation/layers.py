@@ -33,6 +33,9 @@ _POSITIONS, _PER_ENTRY = 1 << 16, 64
 """Positions of a product that are looked at: at least this many, and this many for each entry that it
 reads."""
 
+_AT_ONCE = 1 << 26
+"""Numbers that are looked at at once."""
+
 _ENTRIES = 6000
 """Largest number of entries that a product may read: the work grows with the third power."""
 
@@ -229,6 +232,7 @@ class Layers:
                 if entries > _ENTRIES:
                     return f"it reads {entries:,} entries, more than {_ENTRIES:,}"
                 most = max(_POSITIONS, _PER_ENTRY * entries) // (batches * len(got)) + 1
+                most = min(most, _AT_ONCE // (entries + weight.shape[1]))
                 at = places(mine.site, mine.output, most, self.generator)
                 u, y = inputs(mine.site, mine.input, at), outputs(mine.site, mine.output, at)
                 if u.shape[1] != entries or y.shape[1] != weight.shape[1]:

@@ -12,8 +12,9 @@ class LayerEntry:
     """What was done for one layer.
 
     Attributes:
-        name: the parameter that was changed, or the running mean of a batch normalisation.
-        step: ``"least squares"`` or ``"statistics"``.
+        name: the parameter that was changed, the running mean of a batch normalisation, or the node with
+            which a part ends that was rebuilt.
+        step: ``"least squares"``, ``"statistics"`` or ``"rebuilding"``.
         before: mean square difference between the layer's outputs and what they should be, on held-out
             calibration data, as a share of the mean square of the latter.
         after: the same afterwards.
@@ -33,6 +34,8 @@ class LayerEntry:
             return f"{self.name}: as it was, {self.reason}"
         if self.step == "statistics":
             return f"{self.name}: statistics measured again"
+        if self.step == "rebuilding":
+            return f"up to {self.name}: error {self.before:.3g} -> {self.after:.3g} rebuilt"
         return f"{self.name}: error {self.before:.3g} -> {self.after:.3g} (ridge {self.ridge:g})"
 
 
