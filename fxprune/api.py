@@ -190,7 +190,9 @@ def prune(model: nn.Module | CouplingGraph, example_inputs: Any, selection: Sele
     made, _, rewritten = _plan(model, example_inputs, selection)
     module = _finish(model_of(model), made, rewritten)
     if selection.calibrate is not None:
-        _compensate(module, rewritten, selection.calibrate, selection.pick, selection.rebuild, selection.seed)
+        graph = rewritten.narrowing.graph
+        data, pick = selection.calibrate, selection.pick
+        _compensate(module, graph, made, data, pick, selection.rebuild, selection.seed)
     return module
 
 
@@ -238,22 +240,22 @@ def compensate(
             f"compensate takes what fxprune.prune or plan.apply returned, which holds its plan, or a plan; "
             f"got {type(pruned).__name__}."
         )
-    rewritten = rewrite(graph_for(made, model), made.removed)
-    module = _finish(model, made, rewritten) if isinstance(pruned, PruningPlan) else copy.deepcopy(pruned)
-    _compensate(module, rewritten, batches, pick, rebuild, seed, least_squares)
+    module = made.apply(model) if isinstance(pruned, PruningPlan) else copy.deepcopy(pruned)
+    _compensate(module, graph_for(made, model), made, batches, pick, rebuild, seed, least_squares)
     return module
 
 
 def _compensate(
     module: nn.Module,
-    rewritten: Rewritten,
+    graph: CouplingGraph,
+    made: PruningPlan,
     batches: Iterable[Any],
     pick: Pick | None,
     rebuild: int,
     seed: int,
     least_squares: bool = True,
 ) -> None:
-    found = compensated(module, rewritten, batches, pick, least_squares, rebuild, seed)
+    found = compensated(module, graph, made.removed, batches, pick, least_squares, rebuild, seed)
     meta = getattr(module, "meta", {})
     if isinstance(meta, dict):
         module.meta = {**meta, "compensation": found}  # type: ignore[assignment]

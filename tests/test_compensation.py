@@ -103,6 +103,15 @@ def test_one_call_is_prune_then_compensate() -> None:
     assert isinstance(one.meta["fxprune"], fxprune.PruningPlan)  # type: ignore[index]
 
 
+def test_results_in_the_models_own_class() -> None:
+    model, data = settled(Residual(), 8, 3, 12, 12), batches()
+    options: Any = {"ratio": 0.4, "calibrate": data}
+    own, graph = (fxprune.prune(model, data[0], into=into, **options) for into in ("module", "graph"))
+    assert type(own) is Residual
+    assert found(own).after < found(own).before
+    assert torch.allclose(own(data[0]), graph(data[0]), atol=1e-4)
+
+
 def twins(copies: bool) -> tuple[nn.Module, Any]:
     """A network in which what is removed are copies of what stays, or zero; and its pruned plan."""
     model = settled(Residual(), 8, 3, 12, 12)

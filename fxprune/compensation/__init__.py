@@ -13,17 +13,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from ..coupling.graph import CouplingGraph
 from ..errors import CalibrationError
 from ..graph_module import clone_module
 from ..nn import MultiheadAttention
-from ..passes import Rewritten
+from ..passes import rewrite
 from ..passes.modules import free_attention
 from ..program import Program, named_modules, named_tensors
 from .batches import Kept, Pick, read
@@ -42,7 +43,8 @@ _PROBES = 4
 
 def compensated(
     module: nn.Module,
-    rewritten: Rewritten,
+    graph: CouplingGraph,
+    removed: Mapping[str, Sequence[int]],
     batches: Iterable[Any],
     pick: Pick | None = None,
     least_squares: bool = True,
@@ -52,8 +54,9 @@ def compensated(
     """Compensate a narrowed network, in place.
 
     Args:
-        module: the narrowed network with the names of ``rewritten``; its tensors are changed.
-        rewritten: how it was narrowed.
+        module: the narrowed network, in whatever form; its tensors are changed.
+        graph: the analysis of the original.
+        removed: the units that went, by group.
         batches: calibration data.
         pick: see :data:`.batches.Pick`.
         least_squares: see :class:`Layers`.
@@ -63,7 +66,7 @@ def compensated(
     Raises:
         CalibrationError: for data that do not fit, and for a model without weights.
     """
-    program = rewritten.narrowing.graph.captured.program
+    program = graph.captured.program
     if any(tensor.is_meta for tensor in program.tensors.values()):
         raise CalibrationError(
             "to compensate, the model has to be run, and it is on the meta device: load weights."
@@ -72,6 +75,7 @@ def compensated(
         note = "a network that could be captured in parts only is not compensated"
         return Compensation(float("nan"), float("nan"), (), 0, (note,))
     device = next((t.device for t in program.tensors.values()), torch.device("cpu"))
+    rewritten = rewrite(graph, removed)
     narrow = rewritten.materialize()
     dense = _alike(private(program), narrow).module().eval()
     target = dict(named_tensors(module))
