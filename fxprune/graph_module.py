@@ -264,6 +264,7 @@ def _clone(
                 state[key] = value.copy()
         elif isinstance(value, torch.Tensor):  # recomputed by a hook; what is no leaf could not be copied
             state[key] = value.detach()
+    state.pop("_compiled_call_impl", None)  # what module.compile() has made runs the original
     for registry in ("_parameters", "_buffers"):
         table = module.__dict__[registry]
         state[registry] = {k: v if v is None else supply(prefix + k, v) for k, v in table.items()}

@@ -66,7 +66,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     modules = named_modules(model)
     for registry in ("_parameters", "_buffers"):
         for path, module in modules:
-            for name, tensor in module.__dict__[registry].items():
+            for name, tensor in _registered(module, registry).items():
                 if tensor is not None:
                     yield f"{path}.{name}" if path else name, tensor
 
@@ -89,12 +89,33 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
     def walk(path: str, module: nn.Module) -> None:
         found.append((path, module))
-        for name, child in module.__dict__["_modules"].items():
+        for name, child in _registered(module, "_modules").items():
             if child is not None:
                 walk(f"{path}.{name}" if path else name, child)
 
     walk("", model)
     return found
+
+
+def _registered(module: nn.Module, registry: str) -> Mapping[str, Any]:
+    """A module's own ``_parameters``, ``_buffers`` or ``_modules``; what TorchScript traced hides them."""
+    table: Mapping[str, Any] | None = module.__dict__.get(registry)
+    return getattr(module, registry) if table is None else table
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module that ``model`` runs, where it is a wrapper of torch's: compiled, or data parallel."""
+    while (inner := wrapped(model)) is not None:
+        model = model._modules[inner]  # type: ignore[assignment]
+    return model
+
+
+def wrapped(model: nn.Module) -> str | None:
+    """The name of the module that a wrapper of torch's runs; None for what is no wrapper."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return "module"
+    kinds = {(kind.__module__, kind.__qualname__) for kind in type(model).__mro__}
+    return "_orig_mod" if ("torch._dynamo.eval_frame", "OptimizedModule") in kinds else None
 
 
 def computed_tensors(model: nn.Module) -> Iterator[str]:

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from ..errors import CaptureError, ExampleInputsError
 from ..inputs import to_meta
-from ..program import Program, computed_tensors, named_tensors
+from ..program import Program, computed_tensors, named_tensors, unwrapped
 from ..region_program import RegionProgram
 from . import dynamo, exported, patches, regions, symbolic
 from .composites import dissolve as dissolve_composites
@@ -84,6 +85,13 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}.")
+    inner = unwrapped(model)
+    if isinstance(inner, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"this {inner.original_name} is a TorchScript module ({type(inner).__name__}), which hides what "
+            f"it computes. Next: prune the nn.Module that it was made from, then call torch.jit.script or "
+            f"torch.jit.trace on the result."
+        )
     lazy = next((name for name, tensor in named_tensors(model) if nn.parameter.is_lazy(tensor)), None)
     if lazy is not None:
         raise CaptureError(f"{lazy} is uninitialized: run the model once on real inputs, then prune it.")
@@ -174,7 +182,7 @@ def _climb(
     accept: Accept,
 ) -> Captured:
     """Try ``rungs`` in their order."""
-    name = type(model).__name__
+    name = type(unwrapped(model)).__name__
     refusals: list[tuple[str, CaptureError | ExampleInputsError]] = []
     for rung, trace in rungs.items():
         try:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ExampleInputsError
 from ..nn import Pack
+from ..program import unwrapped
 from ..trees import Structure
 
 LITERALS = (type(None), bool, int, float, str)
@@ -41,6 +42,7 @@ class Arguments:
         Raises:
             ExampleInputsError: if the inputs do not fit the signature.
         """
+        model = unwrapped(model)
         signature = inspect.signature(model.forward)
         try:
             bound = signature.bind(*args, **kwargs)

@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..errors import CaptureError
-from ..nn import TrainingFlag, Unpack, keep
+from ..nn import Unpack, keep
 from ..program import Program, Skeleton, named_tensors
 from ..trees import Structure, flatten
 from . import patches
@@ -263,11 +263,27 @@ class _Exporter:
             constant = exported.constants[target]
             if not isinstance(constant, torch.Tensor):
                 raise CaptureError(f"the graph uses {target}, an object of {type(constant).__name__}")
-            name = self._free_name(f"_constant_{len(self.extras)}")
-            self.extras[name] = constant.detach()
+            known = self._held_elsewhere(constant)
+            name = known or self._free_name(f"_constant_{len(self.extras)}")
+            if known is None:
+                self.extras[name] = constant.detach()
         else:  # of several names of a tied tensor, the first
             name = self.first[id(self.named[name])]
         return self.graph.get_attr(name)
+
+    def _held_elsewhere(self, constant: torch.Tensor) -> str | None:
+        """The name of a parameter or buffer that torch.export took for a constant.
+
+        It does where the model's own module is called by a function that holds on to it.
+        """
+
+        def memory(tensor: torch.Tensor) -> Any:
+            dense = tensor.layout is torch.strided and not tensor.is_meta
+            return (tensor.data_ptr(), tensor.shape, tensor.stride()) if dense else id(tensor)
+
+        return next(
+            (n for n, t in self.named.items() if t is constant or memory(t) == memory(constant)), None
+        )
 
     def _copy(self, module: fx.GraphModule, env: dict[fx.Node, Any]) -> Any:
         """Copy the calls of an exported graph; gives what it returns."""
@@ -290,12 +306,18 @@ class _Exporter:
                 env[node] = env[node.args[0]][node.args[1]]
             elif _is_idle_cast(node):
                 env[node] = env[node.args[0]]
+            elif node.target is torch.ops.aten.add_.Tensor and isinstance(self._layer(node)[1], _BatchNorm):
+                env[node] = env[node.args[0]]  # the layer counts its batches itself
             elif not str(getattr(node.target, "__name__", "")).startswith(_ASSERTIONS):
-                new = self.graph.node_copy(node, lambda n: env[n])
+                path, layer = self._layer(node)
+                if layer is not None and node.target in _SWITCHED:
+                    new = self.graph.call_module(path, (env[node.args[0]],))
+                    self.modules[path] = layer
+                else:
+                    new = self.graph.node_copy(node, lambda n: env[n])
                 new.meta = {"source": source} if (source := source_line(node)) else {}
                 if "origins" in node.meta:
                     new.meta["origins"] = node.meta["origins"]
-                self._switch(node, new)
                 env[node] = new
         return None
 
@@ -326,25 +348,21 @@ class _Exporter:
             return results
         return [self.graph.call_function(torch.ops.aten.detach.default, (r,)) for r in results]
 
-    def _switch(self, old: fx.Node, new: fx.Node) -> None:
-        """Let a dropout or batch norm that ``torch.nn`` called follow ``train()`` and ``eval()`` again."""
-        stack = list(old.meta.get("nn_module_stack", {}).values())
-        place = {torch.ops.aten.dropout.default: 2, torch.ops.aten.batch_norm.default: 5}.get(old.target)  # type: ignore[call-overload]
-        if place is None or not stack:
-            return
-        path = f"{stack[-1][0]}.".removeprefix("model.").removesuffix(".")
+    def _layer(self, node: fx.Node) -> tuple[str, nn.Module | None]:
+        """The dropout or batch norm of ``torch.nn`` that made a call, and its path.
+
+        Such layers are called themselves in the graph: they follow ``train()`` and ``eval()``, and a batch
+        norm counts its batches. One with hooks, or with a forward of its own, is not.
+        """
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        path = f"{stack[-1][0]}.".removeprefix("model.").removesuffix(".") if stack else ""
         try:
-            owner = self.model.get_submodule(path)
+            layer = self.model.get_submodule(path)
         except AttributeError:
-            return
-        if not type(owner).__module__.startswith("torch.nn."):
-            return  # its own forward may have its own reasons
-        averaged = isinstance(owner, _BatchNorm) and owner.track_running_stats and owner.momentum is not None
-        if averaged or isinstance(owner, _DropoutNd):
-            flag = f"{path}.training_flag"
-            self.modules.setdefault(flag, TrainingFlag().train(owner.training))
-            with self.graph.inserting_before(new):
-                new.update_arg(place, self.graph.call_module(flag))
+            return path, None
+        plain = isinstance(layer, (_BatchNorm, _DropoutNd)) and type(layer).__module__.startswith("torch.nn.")
+        hooked = layer._forward_hooks or layer._forward_pre_hooks
+        return path, layer if plain and not hooked else None
 
     def _packed(self, results: list[Any]) -> Any:
         (structure,) = self.output
@@ -406,6 +424,8 @@ def _is_idle_cast(node: fx.Node) -> bool:
         and node.kwargs.get("memory_format") is None
     )
 
+
+_SWITCHED = (torch.ops.aten.dropout.default, torch.ops.aten.batch_norm.default)
 
 _FRAME = re.compile(r'File "(.+)", line (\d+), in (\S+)')
 

@@ -284,10 +284,11 @@ class _Tracer(fx.Tracer):
         owned = {id(module) for _, module in named_modules(self.twin.model)}
 
         def flag(module: nn.Module, mode: bool) -> Any:
-            if id(module) not in owned:
+            owner = self.twin.of(module)
+            if id(owner) not in owned:
                 return mode
             flag = _Flag(mode != self.flipped)
-            flag.owner, flag.asks = module, self._asks
+            flag.owner, flag.asks = owner, self._asks
             return flag
 
         def dynamic(original: Any) -> Callable[..., Any]:
@@ -452,6 +453,9 @@ class _Tracer(fx.Tracer):
                 f"{type(m).__name__} was compiled by TorchScript, which hides what it computes. Use the "
                 f"module that it was made from."
             )
+        own = self.twin.of(m)
+        if own is not m:  # held by a function, say, of which the twin has no copy
+            return own(*args, **kwargs)
         try:
             path = self.path_of_module(m)
         except NameError:

@@ -18,6 +18,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from ..program import wrapped
+
 Swap = Callable[[torch.Tensor], torch.Tensor]
 
 _PLAIN = frozenset([type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device])
@@ -70,6 +72,10 @@ class Twin:
         return self._object(value) if holds(value) else value
 
     def _object(self, value: Any) -> Any:
+        inner = wrapped(value) if isinstance(value, nn.Module) else None
+        if inner is not None:
+            self._made[id(value)] = through = _Through(self._of(value._modules[inner]), inner, value.training)
+            return through
         try:
             new = object.__new__(type(value))
         except TypeError:  # made in another language than Python
@@ -83,7 +89,14 @@ class Twin:
         for name, attribute in value.__dict__.items():
             if type(attribute) not in _PLAIN:
                 state[name] = self._of(attribute)
+        if isinstance(new, nn.Module):
+            state.pop("_compiled_call_impl", None)  # which would run the original
         return new
+
+    def of(self, module: nn.Module) -> nn.Module:
+        """What stands for a module of the original; any other module itself."""
+        found: nn.Module = self._made.get(id(module), module)
+        return found
 
     def _mapping(self, value: Any) -> Any:
         self._made[id(value)] = new = value.copy() if type(value) is defaultdict else type(value)()
@@ -100,6 +113,20 @@ class Twin:
         for item in value:
             add(self._of(item))
         return new
+
+
+class _Through(nn.Module):
+    """Stands for a wrapper that compiles a module, or runs it on several devices: runs it."""
+
+    def __init__(self, module: nn.Module, name: str, training: bool) -> None:
+        super().__init__()
+        self._modules[name] = module
+        self.training = training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        (module,) = self._modules.values()
+        assert module is not None
+        return module(*args, **kwargs)
 
 
 def holds(value: Any) -> bool:

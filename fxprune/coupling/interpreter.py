@@ -720,6 +720,8 @@ def _needs_values(error: Exception, node: fx.Node) -> bool:
 
 
 def _failed(node: fx.Node, error: Exception, needs_values: bool, args: Any, parameters: str) -> Exception:
+    if isinstance(error, _ValuesNeeded) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     where = describe_source(node)
     what = (
         f"{node.op} {node.target}"

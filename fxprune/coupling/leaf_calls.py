@@ -103,7 +103,7 @@ def _linear(module: Any, x: torch.Tensor, own: Own, call: Call) -> Any:
 
 
 def _batch_norm(ranks: tuple[int, ...], module: Any, x: torch.Tensor, own: Own, call: Call) -> Any:
-    if x.dim() not in ranks or module.momentum is None:
+    if x.dim() not in ranks:
         return None
     mean, var, count = own("running_mean"), own("running_var"), own("num_batches_tracked")
     training = module.training or (mean is None and var is None)
@@ -116,7 +116,8 @@ def _batch_norm(ranks: tuple[int, ...], module: Any, x: torch.Tensor, own: Own, 
     elif module.training:
         mean = var = None
     tensors = (own("weight"), own("bias"), mean, var)
-    return call(aten.native_batch_norm.default, x, *tensors, training, module.momentum, module.eps)[0]
+    momentum = module.momentum or 0.0  # None: an average over all batches, whose number no shape tells
+    return call(aten.native_batch_norm.default, x, *tensors, training, momentum, module.eps)[0]
 
 
 def _layer_norm(module: Any, x: torch.Tensor, own: Own, call: Call) -> Any:
