@@ -151,7 +151,6 @@ def computed() -> nn.Module:
         (lambda: nn.Conv2d(4, 6, 3, padding="same"), IMAGE),
         (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), IMAGE),
         (lambda: nn.Conv2d(4, 6, 3), (4, 6, 5)),
-        (lambda: nn.BatchNorm2d(4, momentum=None), IMAGE),
         (lambda: nn.BatchNorm2d(4), TOKENS),
         (lambda: nn.BatchNorm1d(4), (1, 4)),
         (lambda: nn.GELU("tanh"), ROWS),
