@@ -102,6 +102,7 @@ def _explored(
     fill_outputs: str | Sequence[str],
 ) -> CouplingGraph:
     """As :func:`analyze`."""
+    describe_inputs(args, kwargs)  # a plan could not be made for others
     free, zeros = output_names("free_outputs", free_outputs), output_names("fill_outputs", fill_outputs)
     named = (tuple(name for name in names if name != AUTO) for names in (free, zeros))
     graph = _analyze(model, args, kwargs, frozenset(), None, *named)

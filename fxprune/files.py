@@ -66,12 +66,20 @@ def format_of(path: Path) -> Format | None:
     return max(fitting, key=lambda known: len(known.suffix), default=None)
 
 
-def check_output(path: Path, suffixes: Collection[str]) -> Format:
+def check_output(path: Path, suffixes: Collection[str], read: Iterable[Path | None] = ()) -> Format:
     """Make sure, before any work is done, that a file of one of these formats can be written at ``path``.
 
+    Args:
+        path: the file to write.
+        suffixes: of the formats.
+        read: the files that are read, which are not to be overwritten.
+
     Raises:
-        OutputError: the suffix is another, ``path`` is a folder, or its folder is missing or not writable.
+        OutputError: the suffix is another, ``path`` is a folder, or its folder is missing or not writable, or
+            it is one of the files that are read.
     """
+    if any(other is not None and _are_same(path, other) for other in read):
+        raise OutputError(f"cannot write {path}: it is a file that is read, and would be lost; name another")
     found = format_of(path)
     if found is None or found.suffix not in suffixes:
         kinds = ", ".join(f"{FORMATS[suffix].holds} is a {suffix} file" for suffix in suffixes)
@@ -90,6 +98,13 @@ def check_output(path: Path, suffixes: Collection[str]) -> Format:
             "another one"
         ) from error
     return found
+
+
+def _are_same(a: Path, b: Path) -> bool:
+    try:
+        return a.samefile(b)
+    except OSError:  # one of them is not there
+        return a.resolve() == b.resolve()
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> int:
@@ -126,7 +141,7 @@ _PREFIXES = ("module", "_orig_mod")
 """What ``DataParallel`` and ``torch.compile`` put before the names of what they hold."""
 
 
-def load_checkpoint(model: nn.Module, path: Path) -> None:
+def load_checkpoint(model: nn.Module, path: Path) -> tuple[str, ...]:
     """Load a state dict into ``model``, in place; every name and shape must agree.
 
     A state dict inside of a usual wrapper (``{"state_dict": ...}``) is found, names that ``DataParallel`` or
@@ -137,11 +152,17 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         model: the model to fill.
         path: a ``.safetensors`` file, or a file that ``torch.load(weights_only=True)`` opens.
 
+    Returns:
+        What was taken off around the names, for people; empty for a plain state dict of this model.
+
     Raises:
         CheckpointError: the file cannot be read, holds something else, or does not fit the model.
     """
     own = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
-    state = _without_prefixes(read_tensors(path), own)
+    read, nests = _read(path)
+    state = _without_prefixes(read, own)
+    parts = {part for name in read.keys() - state.keys() for part in name.split(".")}
+    prefixes = sorted(parts.intersection(_PREFIXES))
     present = {id(own[name]) for name in state if name in own}
     missing = [name for name, tensor in own.items() if name not in state and id(tensor) not in present]
     unexpected = [name for name in state if name not in own]
@@ -164,6 +185,8 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
             f"this very architecture, or name a factory that builds the right one"
         )
     model.load_state_dict(state, strict=False)  # strictly checked above, with better words
+    nested = [f"found under {' > '.join(map(repr, nests))}"] if nests else []
+    return (*nested, *(f"names without {part + '.'!r}" for part in prefixes))
 
 
 def _without_prefixes(state: dict[str, Tensor], own: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -183,6 +206,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file cannot be read, or holds something else.
     """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """As :func:`read_tensors`, with the names under which the tensors are nested in the file."""
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint file {path}")
     try:
@@ -201,11 +229,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             "damaged, "
             "or of another kind: write it again with torch.save(model.state_dict(), ...) or safetensors"
         ) from error
+    nests: list[str] = []
     for _ in range(_DEEPEST):
-        inner = [found[key] for key in _WRAPPERS if isinstance(found, Mapping) and key in found]
-        if not inner or not isinstance(inner[0], Mapping):
+        inner = [key for key in _WRAPPERS if isinstance(found, Mapping) and key in found]
+        if not inner or not isinstance(found[inner[0]], Mapping):
             break
-        found = inner[0]
+        nests.append(inner[0])
+        found = found[inner[0]]
     if isinstance(found, Tensor):
         found = {"": found}
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
@@ -219,7 +249,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} is not a state dict: it holds {what}; save one with torch.save(model.state_dict(), ...)"
         )
-    return dict(found)
+    return dict(found), nests
 
 
 # Wording

@@ -153,14 +153,19 @@ def _spread(times: Mapping[str, list[float]]) -> float:
     return spread
 
 
-def latency_ratio(
-    a: nn.Module,
-    b: nn.Module,
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    min_run_time: float = 1.0,
-) -> float:
-    """Latency of ``b`` as a share of the latency of ``a``: 0.5 says that ``b`` takes half the time."""
+def latency_ratio(a: nn.Module, b: nn.Module, example_inputs: Any = (), min_run_time: float = 1.0) -> float:
+    """Latency of ``b`` as a share of the latency of ``a``: 0.5 says that ``b`` takes half the time.
+
+    Args:
+        a: a network.
+        b: another one for the same inputs.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+        min_run_time: as for :func:`measure_latency`.
+
+    Raises:
+        ExampleInputsError: for inputs of any other kind.
+    """
+    args, kwargs = normalize(example_inputs)
     seconds = measure_latency({"a": a, "b": b}, args, kwargs, min_run_time)
     return seconds["b"] / seconds["a"]
 

@@ -688,3 +688,101 @@ sys.stdout.write(f"imported {{'torch' in sys.modules}}")
 """
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.endswith("imported False")
+
+
+# -- small faults ----------------------------------------------------------------------------------
+
+
+def test_the_checkpoint_that_is_read_is_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torchvision
+
+    path = tmp_path / "net.safetensors"
+    save_file(torchvision.models.squeezenet1_1().state_dict(), path)
+    before = path.read_bytes()
+    link = tmp_path / "same.safetensors"
+    link.symlink_to(path)
+    for out in (path, tmp_path / "." / path.name, link):
+        command = ["prune", "torchvision:squeezenet1_1", "--checkpoint", str(path), "--out", str(out)]
+        assert main(command) == 2
+        assert "it is a file that is read" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("words", [["--rat", "0.5"], ["--glob"], ["--input", "1,3,32,32"], ["--no-lat"]])
+def test_options_have_whole_names(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["prune", "torchvision:resnet18", *words])
+    assert error.value.code == 2
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+TOKENS = """
+import torch
+from torch import nn
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.a, self.b = nn.Embedding(50, 16), nn.Linear(16, 32), nn.Linear(32, 5)
+    def forward(self, ids, mask=None):
+        h = self.table(ids)
+        h = h if mask is None else h * mask[..., None]
+        return self.b(self.a(h).relu())
+
+class Positions(Tokens):
+    def forward(self, x):
+        return self.b(self.a(x + self.table(torch.arange(x.shape[1]))).relu())
+"""
+
+
+@pytest.mark.parametrize(
+    ("factory", "shapes", "whole"),
+    [
+        ("Tokens", ["2,7"], [True]),
+        ("Tokens", ["2,7", "2,7"], [True, False]),
+        ("Positions", ["2,7,16"], [False]),
+    ],
+)
+def test_token_models_get_whole_numbers(
+    factory: str, shapes: list[str], whole: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = f"tokens_{abs(hash((factory, len(shapes))))}"
+    (tmp_path / f"{name}.py").write_text(TOKENS)
+    loaded = load(f"{name}:{factory}", shapes=[parse_shape(text) for text in shapes])
+    assert [not tensor.is_floating_point() for tensor in loaded.inputs] == whole
+    if whole[0]:
+        assert int(loaded.inputs[0].max()) < 50
+
+
+@pytest.mark.parametrize("form", ["{stem}.py", "./{stem}.py", "folder/../{stem}.py", "{folder}/{stem}.py"])
+def test_a_model_in_a_file(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    stem = f"file_{abs(hash(form))}"
+    (tmp_path / f"{stem}_part.py").write_text("from torch import nn\nwidth = 8\n")
+    (tmp_path / f"{stem}.py").write_text(
+        f"from {stem}_part import nn, width\ndef build():\n    return nn.Linear(4, width)\n"
+    )
+    spec = form.format(stem=stem, folder=tmp_path) + ":build"
+    assert load(spec, shapes=[(1, 4)]).model.out_features == 8
+
+
+@pytest.mark.parametrize(
+    ("nest", "said"),
+    [
+        (lambda s: s, ()),
+        (lambda s: {"state_dict": s}, ("found under 'state_dict'",)),
+        (lambda s: {f"module.{k}": v for k, v in s.items()}, ("names without 'module.'",)),
+        (
+            lambda s: {"model": {f"module._orig_mod.{k}": v for k, v in s.items()}},
+            ("found under 'model'", "names without '_orig_mod.'", "names without 'module.'"),
+        ),
+    ],
+)
+def test_what_is_taken_off_a_checkpoint_is_said(nest: Any, said: tuple[str, ...], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    torch.save(nest(model.state_dict()), tmp_path / "c.pt")
+    assert load_checkpoint(nn.Sequential(nn.Linear(3, 2)), tmp_path / "c.pt") == said

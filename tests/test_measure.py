@@ -176,7 +176,7 @@ def test_latency_is_a_median_by_name() -> None:
     seconds = measure_latency({"slow": slow, "fast": fast}, (), {"wait": True}, min_run_time=0.05)
     assert list(seconds) == ["slow", "fast"]
     assert 0.02 <= seconds["slow"] < 0.08
-    assert latency_ratio(slow, fast, (), {"wait": True}, min_run_time=0.05) < 0.8
+    assert latency_ratio(slow, fast, {"wait": True}, min_run_time=0.05) < 0.8
 
 
 def test_latency_is_measured_until_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,12 +21,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import CaptureError, FxpruneError, PlanError
+from ..errors import CaptureError, ExampleInputsError, FxpruneError, PlanError
 from ..inputs import describe_inputs, restore_inputs
 from ..program import Program, Skeleton, named_tensors
 from ..region_program import Link, Part, RegionProgram, unite
 from .arguments import Arguments
-from .symbolic import is_leaf
+from .symbolic import blame, is_leaf
 
 Calls = tuple[tuple[Any, ...], dict[str, Any]]
 Whole = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Program, str]]
@@ -236,8 +236,19 @@ def _run(
             output = twin(*args, **kwargs)
         watch.finish(twin, (args, kwargs, output))
     except Exception as error:  # whatever a user's forward raises
+        for handle in handles:
+            handle.remove()
+        try:
+            with torch.random.fork_rng(list(devices)), torch.no_grad():
+                twin(*args, **kwargs)
+        except Exception as own:
+            raise ExampleInputsError(
+                f"{type(model).__name__} does not run on the example inputs, whether it is captured or not: "
+                f"{blame(own)}{type(own).__name__}: {str(own).strip()}. Next: call model(...) with the same "
+                f"inputs, and give inputs with which it runs."
+            ) from own
         raise CaptureError(
-            f"it does not run on the example inputs: {type(error).__name__}: {str(error).strip()}"
+            f"it does not run while it is watched: {type(error).__name__}: {str(error).strip()}"
         ) from error
     finally:
         for handle in handles:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from typing import Any
 
 from ..errors import FxpruneError, VerificationError
 from . import after, prune
@@ -68,8 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
+class _WholeNames(argparse.ArgumentParser):
+    """Takes options by their whole names, so that a new one never changes what an old command says."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "allow_abbrev": False})
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _WholeNames(
         prog="fxprune",
         description=_DESCRIPTION,
         epilog=_EPILOG,

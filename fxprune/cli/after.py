@@ -99,7 +99,9 @@ def _export(options: argparse.Namespace) -> int:
     if not options.out:
         raise OutputError("nothing to write: add --out FILE.pt2, FILE.onnx or FILE.aoti.pt2")
     for path in options.out:
-        check_output(path, (".pt2", ".onnx", ".aoti.pt2", ".safetensors"))
+        check_output(
+            path, (".pt2", ".onnx", ".aoti.pt2", ".safetensors"), [options.checkpoint, options.pruned]
+        )
     progress = Progress(options.quiet)
     with progress.step("load") as say:
         loaded, pruned = _load(options)

@@ -7,6 +7,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import os
 import sys
 import warnings
@@ -119,8 +120,8 @@ def load(
             "or use the Python interface (fxprune.analyze), which needs no weights"
         )
     if checkpoint is not None:
-        load_checkpoint(model, checkpoint)
-        origin = f"from {checkpoint}"
+        changed = load_checkpoint(model, checkpoint)
+        origin = f"from {checkpoint}" + (f" ({', '.join(changed)})" if changed else "")
     elif weights is not None:
         origin = f"{kind}'s {weights}"
     elif kind in ("torchvision", "timm"):
@@ -170,15 +171,44 @@ def _parse_sizes(part: str, text: str) -> tuple[int, ...]:
 
 
 def _random_inputs(model: nn.Module, shapes: Sequence[Shape]) -> tuple[Any, ...]:
-    """Normally distributed inputs, with the type and device of the model's first floating parameter."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    """Normally distributed inputs, with the type and device of the model's first floating parameter.
 
-    def random(shape: Shape) -> Any:
+    Where the model has embeddings and does not run on these, whole numbers that all its tables have take the
+    place of those with which it runs.
+    """
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+
+    def random(shape: Shape, whole: bool) -> Any:
         if isinstance(shape, list):
-            return [random(one) for one in shape]
+            return [random(one, whole) for one in shape]
+        if whole:
+            return torch.randint(min(tables), shape, device=like.device)
         return torch.randn(shape, dtype=like.dtype, device=like.device)
 
-    return tuple(map(random, shapes))
+    kinds = [tuple(False for _ in shapes)]
+    if tables and len(shapes) <= _MOST_KINDS:
+        kinds = list(itertools.product((False, True), repeat=len(shapes)))
+    for kind in kinds:
+        inputs = tuple(random(shape, whole) for shape, whole in zip(shapes, kind, strict=True))
+        if kind is kinds[0]:
+            first = inputs
+        if len(kinds) == 1 or _runs(model, inputs):
+            return inputs
+    return first
+
+
+_MOST_KINDS = 4
+"""Inputs of which each may be of either kind."""
+
+
+def _runs(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    except Exception:  # noqa: BLE001  whatever the user's forward raises
+        return False
+    return True
 
 
 # torchvision

@@ -153,11 +153,11 @@ def run_prune(options: argparse.Namespace) -> int:
     plan_files = [*(options.out if planning else []), *([options.plan_out] if options.plan_out else [])]
     outs = [] if planning else options.out
     for path in plan_files:
-        check_output(path, (".json",))
+        check_output(path, (".json",), [options.checkpoint])
     for path in outs:
-        check_output(path, _SUFFIXES)
+        check_output(path, _SUFFIXES, [options.checkpoint])
     if options.report is not None:
-        check_output(options.report, (".html",))
+        check_output(options.report, (".html",), [options.checkpoint])
 
     progress = Progress(options.quiet)
     with progress.step("model") as say:
@@ -242,7 +242,7 @@ def run_apply(options: argparse.Namespace) -> int:
     from .progress import Progress
 
     for path in options.out:
-        check_output(path, _SUFFIXES)
+        check_output(path, _SUFFIXES, [options.checkpoint, options.plan])
     plan = PruningPlan.load(options.plan)
     for path in options.out:
         check_whole(path, plan.regions)

@@ -403,9 +403,12 @@ class CouplingGraph:
     def advice(self) -> str:
         """What would make much more removable, for people; empty where nothing is known that would.
 
-        It names the outputs that keep layers wide which hold a tenth of the parameters or more.
+        It names the outputs that keep layers wide which hold a tenth of the parameters or more; of several
+        outputs not the first, which is taken for the result.
         """
-        outputs, entries = self._held_by_outputs()
+        shaped = [leaf for leaf, value in self._run.outputs.get("", {}).items() if value.shape]
+        beside = [leaf for leaf in shaped if leaf.path[:1] != shaped[0].path[:1]]
+        outputs, entries = self._held_by_outputs(beside or shaped)
         parameters = {
             id(t): t.numel()
             for t in self.captured.program.tensors.values()

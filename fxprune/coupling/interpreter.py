@@ -454,6 +454,9 @@ class _Interpreter(TorchDispatchMode):
             others = {id(leaf) for number, leaf in enumerate(leaves) if number not in links}
             handed_on = {id(leaves[number]) for number in links} - others
             outputs = self.outputs[region] = {}
+            shaped = (leaf for tensor, leaf in zip(tensors, structure.leaves, strict=True)
+                      if isinstance(tensor, torch.Tensor) and tensor.dim())  # fmt: skip
+            result = next((leaf.path[:1] for leaf in shaped), None)  # whatever stands beside it
             for tensor, leaf in zip(tensors, structure.leaves, strict=True):
                 if not isinstance(tensor, torch.Tensor):
                     continue
@@ -469,7 +472,7 @@ class _Interpreter(TorchDispatchMode):
                         f'free_outputs="{leaf}" lets it become narrower, for code that can do with that; '
                         "with fill_outputs it holds zeros in place of what is removed"
                     )
-                    self.coupler.freeze_value(value, OUTPUT, remedy if len(tensors) > 1 else "")
+                    self.coupler.freeze_value(value, OUTPUT, remedy if leaf.path[:1] != result else "")
             for number, dims in links.items():
                 for dim in dims:
                     self.coupler.freeze_dim(self.coupler.value(leaves[number]), dim, node.meta["reason"])

@@ -11,8 +11,9 @@ that belongs to several groups is then read once. Each family has its file:
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,8 @@ def score(
         if found is None:
             raise _unknown(importance)
         if importance in BY_CLASS:
-            by_class = BY_CLASS[importance](graph, seed)
+            with _weights_read_by(importance, graph):
+                by_class = BY_CLASS[importance](graph, seed)
             return lambda group: _checked(by_class[group.units], group)
     if isinstance(found, type) and issubclass(found, Criterion):
         raise ImportanceError(
@@ -120,12 +122,34 @@ def score(
     if isinstance(found, Criterion):
         if earlier is not None:
             return earlier
-        found = found.prepare(graph, model if model is not None else nn.Module(), seed)
+        with _weights_read_by(importance, graph):
+            found = found.prepare(graph, model if model is not None else nn.Module(), seed)
     if not callable(found):
         raise ImportanceError(
             f"importance must be a name, a criterion or a function of a group, got {type(found).__name__}."
         )
-    return lambda group: _checked(found(group), group)
+
+    def scores(group: Group) -> Scores:
+        with _weights_read_by(importance, graph):
+            return _checked(found(group), group)
+
+    return scores
+
+
+@contextlib.contextmanager
+def _weights_read_by(importance: Importance, graph: CouplingGraph) -> Iterator[None]:
+    """Say what it means that ``importance`` asked a tensor on the meta device for its values."""
+    try:
+        yield
+    except NotImplementedError as error:
+        tensors = graph.captured.program.tensors.items()
+        hollow = next((name for name, tensor in tensors if tensor.is_meta), None)
+        if hollow is None:
+            raise
+        raise ImportanceError(
+            f"importance {describe(importance)!r} reads the weights, and {hollow!r} is on the meta device "
+            f"and has none: load weights first, or use 'random', or a function of a group that needs none."
+        ) from error
 
 
 def describe(importance: Importance) -> str:

@@ -98,6 +98,7 @@ class Search:
     """
 
     def __init__(self, costs: CostModel, owner: Ids, step: Ids, sets: int, meter: Meter | None) -> None:
+        self.notes: tuple[str, ...] = ()
         self.costs = costs
         self.owner = owner
         self.sets = sets
@@ -114,6 +115,12 @@ class Search:
         """
         limits = self._limits(budget)
         count = self.owner.size
+        self.notes = tuple(
+            f"the budget {limit.name} = {limit.most:,.10g} is met without removing anything: "
+            f"it is {limit.now:,.10g} now"
+            for limit in limits
+            if limit.name != "latency" and limit.now <= limit.most
+        )
         if self._use(self._first(count), limits) > 1:
             raise self._unreachable(limits)
         low, high = -1, count  # the first `high` steps are enough, the first `low` are not

@@ -150,6 +150,7 @@ def select(
         gone = ~graph.alive(rows)
         search = _search(costs, sets, steps, order, values, gone, meter)
         chosen, left = search.run(selection.budget)
+        notes = (*notes, *search.notes)
         steps = steps + chosen
     if selection.uniform:
         steps = _evened(sets, steps)
