@@ -242,11 +242,13 @@ def _run(
             with torch.random.fork_rng(list(devices)), torch.no_grad():
                 twin(*args, **kwargs)
         except Exception as own:
-            raise ExampleInputsError(
+            failure = ExampleInputsError(
                 f"{type(model).__name__} does not run on the example inputs, whether it is captured or not: "
                 f"{blame(own)}{type(own).__name__}: {str(own).strip()}. Next: call model(...) with the same "
                 f"inputs, and give inputs with which it runs."
-            ) from own
+            )
+            failure.node = None  # type: ignore[attr-defined]  # an earlier rung may know at which it fails
+            raise failure from own
         raise CaptureError(
             f"it does not run while it is watched: {type(error).__name__}: {str(error).strip()}"
         ) from error
