@@ -433,7 +433,7 @@ def _plan(
     else:
         raise RewriteError(f"the graph could not be rewritten at node {first.node}: {first.reason}.")
     said = [
-        *graph.captured.program.notes,
+        *graph.captured.notes,
         *selected.notes,
         *dict.fromkeys(notes),
         meter.note if meter is not None else "",

@@ -34,7 +34,8 @@ class Captured:
     Attributes:
         program: the graph with the original model's own tensors.
         rung: name of the rung.
-        report: one paragraph on what was captured and how.
+        summary: a few sentences on what was captured and how.
+        notes: what is lost, pinned, left as it is or approximated, worst first.
         class_name: class name of the model, carried on to the result.
         inputs: meta tensors and values for the graph's placeholders, in order.
         regions: the submodules that are captured, as plain data; empty where the whole model is.
@@ -42,10 +43,16 @@ class Captured:
 
     program: Program
     rung: str
-    report: str
+    summary: str
+    notes: tuple[str, ...]
     class_name: str
     inputs: list[Any]
     regions: Mapping[str, Any]
+
+    @property
+    def report(self) -> str:
+        """One paragraph on what was captured and how, with the notes."""
+        return self.summary + "".join(f" Note: {note}." for note in self.notes)
 
 
 Rung = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Program]
@@ -228,27 +235,27 @@ def _captured(
     refusals: list[tuple[str, Any]],
     computed: tuple[str, ...],
 ) -> Captured:
-    report = (
+    summary = (
         f"captured {name} by {rung}: {len(program.graph.nodes)} nodes, {len(program.modules)} leaf modules."
     )
     for other, reason in refusals:
-        report += f" ({other} could not: {reason})"
+        summary += f" ({other} could not: {reason})"
+    notes = [*program.notes]
     if isinstance(program, RegionProgram):
-        report += f" Regions: {', '.join(region.path for region in program.regions)}."
-        report += f" Left as they are: {'; '.join(program.refused)}." if program.refused else ""
-    report += "".join(f" Note: {note}." for note in program.notes)
+        summary += f" Regions: {', '.join(region.path for region in program.regions)}."
+        notes += [f"left as they are: {'; '.join(program.refused)}"] if program.refused else []
     if computed:
         more = f" and {len(computed) - 3} more" if len(computed) > 3 else ""
-        report += (
-            f" Computed from other parameters, which are narrowed in their place: "
-            f"{', '.join(computed[:3])}{more}; norms in there run over what is left. "
-            f"Remove the parametrizations before pruning to keep the weights that they give now."
+        notes.append(
+            f"computed from other parameters, which are narrowed in their place: "
+            f"{', '.join(computed[:3])}{more}; norms in there run over what is left. Remove the "
+            f"parametrizations before pruning to keep the weights that they give now"
         )
     parts = program.regions if isinstance(program, RegionProgram) else None
     used = {rung} if parts is None else {part.rung for part in parts}
     if used - {next(iter(RUNGS)), ""}:
-        report += " Control flow follows the shapes of the example inputs."
-    return Captured(program, rung, report, name, inputs, regions.describe(program))
+        summary += " Control flow follows the shapes of the example inputs."
+    return Captured(program, rung, summary, tuple(notes), name, inputs, regions.describe(program))
 
 
 _OWN = frozenset(dir(fx.GraphModule({}, fx.Graph()))) - frozenset(dir(nn.Module()))

@@ -168,7 +168,7 @@ def run_prune(options: argparse.Namespace) -> int:
         graph = fxprune.analyze(
             loaded.model, loaded.inputs, free_outputs=options.free_output, fill_outputs=fill_outputs(options)
         )
-        say(str(graph.captured.report))
+        say(graph.captured.summary)
     for path in outs:
         check_whole(path, graph.captured.regions)
     if options.lossless:
