@@ -101,3 +101,9 @@ def test_public_names_are_where_they_are_said_to_be() -> None:
     assert {name: module for name, module in told.items() if module} == fxprune._MODULES
     assert sorted(told) == sorted(fxprune.__all__) == fxprune.__all__
     assert all(getattr(fxprune, name) is not None for name in fxprune.__all__)
+
+
+def test_former_names_say_the_new_one() -> None:
+    for statement in ("import fxprune.cost", "from fxprune import cost", "from fxprune.cost import count"):
+        with pytest.raises(ImportError, match=r"fxprune\.measure now"):
+            exec(statement, {})
