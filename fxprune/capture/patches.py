@@ -179,6 +179,7 @@ def within(patches: Iterable[Patch], call: Callable[[], _T]) -> _T:
             return call()
         finally:
             end()
+            session._begin.clear()  # holds code, into which the collector of cycles does not see
 
 
 # -- symbolic tracing -----------------------------------------------------------------------------
