@@ -259,7 +259,7 @@ class Temporal(nn.Module):
 @pytest.mark.parametrize(
     ("build", "x"),
     [(Penalty, MAP), (Merged, MAP), (Temporal, torch.randn(2, 3, 8))],
-    ids=lambda v: str(v)[-20:],
+    ids=["penalty", "merged", "temporal"],
 )
 def test_kernels_stay_whole(build: type[nn.Module], x: Tensor) -> None:
     model = build()
