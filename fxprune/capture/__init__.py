@@ -10,18 +10,21 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from .. import sizes
 from ..errors import CaptureError, ExampleInputsError
 from ..inputs import to_meta
 from ..program import Program, computed_tensors, named_tensors, unwrapped
 from ..region_program import RegionProgram
+from ..sizes import Trial
 from . import dynamo, exported, patches, regions, symbolic
+from .arguments import Arguments
 from .composites import dissolve as dissolve_composites
 
 __all__ = ["Captured", "capture", "recapture"]
@@ -39,6 +42,9 @@ class Captured:
         class_name: class name of the model, carried on to the result.
         inputs: meta tensors and values for the graph's placeholders, in order.
         regions: the submodules that are captured, as plain data; empty where the whole model is.
+        trials: the inputs at other sizes for which the graph is as good as for these, as far as the model's
+            code is concerned; the first that runs is enough.
+        fixed: sizes for which it is not (see :mod:`fxprune.sizes`).
     """
 
     program: Program
@@ -48,6 +54,8 @@ class Captured:
     class_name: str
     inputs: list[Any]
     regions: Mapping[str, Any]
+    trials: tuple[Trial, ...] = ()
+    fixed: tuple[str, ...] = ()
 
     @property
     def report(self) -> str:
@@ -136,7 +144,7 @@ def _captured_by_one(
     else:
         rungs = {**RUNGS, "regions": partial(regions.find, whole=whole)}
     try:
-        return _climb(model, args, kwargs, rungs, accept)
+        return _climb(model, args, kwargs, rungs, accept, other_sizes=True)
     except CaptureError as refusal:
         kinds = {path: type(module) for path, module in model.named_modules()}
         quantised = [path for path, kind in kinds.items() if _QUANTISED.match(kind.__module__)]
@@ -187,18 +195,23 @@ def _climb(
     kwargs: dict[str, Any],
     rungs: Mapping[str, Rung],
     accept: Accept,
+    other_sizes: bool = False,
 ) -> Captured:
-    """Try ``rungs`` in their order."""
+    """Try ``rungs`` in their order; with ``other_sizes`` the model is looked at there, too."""
     name = type(unwrapped(model)).__name__
     refusals: list[tuple[str, CaptureError | ExampleInputsError]] = []
     for rung, trace in rungs.items():
         try:
             program = trace(model, args, kwargs)
+            free, fixed = _other_sizes(rung, trace, model, program, args, kwargs) if other_sizes else ((), ())
+            if fixed:
+                program = _pinned(program, fixed, Arguments.of(model, args, kwargs).all())
             dissolve_composites(program.graph, program.tensors)
             if not isinstance(program, RegionProgram):  # whose code stays that of the model
                 _check_names(program)
             inputs = _inputs(name, program, args, kwargs)
             captured = _captured(name, rung, program, inputs, refusals, tuple(computed_tensors(model)))
+            captured = replace(captured, trials=_trials(program, free, args, kwargs), fixed=fixed)
             accept(captured)
             return captured
         except CaptureError as refusal:
@@ -218,6 +231,36 @@ def _climb(
         f"Next: capture the part that can be (prune model.backbone, say), or move the control flow that "
         f"depends on tensor values out of forward."
     ) from refusals[-1][1]
+
+
+def _other_sizes(
+    rung: str, trace: Rung, model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+    """What may change together, and what is fixed to the example."""
+    if rung == _FREE:
+        return tuple(changed for changed, _ in sizes.trials(args, kwargs)), ()
+    if rung != _KNOWN or program.reads_values:
+        return (), ()
+    return sizes.look(trace, model, program, args, kwargs)
+
+
+def _pinned(program: Program, fixed: tuple[str, ...], given: Mapping[str, Any]) -> Program:
+    """The program, with a note on what is fixed, and a guard for the batch size."""
+    names = " and ".join(sizes.NAMES[size] for size in fixed)
+    note = f"the graph follows the {names} of the example: for others the model's code does something else"
+    if sizes.BATCH in fixed:
+        sizes.guard(program, given)
+    return replace(program, notes=(*program.notes, note))
+
+
+def _trials(
+    program: Program, free: tuple[tuple[str, ...], ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Trial, ...]:
+    resized = {changed: sizes.resized(to_meta(args), to_meta(kwargs), changed) for changed in free}
+    return tuple(Trial(changed, program.bind(*call)) for changed, call in resized.items() if call is not None)
+
+
+_FREE, _KNOWN = "symbolic tracing", "symbolic tracing with known shapes"
 
 
 def _inputs(name: str, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import fx, nn
 
 from ..capture import Captured
-from ..errors import PlanError
+from ..errors import FxpruneError, PlanError
 from ..inputs import to_meta
 from ..nodes import describe_source
 from ..program import Program
@@ -29,6 +29,7 @@ from .coupler import Coupler
 from .grouping import form_groups
 from .groups import Group, Grouping, RowSet
 from .interpreter import Run, interpret
+from .other_sizes import differing, same_batch
 from .outputs import beside, fill, fills, holding, short_names
 from .products import Cells
 from .roles import Use
@@ -147,6 +148,7 @@ class CouplingGraph:
         self.source = source
         self.held = held
         self._run: Run = interpret(captured.program, self.inputs)
+        self._look_at_other_sizes()
         if WHOLE_ROWS in held:
             self.held = ()
             self._regroup()
@@ -155,6 +157,18 @@ class CouplingGraph:
         if held:
             self._hold_dims(held)
         self._regroup()
+
+    def _look_at_other_sizes(self) -> None:
+        """Freeze what is coupled otherwise where the inputs have other sizes, if the graph takes any."""
+        for trial in self.captured.trials:
+            try:
+                other = interpret(self.captured.program, trial.inputs)
+            except FxpruneError:
+                continue  # the model takes no such size
+            if not same_batch(self._run, self.inputs, other, trial.inputs):
+                continue  # numbers in the code fold other sizes into the batch: the model is for these alone
+            self._run.coupler.frozen.extend(differing(self._run, other))
+            return
 
     def _regroup(self) -> None:
         run, program = self._run, self.captured.program

@@ -1,0 +1,95 @@
+"""Units that are coupled otherwise where the inputs have other sizes: they stay.
+
+Which entries of weights meet may depend on a height, a width or a length: where ``(N, HW, C)`` is reshaped to
+``(N, C, H, W)``, it does. What is removed for the example's sizes would be wrong at any others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from .interpreter import Run
+from .units import FIXED, Event, Ids, Label
+
+REASON = "couples differently at other sizes of the inputs"
+
+
+def differing(run: Run, other: Run) -> Iterator[Event]:
+    """An event for each label of ``run`` with units whose couplings are others in ``other``.
+
+    The second run is of the same graph, with other sizes of the inputs.
+    """
+    pairs = [(name, dim) for name, state in run.states.items() for dim in range(len(state.shape))]
+    labels = {(name, dim): (run.states[name].axes[dim], _label(other, name, dim)) for name, dim in pairs}
+    both = {place: found for place, found in labels.items() if _alike(*found)}
+    if not both:
+        return
+    mine = [run.coupler.units.find(a.ids.reshape(-1)) for a, _ in both.values() if a is not None]
+    theirs = [other.coupler.units.find(b.ids.reshape(-1)) for _, b in both.values() if b is not None]
+    a, b = np.concatenate(mine), np.concatenate(theirs)
+    stays = _frozen(run, a)
+    freed = _frozen(other, b) & ~stays  # there they stay, here they would go
+    links = np.unique(np.stack([a, b]), axis=1)
+    twice = np.isin(a, _repeated(links[0])) | np.isin(b, _repeated(links[1])) | freed
+    bad = np.unique(a[twice & ~stays])
+    for place, (label, there) in labels.items():
+        if label is None or (label.ids == FIXED).all():
+            continue
+        node = run.states[place[0]].node
+        if place not in both:
+            if there is not None:
+                yield Event(label.ids.reshape(-1), label.axis, node, REASON)
+            continue
+        roots = run.coupler.units.find(label.ids.reshape(-1))
+        hit = np.isin(roots, bad)
+        if hit.any():
+            yield Event(label.ids.reshape(-1)[hit], label.axis, node, REASON)
+
+
+def same_batch(run: Run, inputs: list[Any], other: Run, others: list[Any]) -> bool:
+    """Whether outputs that have the batch of the inputs as first dimension have it at other sizes, too."""
+    mine, theirs = _batch(inputs), _batch(others)
+    for region, outputs in run.outputs.items():
+        for leaf, value in outputs.items():
+            there = other.outputs.get(region, {}).get(leaf)
+            if there is None or len(there.shape) != len(value.shape):
+                return False
+            if value.shape[:1] == (mine,) and there.shape[:1] != (theirs,):
+                return False
+    return True
+
+
+def _batch(inputs: list[Any]) -> int | None:
+    tensors = (leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim())
+    return next((tensor.shape[0] for tensor in tensors), None)
+
+
+def _label(run: Run, name: str, dim: int) -> Label | None:
+    state = run.states.get(name)
+    return state.axes[dim] if state is not None and dim < len(state.axes) else None
+
+
+def _alike(a: Label | None, b: Label | None) -> bool:
+    return a is not None and b is not None and a.ids.shape == b.ids.shape and a.over == b.over
+
+
+def _frozen(run: Run, roots: Ids) -> Ids:
+    """For each of these units whether it stays."""
+    ids = [event.ids.reshape(-1) for event in run.coupler.frozen]
+    gone = run.coupler.units.find(np.concatenate(ids)) if ids else np.empty(0, dtype=np.int64)
+    found: Ids = np.isin(roots, gone) | (roots == FIXED)
+    return found
+
+
+def _repeated(values: Ids) -> Ids:
+    """Values that occur more than once."""
+    found, counts = np.unique(values, return_counts=True)
+    return found[counts > 1]
+
+
+__all__ = ["differing", "same_batch"]
