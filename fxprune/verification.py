@@ -38,6 +38,7 @@ from .region_program import RegionModule, RegionProgram
 from .trees import Leaf, flatten
 from .verify_class import as_graph, compare_classes
 from .verify_model import (
+    buffer_scale,
     call,
     compare_with_model,
     copied,
@@ -342,7 +343,7 @@ class _Comparison:
             tensor = own.tensors.get(name)
             if tensor is not None and name in got:
                 expected = narrow(buffer, self.graph.labels(tensor), self.narrowing)
-                worst = max(worst, relative_error(got[name], expected))
+                worst = max(worst, relative_error(got[name], expected, buffer_scale(wanted, name)))
         return worst
 
 

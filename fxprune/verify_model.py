@@ -113,8 +113,10 @@ def _apart(wanted: Outcome, got: Outcome) -> tuple[float, str]:
     what = "the outputs differ"
     ours = got.buffers or {}
     for name, buffer in (wanted.buffers or {}).items():
-        if name in ours and (apart := relative_error(ours[name], buffer)) > error:
-            error, what = apart, f"the buffer {name} differs"
+        if name in ours:
+            apart = relative_error(ours[name], buffer, buffer_scale(wanted.buffers or {}, name))
+            if apart > error:
+                error, what = apart, f"the buffer {name} differs"
     return error, what
 
 
@@ -251,8 +253,23 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def relative_error(got: Any, wanted: Any) -> float:
-    """Largest relative difference of two trees of tensors."""
+def buffer_scale(buffers: Mapping[str, torch.Tensor], name: str) -> float:
+    """The largest entry in the buffers of a module, with which a difference in one of them is compared.
+
+    Where the mean of what a batch normalisation reads is zero, its running mean holds rounding errors alone.
+    """
+    prefix = name.rpartition(".")[0]
+    own = [b for other, b in buffers.items() if other.rpartition(".")[0] == prefix and b.is_floating_point()]
+    return max((_largest(buffer) for buffer in own), default=0.0)
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    finite = tensor[torch.isfinite(tensor)]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def relative_error(got: Any, wanted: Any, scale: float = 0.0) -> float:
+    """Largest difference of two trees of tensors, relative to the largest entry or to ``scale``."""
     gots, wanteds = pytree.tree_leaves(got), pytree.tree_leaves(wanted)
     if len(gots) != len(wanteds):
         return math.inf
@@ -266,13 +283,14 @@ def relative_error(got: Any, wanted: Any) -> float:
                 continue
             if not (a.is_floating_point() or a.is_complex()):
                 return math.inf
-            scale = b[torch.isfinite(b)].abs().max().item() if bool(torch.isfinite(b).any()) else 0.0
+            largest = max(scale, _largest(b), 1e-30)
             difference = (a - b).abs().masked_fill(same, 0).max().item()
-            worst = max(worst, difference / max(scale, 1e-30) if difference == difference else math.inf)
+            worst = max(worst, difference / largest if difference == difference else math.inf)
     return worst
 
 
 __all__ = [
+    "buffer_scale",
     "call",
     "compare_with_model",
     "copied",
