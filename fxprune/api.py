@@ -121,9 +121,9 @@ def _analyze(
     fill_outputs: tuple[str, ...] = (),
 ) -> CouplingGraph:
     graphs: list[CouplingGraph] = []
-    source = Source(weakref.ref(model), to_meta(args), to_meta(kwargs), dissolve)
 
     def accept(captured: Captured) -> None:
+        source = Source(weakref.ref(model), to_meta(args), to_meta(kwargs), dissolve)
         program = replace(captured.program, free_outputs=free_outputs)
         if fill_outputs and not captured.regions:
             program = fill(program, fill_outputs)

@@ -147,7 +147,10 @@ def verify(
     except _Precision as error:
         if dtype is not None or choice == own:
             raise ExampleInputsError(str(error)) from error.__cause__
+    try:
         return _verify(given, pruned, plan, example_inputs, own, own, tolerance, more_inputs)
+    except _Precision as error:
+        raise ExampleInputsError(str(error)) from error.__cause__
 
 
 class _Precision(Exception):

@@ -77,7 +77,10 @@ def compare_with_model(
         VerificationError: if the graph does something else than the model; names the first layer that does.
     """
     mode = MODES[training]
-    own = _twin(model, piece).train(training)
+    try:
+        own = _twin(model, piece, training)
+    except NotImplementedError as refusal:  # what torch.export.export(...).module() gives has one mode
+        return 0.0, f"the model cannot be put into {mode} mode ({_short(refusal)})"
     wanted = call(own, args, kwargs)
     if wanted.error is not None:
         return 0.0, f"the model does not run in {mode} mode ({_short(wanted.error)})"
@@ -92,7 +95,7 @@ def compare_with_model(
     error, what = _apart(wanted, got)
     if error <= limit:
         return error, ""
-    again, _ = _apart(wanted, call(_twin(model, piece).train(training), args, kwargs))
+    again, _ = _apart(wanted, call(_twin(model, piece, training), args, kwargs))
     if again > limit:
         return 0.0, f"in {mode} mode the model itself gives something else at each call"
     raised = f" ({_short(got.error)})" if got.error is not None else ""
@@ -120,7 +123,7 @@ def _apart(wanted: Outcome, got: Outcome) -> tuple[float, str]:
     return error, what
 
 
-def _twin(model: nn.Module, piece: Program) -> nn.Module:
+def _twin(model: nn.Module, piece: Program, training: bool) -> nn.Module:
     """A copy of the model whose forward may write anywhere; parameters are shared where none is written."""
     shared = {id(p) for p in model.parameters()} if not writes_parameters(piece) else set()
 
@@ -130,7 +133,7 @@ def _twin(model: nn.Module, piece: Program) -> nn.Module:
         copy = tensor.detach().clone()
         return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
 
-    return Twin(model, own).model
+    return Twin(model, own).model.train(training)
 
 
 def _module(piece: Program) -> fx.GraphModule:
@@ -199,7 +202,7 @@ def _first_difference(
     limit: float,
 ) -> str:
     """The first layer that returns something else in the graph than in the model, for a message."""
-    own, module = _twin(model, piece).train(training), _module(piece).train(training)
+    own, module = _twin(model, piece, training), _module(piece).train(training)
     seen: dict[str, list[Any]] = {}
 
     def watch(path: str, inner: nn.Module, given: Any, output: Any) -> None:

@@ -99,7 +99,7 @@ def says(error: pytest.ExceptionInfo[Any], *parts: str) -> None:
 # -- models ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", [Branches(), Reads(), Leaves()], ids=["branch", "item", "numpy"])
+@pytest.mark.parametrize("model", [Branches(), Leaves()], ids=["branch", "numpy"])
 def test_untraceable_model(model: nn.Module) -> None:
     """The error names the model, the user's line, the reason and what to try."""
     before = snapshot(model)
@@ -108,6 +108,13 @@ def test_untraceable_model(model: nn.Module) -> None:
     assert isinstance(error.value, CaptureError)
     says(error, "test_errors.py:", "forward", "next:")
     assert snapshot(model) == before
+
+
+def test_a_value_that_is_read_off_stays_in_the_graph() -> None:
+    """The number is read at every call, not once."""
+    model, x = Reads().eval(), torch.randn(4, 6)
+    result = fxprune.prune(model, torch.zeros(4, 6), ratio=0.0)
+    torch.testing.assert_close(result(x), model(x))
 
 
 @pytest.mark.parametrize("model", [None, "resnet18", net, torch.zeros(3), {}], ids=lambda m: type(m).__name__)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from .groups import Mask
 from .interpreter import Run
 from .units import FIXED, Event, Ids, Label
 
@@ -34,9 +35,10 @@ def differing(run: Run, other: Run) -> Iterator[Event]:
     a, b = np.concatenate(mine), np.concatenate(theirs)
     stays = _frozen(run, a)
     freed = _frozen(other, b) & ~stays  # there they stay, here they would go
-    links = np.unique(np.stack([a, b]), axis=1)
-    twice = np.isin(a, _repeated(links[0])) | np.isin(b, _repeated(links[1])) | freed
-    bad = np.unique(a[twice & ~stays])
+    ours, others = np.divmod(np.unique(a.astype(np.int64) * other.coupler.units.count + b), other.coupler.units.count)
+    twice = (np.bincount(ours) > 1)[a] | (np.bincount(others) > 1)[b] | freed
+    bad = np.zeros(run.coupler.units.count, dtype=bool)
+    bad[a[twice & ~stays]] = True
     for place, (label, there) in labels.items():
         if label is None or (label.ids == FIXED).all():
             continue
@@ -46,7 +48,7 @@ def differing(run: Run, other: Run) -> Iterator[Event]:
                 yield Event(label.ids.reshape(-1), label.axis, node, REASON)
             continue
         roots = run.coupler.units.find(label.ids.reshape(-1))
-        hit = np.isin(roots, bad)
+        hit = bad[roots]
         if hit.any():
             yield Event(label.ids.reshape(-1)[hit], label.axis, node, REASON)
 
@@ -78,18 +80,13 @@ def _alike(a: Label | None, b: Label | None) -> bool:
     return a is not None and b is not None and a.ids.shape == b.ids.shape and a.over == b.over
 
 
-def _frozen(run: Run, roots: Ids) -> Ids:
+def _frozen(run: Run, roots: Ids) -> Mask:
     """For each of these units whether it stays."""
-    ids = [event.ids.reshape(-1) for event in run.coupler.frozen]
-    gone = run.coupler.units.find(np.concatenate(ids)) if ids else np.empty(0, dtype=np.int64)
-    found: Ids = np.isin(roots, gone) | (roots == FIXED)
-    return found
-
-
-def _repeated(values: Ids) -> Ids:
-    """Values that occur more than once."""
-    found, counts = np.unique(values, return_counts=True)
-    return found[counts > 1]
+    gone = np.zeros(run.coupler.units.count, dtype=bool)
+    gone[FIXED] = True
+    for event in run.coupler.frozen:
+        gone[run.coupler.units.find(event.ids.reshape(-1))] = True
+    return gone[roots]
 
 
 __all__ = ["differing", "same_batch"]
