@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,7 +73,7 @@ NETS = """
 
         def forward(self, images):
             y = self.head(torch.cat([self.body(image[None]) for image in images]))
-            return [row[row > row.mean()] for row in y]
+            return [row[row > row.mean()] if row.mean() > 0 else row for row in y]
 """
 
 
@@ -455,13 +454,6 @@ class TestErrors:
         def differ(*_: Any) -> None:
             raise VerificationError("node conv differs")
 
-        monkeypatch.setattr(
-            fxprune,
-            "analyze",
-            lambda *_, **__: SimpleNamespace(captured=SimpleNamespace(report="", regions={})),
-        )
-        plan = SimpleNamespace(apply=lambda model: model, settings={"ratio": 0.5}, notes=(), removed={})
-        monkeypatch.setattr(fxprune, "plan", lambda *_, **__: plan)
         monkeypatch.setattr(fxprune, "verify", differ)
         argv = ["prune", "nets:build", "--input-shape", "1,3,8,8", "--out", "a.pt2", "--no-latency"]
         assert main(argv) == 1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxprune.coupling.meta_shapes import SHORTCUTS
+from fxprune.value_dependent import SHAPES
 
 aten = torch.ops.aten
 
@@ -76,9 +77,9 @@ def test_agrees(number: int) -> None:
 
 
 def test_every_shortcut_is_taken() -> None:
-    """Each has a call above that it answers."""
+    """Each has a call above that it answers; what depends on values has no general kernel to agree with."""
     answered = {operator for operator, args in CALLS if SHORTCUTS[operator](args, {}) is not None}
-    assert answered == set(SHORTCUTS)
+    assert answered == set(SHORTCUTS) - set(SHAPES)
 
 
 @pytest.mark.parametrize(

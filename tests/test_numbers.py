@@ -116,7 +116,7 @@ def test_checks_stay_in_the_graph():
     pruned = fxprune.prune(net, torch.randn(2, 6, 16), ratio=0.5)
     with pytest.raises(AssertionError, match="too long"):
         pruned(torch.randn(2, 101, 16))
-    with pytest.raises(fxprune.errors.CaptureError, match="too long"):
+    with pytest.raises(fxprune.errors.ExampleInputsError, match="too long"):
         fxprune.analyze(net, torch.randn(2, 101, 16))
 
 

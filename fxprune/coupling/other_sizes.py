@@ -35,7 +35,8 @@ def differing(run: Run, other: Run) -> Iterator[Event]:
     a, b = np.concatenate(mine), np.concatenate(theirs)
     stays = _frozen(run, a)
     freed = _frozen(other, b) & ~stays  # there they stay, here they would go
-    ours, others = np.divmod(np.unique(a.astype(np.int64) * other.coupler.units.count + b), other.coupler.units.count)
+    base = other.coupler.units.count
+    ours, others = np.divmod(np.unique(a.astype(np.int64) * base + b), base)
     twice = (np.bincount(ours) > 1)[a] | (np.bincount(others) > 1)[b] | freed
     bad = np.zeros(run.coupler.units.count, dtype=bool)
     bad[a[twice & ~stays]] = True
