@@ -256,7 +256,7 @@ def test_a_rule_that_lies_about_sizes_is_caught() -> None:
         model = Between(lambda x, w: sized(x, 8))
         plan = fxprune.plan(model, X)
         assert not any(plan.removed.values())
-        assert any("held node sized" in note for note in plan.notes)
+        assert any("held node" in note for note in plan.notes)
         assert plan.apply(model)(X).shape == (4, 2)
 
 

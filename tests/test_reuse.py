@@ -60,8 +60,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return call
 
     monkeypatch.setattr("fxprune.api.capture", counted("capture", fxprune.api.capture))
-    couple = fxprune.coupling.graph.interpret
-    monkeypatch.setattr("fxprune.coupling.graph.interpret", counted("couple", couple))
+    couple = fxprune.CouplingGraph.__init__  # which looks at the graph at one size of the inputs or two
+    monkeypatch.setattr(fxprune.CouplingGraph, "__init__", counted("couple", couple))
     return done
 
 
