@@ -618,6 +618,10 @@ def test_a_shuffle_before_a_flatten_is_a_permutation() -> None:
     assert plan.sizes == {"first.weight[0]": 12}
 
 
+_OF_OTHER_LIBRARIES = {"transformers.grouped_mm_fallback"}
+"""Operators that are there once a library has been imported that these tests do without."""
+
+
 def _is_loaded(name: str) -> bool:
     """Whether the library of an operator is there; some rules are for libraries that tests do without."""
     library, operator, *_ = name.split(".")
@@ -666,7 +670,7 @@ def test_every_rule_has_a_case() -> None:
     known = {
         name.removeprefix("aten.")
         for name, own in registered().items()
-        if own.family != "custom" and _is_loaded(name)
+        if own.family != "custom" and name not in _OF_OTHER_LIBRARIES and _is_loaded(name)
     }
     assert known - covered == set()
     assert covered - known == set()

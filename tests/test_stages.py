@@ -10,12 +10,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ORDER = (
     # what all stages speak of
-    "errors", "repeats", "files", "trees", "inputs", "module_registry", "nodes", "graph_record", "nn",
-    "value_dependent", "modes", "graph_module", "program", "region_program",
+    "errors", "guards", "repeats", "files", "trees", "inputs", "module_registry", "nodes", "graph_record", "nn",
+    "value_dependent", "known_values", "modes", "graph_module", "program", "region_program", "sizes",
     # the stages: capture, couple and group, score, plan, rewrite
     "capture", "coupling", "importance", "measure", "planning", "passes",
     # the stages composed
-    "origins", "compensation", "own_class", "reuse", "functional", "api",
+    "origins", "saving", "configurations", "pretrained", "compensation", "own_class", "reuse", "functional", "api",
     # what is done with the result: all modules that are not named here; no stage may import one of them
     USES := "...",
     # the public names, and the command line, which nothing imports
@@ -25,6 +25,7 @@ ORDER = (
 CONVENIENT = {
     ("planning/plan.py", "api"), ("planning/plan.py", "iterative"), ("planning/plan.py", "training"),
     ("coupling/graph.py", "report"), ("saving.py", "fxprune"),
+    ("planning/plan.py", "pages"), ("coupling/graph.py", "pages"), ("coupling/groups.py", "pages"),
 }  # fmt: skip
 """Methods of the plan and of the graph that lead on to later stages, and the version that files name. They
 import when they are called."""
