@@ -35,7 +35,7 @@ from .planning.plan import Problem, PruningPlan
 from .planning.plan_diff import architectures, listed
 from .planning.select import repeated, select
 from .planning.selection import AUTO, Selection, output_names, takes_selection
-from .planning.validate import check_balance, problems
+from .planning.validate import check_balance, problems, unequal_rows
 from .pretrained import said_by_config
 from .reuse import analysis_of, link, rewritten_by
 
@@ -386,6 +386,9 @@ def _plan(
     for _ in range(_ATTEMPTS):
         selected = select(graph, selection, scores, owner, meter)
         rewritten = rewrite(graph, selected.removed)
+        unequal = unequal_rows(graph, selected.removed) if not rewritten.violations else None
+        if unequal is not None:
+            rewritten = replace(rewritten, violations=(Violation(*unequal[:2]),))
         if not rewritten.violations and own.marked is not None:
             rewritten = own.rewritten(rewritten, args, kwargs, dissolved)
             if rewritten.violations and any(selected.removed.values()):

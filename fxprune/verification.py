@@ -279,8 +279,8 @@ class _Comparison:
                     False,
                     f"the masked original does not run in training mode ({type(failed).__name__}: {failed})",
                 )
-            leaves = [flatten(outcome.output)[0] for outcome in outcomes]
-            if relative_error(*leaves) > self.limit:
+            first, second = (flatten(outcome.output)[0] for outcome in outcomes)
+            if relative_error(first, second) > self.limit:
                 return False, "in training mode, what is drawn at random depends on widths"
         return True, ""
 
@@ -558,7 +558,8 @@ class _Walk:
                 continue
             if self._narrowed_later(node) and _shapes(got.values[node]) == _shapes(reference):
                 expected = reference
-            error = relative_error(*self._used(node, got.values[node], expected))
+            own, wanted = self._used(node, got.values[node], expected)
+            error = relative_error(own, wanted)
             if error > self.limit and self._tied(node, got.values, expected):
                 got.values[node], self.settled, error = expected, True, 0.0
             self.compared += 1

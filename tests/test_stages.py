@@ -10,12 +10,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ORDER = (
     # what all stages speak of
-    "errors", "guards", "repeats", "files", "trees", "inputs", "module_registry", "nodes", "graph_record", "nn",
-    "value_dependent", "known_values", "modes", "graph_module", "program", "region_program", "sizes",
+    "errors", "guards", "repeats", "files", "trees", "inputs", "module_registry", "nodes", "graph_record",
+    "nn", "value_dependent", "known_values", "modes", "graph_module", "program", "region_program", "sizes",
     # the stages: capture, couple and group, score, plan, rewrite
     "capture", "coupling", "importance", "measure", "planning", "passes",
     # the stages composed
-    "origins", "saving", "configurations", "pretrained", "compensation", "own_class", "reuse", "functional", "api",
+    "origins", "saving", "configurations", "pretrained", "compensation", "own_class", "reuse",
+    "functional", "api",
     # what is done with the result: all modules that are not named here; no stage may import one of them
     USES := "...",
     # the public names, and the command line, which nothing imports

@@ -92,14 +92,30 @@ def check_balance(graph: CouplingGraph, removed: Mapping[str, Sequence[int]]) ->
                     f"the plan removes a whole row of {goes!r}, units {row[goes].tolist()}, but not the same "
                     f"row of {stays!r}, units {row[stays].tolist()}. A row goes from both or from none."
                 )
+    found = unequal_rows(graph, removed)
+    if found is not None:
+        node, reason, groups = found
+        raise PlanError(
+            f"the plan cannot be carried out: node {node} {reason}. All rows of a balanced set of "
+            f"{', '.join(groups)} must lose equally many units, or a row all of them."
+        )
+
+
+def unequal_rows(
+    graph: CouplingGraph, removed: Mapping[str, Sequence[int]]
+) -> tuple[str, str, tuple[str, ...]] | None:
+    """The first node that would get rows of unequal width: its name, what it needs, the groups; or None."""
+    alive = graph.alive(removed)
+    units_of = {group.name: group.units for group in graph.groups}
     for rectangle in graph.rectangles:
         rows, cells = graph.classes(rectangle.rows), graph.classes(rectangle.cells)
         counts = alive[cells].sum(axis=1)[alive[rows]]
         if counts.size and (counts != counts[0]).any():
-            gone_from = {name: row for name, row in removed.items() if np.isin(units_of[name], cells).any()}
-            at = rectangle.node.name if rectangle.node is not None else "?"
-            raise PlanError(
-                f"the plan cannot be carried out: node {at} needs rows of equal width, and would get "
-                f"rows of {counts.min()} to {counts.max()}. All rows of a balanced set of "
-                f"{', '.join(gone_from)} must lose equally many units, or a row all of them."
+            groups = tuple(name for name in removed if np.isin(units_of[name], cells).any())
+            node = rectangle.node.name if rectangle.node is not None else "?"
+            return (
+                node,
+                f"needs rows of equal width, and would get rows of {counts.min()} to {counts.max()}",
+                groups,
             )
+    return None
