@@ -558,8 +558,8 @@ class _Walk:
                 continue
             if self._narrowed_later(node) and _shapes(got.values[node]) == _shapes(reference):
                 expected = reference
-            own, wanted = self._used(node, got.values[node], expected)
-            error = relative_error(own, wanted)
+            ours, theirs = self._used(node, got.values[node], expected)
+            error = relative_error(ours, theirs)
             if error > self.limit and self._tied(node, got.values, expected):
                 got.values[node], self.settled, error = expected, True, 0.0
             self.compared += 1
