@@ -13,7 +13,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..errors import CalibrationError, ExampleInputsError
-from ..importance.calibration import progress
+from ..importance.calibration import kind, progress
 from ..inputs import normalize
 from ..program import Program
 
@@ -36,7 +36,7 @@ def read(program: Program, batches: Iterable[Any], pick: Pick | None, device: An
     if isinstance(batches, (torch.Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise CalibrationError(
             f"calibration data are gone through batch by batch: give a list of batches or a data loader, got "
-            f"{_kind(batches)}. A single batch is given as a list that holds it."
+            f"{kind(batches)}. A single batch is given as a list that holds it."
         )
     count = 0
     for batch in progress(batches, "calibration data"):
@@ -46,7 +46,7 @@ def read(program: Program, batches: Iterable[Any], pick: Pick | None, device: An
             values = program.bind(args, kwargs)
         except (ExampleInputsError, TypeError) as error:
             raise CalibrationError(
-                f"batch {count} of the calibration data, a {_kind(batch)}, cannot be given to the model: "
+                f"batch {count} of the calibration data, a {kind(batch)}, cannot be given to the model: "
                 f"{error}. Where a batch holds targets, too, say what the inputs are: "
                 f"pick=lambda batch: batch[0]."
             ) from error
@@ -57,14 +57,6 @@ def read(program: Program, batches: Iterable[Any], pick: Pick | None, device: An
             "the calibration data hold no batch. An iterator that was gone through before is empty, too: "
             "give a list or a data loader."
         )
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"tensor of shape {tuple(value.shape)}"
-    if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__} of {len(value)}"
-    return type(value).__name__
 
 
 class Kept(AbstractContextManager["Kept"]):

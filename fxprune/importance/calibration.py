@@ -36,7 +36,7 @@ def supervised(loss_fn: Callable[[Any, Any], torch.Tensor]) -> Loss:
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise ImportanceError(
-                f"a loss of output and target needs batches (inputs, target), got {_kind(batch)}. For other "
+                f"a loss of output and target needs batches (inputs, target), got {kind(batch)}. For other "
                 f"batches give a function loss(model, batch)."
             )
         return loss_fn(_called(model, batch[0]), batch[1])
@@ -52,7 +52,7 @@ def as_loss(loss: Any, owner: str) -> Loss:
     """
     if not callable(loss):
         raise ImportanceError(
-            f"{owner} needs a loss, got {_kind(loss)}: a function loss(model, batch) that returns one "
+            f"{owner} needs a loss, got {kind(loss)}: a function loss(model, batch) that returns one "
             f"number, or a loss of output and target such as torch.nn.CrossEntropyLoss()."
         )
     if isinstance(loss, type):
@@ -68,12 +68,12 @@ def as_data(data: Any, owner: str) -> Iterable[Any]:
     """``data`` if it can be gone through batch by batch."""
     if isinstance(data, (torch.Tensor, Mapping, str)):
         raise ImportanceError(
-            f"{owner} goes through data batch by batch, and got one {_kind(data)}. For a single batch give a "
+            f"{owner} goes through data batch by batch, and got one {kind(data)}. For a single batch give a "
             f"list that holds it."
         )
     if not isinstance(data, Iterable):
         raise ImportanceError(
-            f"{owner} needs data: batches in a list or a data loader. Got {_kind(data)}. Without data, use a "
+            f"{owner} needs data: batches in a list or a data loader. Got {kind(data)}. Without data, use a "
             f"criterion that only needs weights, such as 'l2'."
         )
     return data
@@ -88,7 +88,7 @@ def run(model: nn.Module, batch: Any) -> Any:
         if not isinstance(inputs, tuple) or len(inputs) < 2:
             raise
         raise ImportanceError(
-            f"the model does not take a batch as its inputs, which is a {_kind(batch)}: {error}. If it holds "
+            f"the model does not take a batch as its inputs, which is a {kind(batch)}: {error}. If it holds "
             f"targets, too, say how it is run: forward=lambda model, batch: model(batch[0])."
         ) from error
 
@@ -101,7 +101,8 @@ def _called(model: nn.Module, inputs: Any) -> Any:
     return model(*args, **kwargs)
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
+    """What a batch is, in a word or two, for messages."""
     if isinstance(value, torch.Tensor):
         return f"tensor of shape {tuple(value.shape)}"
     if isinstance(value, (tuple, list)):
@@ -191,7 +192,7 @@ def derivatives(
     value: Any = loss
     if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.is_floating_point():
         raise ImportanceError(
-            f"{owner}: the loss must be a real number as a tensor of one element, got {_kind(value)}. Take "
+            f"{owner}: the loss must be a real number as a tensor of one element, got {kind(value)}. Take "
             f"its mean or its sum over the batch."
         )
     found: tuple[torch.Tensor | None, ...] = ()
