@@ -49,14 +49,14 @@ class Block(nn.Module):
         return F.relu(y + (x if self.down is None else self.down(x)))
 
 
-class ResNet20(nn.Module):
-    """He et al., CVPR 2016, https://arxiv.org/abs/1512.03385, section 4.2."""
+class ResNet(nn.Module):
+    """``6 blocks + 2`` layers: He et al., CVPR 2016, https://arxiv.org/abs/1512.03385, section 4.2."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
+        widths = [16, *[16] * blocks, *[32] * blocks, *[64] * blocks]
         pairs = itertools.pairwise(widths)
         self.layers = nn.Sequential(*(Block(a, b, 1 if a == b else 2) for a, b in pairs))
         self.fc = nn.Linear(64, 10)
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="first calibration image")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model = ResNet20()
+    model = ResNet(blocks=3)
     model.load_state_dict(load_file(options.weights))
     model.eval()
     test = images(options.images / "test_batch.png")
