@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate, map_arg
@@ -24,7 +25,7 @@ from torch.utils import _pytree as pytree
 from .api import graph_for, model_of
 from .capture.regions import real_inputs
 from .coupling.graph import CouplingGraph
-from .coupling.units import Value
+from .coupling.units import Ids, Label, Value
 from .errors import ExampleInputsError, ModeError, VerificationError
 from .graph_module import OwnedModule
 from .inputs import normalize
@@ -35,6 +36,7 @@ from .passes.parameters import masked, narrow, surviving
 from .planning.plan import PruningPlan
 from .program import Program
 from .region_program import RegionModule, RegionProgram
+from .sizes import resized
 from .trees import Leaf, flatten
 from .verify_class import as_graph, compare_classes
 from .verify_model import (
@@ -60,7 +62,7 @@ class Verdict:
         skipped: inexact nodes, whose values may differ; what follows them was compared from there on.
         dtype: the precision of the comparison.
         modes: the modes in which the networks were compared, "evaluation" and "training".
-        inputs: how many sets of inputs they were compared on; one of twice the batch is added where it fits.
+        inputs: how many sets of inputs they were compared on, other sizes among them where these are free.
         notes: what could not be compared, and why.
     """
 
@@ -117,7 +119,7 @@ def verify(
     original's narrowed values wherever an inexact node came before. Of a result in the model's own
     class, its own ``forward`` is compared as well where the plan is exact. All of it is done in
     evaluation mode and in training mode (with dropout off, batch statistics included), and in evaluation mode
-    again with a batch of twice the size where the model takes one.
+    again at other sizes (batch, height, width, length) where the model takes them.
 
     Args:
         model: the original model, or its analysis; not changed.
@@ -127,8 +129,8 @@ def verify(
         dtype: precision of the comparison of the two networks. By default float64; for networks of more than
             a gigabyte, and those that do not run in float64, their own.
         tolerance: largest relative error allowed; by default 1e-8 in float64, 1e-3 in float32, 5e-2 in less.
-        more_inputs: further inputs, of other sizes say, to compare on in evaluation mode; in place of the
-            batch of twice the size.
+        more_inputs: further inputs, of other sizes say, to compare on in evaluation mode; in place of those
+            that are made from the example.
         low_memory: compare in the networks' own precision, so that weights are copied once at most.
 
     Raises:
@@ -196,12 +198,15 @@ def _verify(
     if pieces.keys() != calls.keys():
         missed = ", ".join(sorted(pieces.keys() - calls.keys()))
         raise VerificationError(f"{missed} is not called in evaluation mode on these inputs.")
-    others = [] if isinstance(program, RegionProgram) else _others(args, kwargs, more_inputs)
-    notes, taken = [], []
+    others = [] if isinstance(program, RegionProgram) else _others(graph, args, kwargs, more_inputs)
+    notes: list[str] = []
+    taken: list[Any] = []
     for path, piece in pieces.items():
         for training in (False, True):
             runs = [(*calls[path], "")] + ([] if training else others)
             for run_args, run_kwargs, size in runs:
+                if taken and not more_inputs:
+                    break
                 _, note = compare_with_model(
                     model.get_submodule(path), piece, run_args, run_kwargs, training, _limit(own, tolerance)
                 )
@@ -233,12 +238,16 @@ def _verify(
     )
 
 
-def _others(args: tuple[Any, ...], kwargs: dict[str, Any], more_inputs: Sequence[Any]) -> list[Any]:
-    """Further inputs to compare on, and what they are."""
+def _others(
+    graph: CouplingGraph, args: tuple[Any, ...], kwargs: dict[str, Any], more_inputs: Sequence[Any]
+) -> list[Any]:
+    """Further inputs to compare on, and what they are; of those that are made, one is enough."""
     if more_inputs:
         return [(*normalize(more), f"inputs {number}") for number, more in enumerate(more_inputs, 2)]
+    other = resized(args, kwargs, graph.other_sizes) if graph.other_sizes else None
     doubled = second_batch(args, kwargs)
-    return [(*doubled[:2], f"a batch of {doubled[2]}")] if doubled is not None else []
+    found = [(*other, f"another {' and '.join(graph.other_sizes)}")] if other is not None else []
+    return [*found, *([(*doubled[:2], f"a batch of {doubled[2]}")] if doubled is not None else [])]
 
 
 class _Comparison:
@@ -517,8 +526,7 @@ def _whole(
     expected = []
     for tensor, leaf in zip(wanted, structure.leaves, strict=True):
         value = labelled.get(leaf)
-        labels = [value.label(dim) for dim in range(len(value.shape))] if value is not None else None
-        expected.append(tensor if labels is None else narrow(tensor, labels, narrowing))
+        expected.append(tensor if value is None else narrow(tensor, _labels(value, tensor), narrowing))
     return relative_error([got, plain(outputs[1])], [expected, plain(outputs[0])])
 
 
@@ -589,12 +597,11 @@ class _Walk:
             value = next(values, None)
             if (
                 not (isinstance(leaf, torch.Tensor) and isinstance(value, Value) and leaf.is_floating_point())
-                or not _alike(leaf, value)
+                or leaf.dim() != len(value.shape)
                 or bool(leaf.isfinite().all())
             ):
                 return leaf
-            labels = [value.label(d) for d in range(len(value.shape))]
-            alive = surviving(leaf.shape, labels, self.narrowing)
+            alive = surviving(leaf.shape, _labels(value, leaf), self.narrowing)
             broken = None if alive is None else ~leaf.isfinite() & ~alive.to(leaf.device)
             if broken is None or not bool(broken.any()):
                 return leaf
@@ -669,20 +676,41 @@ class _Walk:
         def narrowed(leaf: Any) -> Any:
             value = next(values, None)
             if isinstance(leaf, torch.Tensor) and isinstance(value, Value):
-                labels = [value.label(d) for d in range(len(value.shape))]
-                return narrow(leaf, labels, self.narrowing)
+                return narrow(leaf, _labels(value, leaf), self.narrowing)
             return leaf
 
         leaves, spec = pytree.tree_flatten(reference)
         return pytree.tree_unflatten([narrowed(leaf) for leaf in leaves], spec)
 
 
-def _alike(leaf: torch.Tensor, value: Value) -> bool:
-    """Whether a tensor has the shape of a value, but for sizes that are free."""
-    if leaf.dim() != len(value.shape):
-        return False
-    sizes = zip(leaf.shape, value.shape, strict=True)
-    return all(a == b or value.label(dim) is None for dim, (a, b) in enumerate(sizes))
+def _labels(value: Value, leaf: torch.Tensor) -> list[Label | None]:
+    """The labels of the dimensions of ``leaf``, which is ``value`` at perhaps other sizes of the inputs."""
+    labels = [value.label(dim) for dim in range(len(value.shape))]
+    return [label and _at(label, dim, leaf.shape) for dim, label in enumerate(labels)]
+
+
+def _at(label: Label, dim: int, shape: Sequence[int]) -> Label:
+    """A label at other sizes: where units repeat along a dimension (a batch of rows), they go on doing so."""
+    ids = label.ids
+    for place, axis in enumerate((*label.over, dim)):
+        size = ids.shape[place]
+        if shape[axis] == size:
+            continue
+        moved = np.moveaxis(ids, place, -1)
+        inner = next((n for n in range(size, 1, -1) if size % n == 0 and _runs(moved, n)), 1)
+        outer = next(
+            n for n in range(1, size + 1) if size % n == 0 and (moved == np.roll(moved, n, -1)).all()
+        )
+        if inner > 1:  # each unit several times, one after the other
+            ids = np.repeat(ids.take(range(0, size, inner), place), shape[axis] // (size // inner), place)
+        else:
+            ids = ids.take(np.arange(shape[axis]) % outer, place)
+    return label if ids is label.ids else replace(label, ids=ids)
+
+
+def _runs(ids: Ids, length: int) -> bool:
+    parts = ids.reshape(*ids.shape[:-1], -1, length)
+    return bool((parts == parts[..., :1]).all())
 
 
 class _Interpreter(fx.Interpreter):

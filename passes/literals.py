@@ -253,8 +253,8 @@ def _before(narrowing: Narrowing, label: Label | None, index: int) -> int:
 
 def _bounds(narrowing: Narrowing, value: Value, dim: int, item: slice) -> slice:
     label = value.label(dim)
-    if not narrowing.narrows(label) or item.step not in (None, 1):
-        return item
+    if label is None or item.step not in (None, 1) or narrowing.row(label).all():
+        return item  # where whole rows go, this dimension stays as wide as the inputs make it
     if isinstance(item.start, fx.Node) or isinstance(item.stop, fx.Node):
         numbers = [narrowing.tree(b.name) if isinstance(b, fx.Node) else b for b in (item.start, item.stop)]
         item = slice(*numbers)

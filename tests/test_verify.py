@@ -169,3 +169,66 @@ def test_nothing_is_written_and_little_is_copied(monkeypatch: pytest.MonkeyPatch
     assert all(theirs[name].data_ptr() == tensor.data_ptr() for name, tensor in ours.items())
     torch.testing.assert_close(result.state_dict(), before, rtol=0, atol=0)
     assert fxprune.verify(model, result, plan, X.to(torch.bfloat16)).dtype == torch.float64
+
+
+class Upsampled(nn.Module):
+    """What pixel_shuffle makes is cut to the height and width of what it is put beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, 2, 1)
+        self.up, self.last = nn.Conv2d(16, 32, 1), nn.Conv2d(16, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.relu(self.a(x))
+        up = F.pixel_shuffle(self.up(F.relu(self.b(a))), 2)
+        out: Tensor = self.last(torch.cat([a, up[..., : a.shape[2], : a.shape[3]]], 1))
+        return out
+
+
+class Dynamic(nn.Module):
+    """Each image of the batch has a kernel of its own: channels stand in one axis with the batch."""
+
+    def __init__(self, channels_first: bool) -> None:
+        super().__init__()
+        self.channels_first = channels_first
+        self.a, self.gate, self.last = nn.Conv2d(3, 8, 1), nn.Linear(8, 4), nn.Linear(12, 3)
+        self.weight = nn.Parameter(torch.randn(4, 12, 8, 3, 3, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        batch, channels, height, width = x.shape
+        gate = self.gate(x.mean((2, 3))).softmax(-1)
+        weight = torch.einsum("bk,koihw->boihw", gate, self.weight).reshape(batch * 12, channels, 3, 3)
+        y = F.conv2d(x.reshape(1, batch * channels, height, width), weight, padding=1, groups=batch)
+        y = y.view(batch, 12, height, width).relu()
+        if self.channels_first:
+            y = y.transpose(0, 1).reshape(12 * batch, height, width).relu()
+            y = y.reshape(12, batch, height, width).transpose(0, 1)
+        out: Tensor = self.last(y.mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize(
+    "model", [Upsampled(), Dynamic(False), Dynamic(True)], ids=["upsampled", "batch", "channels"]
+)
+def test_heights_and_widths_are_compared(model: nn.Module) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    model = model.eval()
+    plan, result = pruned(model, x)
+    assert fxprune.count(result, x).params < 0.6 * fxprune.count(model, x).params
+    verdict = fxprune.verify(model, result, plan, x)
+    assert verdict.inputs == 2
+    fxprune.verify(model, result, plan, x, more_inputs=[torch.randn(3, 3, 9, 11)])
+
+
+def test_a_height_of_the_example_alone_is_found() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    model = Upsampled().eval()
+    plan, result = pruned(model, x)
+    (source,) = (node for node in result.graph.nodes if "pixel_shuffle" in node.name)
+    (cut,) = source.users
+    cut.args = (source, (..., slice(None, 8), slice(None, 8)))
+    result.recompile()
+    with pytest.raises(VerificationError):
+        fxprune.verify(model, result, plan, x)

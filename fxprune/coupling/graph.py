@@ -148,7 +148,7 @@ class CouplingGraph:
         self.source = source
         self.held = held
         self._run: Run = interpret(captured.program, self.inputs)
-        self._look_at_other_sizes()
+        self.other_sizes = self._look_at_other_sizes()
         if WHOLE_ROWS in held:
             self.held = ()
             self._regroup()
@@ -158,8 +158,12 @@ class CouplingGraph:
             self._hold_dims(held)
         self._regroup()
 
-    def _look_at_other_sizes(self) -> None:
-        """Freeze what is coupled otherwise where the inputs have other sizes, if the graph takes any."""
+    def _look_at_other_sizes(self) -> tuple[str, ...]:
+        """Freeze what is coupled otherwise where the inputs have other sizes, if the graph takes any.
+
+        Returns:
+            Which sizes were others (see :mod:`fxprune.sizes`).
+        """
         for trial in self.captured.trials:
             try:
                 other = interpret(self.captured.program, trial.inputs)
@@ -168,7 +172,8 @@ class CouplingGraph:
             if not same_batch(self._run, self.inputs, other, trial.inputs):
                 continue  # numbers in the code fold other sizes into the batch: the model is for these alone
             self._run.coupler.frozen.extend(differing(self._run, other))
-            return
+            return trial.changed
+        return ()
 
     def _regroup(self) -> None:
         run, program = self._run, self.captured.program
@@ -191,6 +196,7 @@ class CouplingGraph:
         """
         other = object.__new__(CouplingGraph)
         other.captured, other._run, other.source = self.captured, self._run, self.source
+        other.other_sizes = self.other_sizes
         other.held = tuple(sorted({*self.held, *names}))
         if WHOLE_ROWS in names:
             other._tie_rows(self.rows)
@@ -288,6 +294,7 @@ class CouplingGraph:
         state = {
             "captured": self.captured,
             "held": self.held,
+            "other_sizes": self.other_sizes,
             "run": self._run,
             "source": (source.model(), source.args, source.kwargs, source.dissolved),
         }
@@ -596,6 +603,7 @@ def _unpickled(data: bytes) -> CouplingGraph:
     state = pickle.loads(data)
     graph = object.__new__(CouplingGraph)
     graph.captured, graph.held, graph._run = state["captured"], state["held"], state["run"]
+    graph.other_sizes = state["other_sizes"]
     model, *rest = state["source"]
     graph.source = Source(lambda: model, *rest)
     graph._regroup()
