@@ -424,7 +424,7 @@ def _masked(program: Program, narrowing: Narrowing, dtype: torch.dtype) -> Progr
                 alive = masked(tensor, narrowing)
                 if alive is not None:
                     new.masked_fill_(~alive.to(new.device), 0)
-                new = nn.Parameter(new, requires_grad=False) if new.is_floating_point() else new
+                new = nn.Parameter(new, requires_grad=False)
             made[id(tensor)] = new
         tensors[name] = made[id(tensor)]
     return replace(program, graph=_recast(program.graph, dtype), tensors=tensors, extras=extras)

@@ -232,3 +232,25 @@ def test_a_height_of_the_example_alone_is_found() -> None:
     result.recompile()
     with pytest.raises(VerificationError):
         fxprune.verify(model, result, plan, x)
+
+
+class Spectral(nn.Module):
+    """A layer of a Fourier neural operator, whose weights are complex."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.last = nn.Conv1d(3, 8, 1), nn.Conv1d(8, 2, 1)
+        self.weight = nn.Parameter(torch.randn(8, 8, 3, dtype=torch.cfloat))
+
+    def forward(self, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(self.a(x))[..., :3]
+        mixed = torch.einsum("bix,iox->box", spectrum, self.weight)
+        out: Tensor = self.last(torch.fft.irfft(mixed, n=x.shape[-1]).relu())
+        return out
+
+
+def test_networks_with_complex_weights_are_compared() -> None:
+    model = Spectral().eval()
+    plan, result = pruned(model, torch.randn(2, 3, 16))
+    assert result.weight.shape == (4, 4, 3)
+    assert fxprune.verify(model, result, plan, torch.randn(2, 3, 16)).exact
