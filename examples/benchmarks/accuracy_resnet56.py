@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--again", type=int, default=100, help="epochs after narrowing")
     parser.add_argument("--speed-up", type=float, default=2.1, help="by which factor the MACs shrink")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--ways", nargs="+", default=["one call", "L2", "dense"], help="only these")
     parser.add_argument("--limit", type=int, help="only so many images of each sheet, to try the script")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -172,16 +173,17 @@ def main() -> None:
             ),
             "L2": lambda: fxprune.prune(dense, test[:1], budget=budget),
         }
-        for way, make in ways.items():
+        for way in [way for way in ways if way in options.ways]:
             start = time.perf_counter()
-            pruned = make()
+            pruned = ways[way]()
             note(way, pruned, seed, start)
             start = time.perf_counter()
             train(pruned, x, y, options.again, 0.1, dense)
             note(f"{way}, trained again with the dense network's outputs", pruned, seed, start)
-    start = time.perf_counter()
-    train(dense, x, y, options.again, 0.1, copy.deepcopy(dense))
-    note("dense, trained again with its own outputs", dense, 0, start)
+    if "dense" in options.ways:
+        start = time.perf_counter()
+        train(dense, x, y, options.again, 0.1, copy.deepcopy(dense))
+        note("dense, trained again with its own outputs", dense, 0, start)
 
 
 if __name__ == "__main__":
