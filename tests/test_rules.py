@@ -61,6 +61,7 @@ class Case:
         runs: whether the operator has a kernel for the processor, so that the result can be run.
         single: the operator runs in single precision only.
         parts: what a composite is to agree with, where that is not what it dissolves into.
+        since: the oldest torch whose operator can be called so, and has shapes and derivatives.
     """
 
     operators: str
@@ -74,6 +75,7 @@ class Case:
     runs: bool = True
     single: bool = False
     parts: Body | None = None
+    since: str = "2.8"
 
 
 class Between(nn.Module):
@@ -130,6 +132,7 @@ CASES = [
     Case("floor_divide", lambda x: x + torch.floor_divide(x.detach(), 0.3)),
     Case("special_erfinv", lambda x: aten.special_erfinv.default(0.9 * torch.tanh(x)), composite=True),
     Case("celu", lambda x: F.celu(x)),
+    Case("leaky_relu", lambda x: F.leaky_relu(x)),
     Case("rrelu_with_noise", lambda x: F.rrelu(x)),
     Case("dropout", lambda x: torch.dropout(x, 0.5, False), composite=True),
     Case("polar", lambda x: torch.polar(x, x).abs()),
@@ -281,7 +284,7 @@ CASES = [
     Case("convolution", lambda x, w, b: F.conv_transpose2d(x, w, b), extra=((12, 7, 3, 3), (7,))),
     Case("convolution", lambda x, w, b: F.conv_transpose2d(x, w, b, groups=3), extra=((12, 2, 3, 3), (6,))),
     Case("_convolution", lambda x, w, b: aten._convolution.default(
-        x, w, b, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, False, False, False, False), extra=((7, 12, 3, 3), (7,))),
+        x, w, b, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, False, False, False, False), extra=((7, 12, 3, 3), (7,)), since="2.14"),
     Case("embedding", lambda x, w: F.embedding(x.argmax(1), w), kind="tokens", extra=((6, 8),)),
     Case("_grouped_mm", lambda x, w: aten._grouped_mm(
         F.pad(x, (0, 4)).bfloat16(), w.bfloat16(), aten.arange.default(2, dtype=torch.int32) + 1).float(),
@@ -320,7 +323,7 @@ CASES = [
     Case("native_layer_norm", lambda x, w, b: F.layer_norm(x, (12,), w, b), kind="tokens", extra=((12,), (12,))),
     Case("native_layer_norm", lambda x: F.layer_norm(x, (12,)), kind="tokens"),
     Case("_fused_rms_norm", lambda x, w: aten._fused_rms_norm.default(x, (12,), w, 1e-5)[0], kind="tokens",
-         extra=((12,),), composite=True),
+         extra=((12,),), composite=True, since="2.11"),
     Case("rms_norm", lambda x, w: F.rms_norm(x, (12,), w), kind="tokens", extra=((12,),), composite=True),
     Case("_embedding_bag_forward_only", lambda x, w: x + F.embedding_bag(pick([[1, 2]]), w), kind="vector", extra=((5, 12),)),
     Case("_embedding_bag", lambda x, w: x + aten._embedding_bag.default(w, pick([1, 2]), pick([0]))[0], kind="vector",
@@ -367,7 +370,7 @@ CASES = [
     Case("min.dim", lambda x: x.min(2)[0]),
     Case("max.default", lambda x: x - x.max()),
     Case("min.default", lambda x: x - x.min()),
-    Case("aminmax", lambda x: torch.aminmax(x, dim=2)[0]),
+    Case("aminmax", lambda x: torch.aminmax(x, dim=2)[0], since="2.14"),
     Case("argmax", lambda x: x.argmax(2) * x[:, :, 0]),
     Case("argmin", lambda x: x.argmin(2) * x[:, :, 0]),
     Case("argmax", lambda x: x.argmax(1, keepdim=True) * x, shrinks=False),
@@ -380,7 +383,7 @@ CASES = [
     Case("_fused_moving_avg_obs_fq_helper", lambda x, on, low, high, s, z: torch.fused_moving_avg_obs_fake_quant(x, on, on, low, high, s, z.int(), 0.1, 0, 255, 1, True), buffers=((1,), *(4 * [(12,)])), single=True),
     # looked up, scattered ----------------------------------------------------------------------
     Case("gather", lambda x: x.gather(2, x.argsort(2))),
-    Case("gather", lambda x: x.gather(3, pick([1, 0, 3, 3])[None, None, None].expand(*x.shape[:3], -1))),
+    Case("gather", lambda x: x.gather(3, pick([1, 0, 3, 3])[None, None, None].expand(*x.shape[:3], -1)), since="2.11"),
     Case("gather", lambda x: x * x.gather(1, x.argmax(1, keepdim=True)), shrinks=False),
     Case("scatter", lambda x: x.scatter(2, x.argsort(2), 2 * x)),
     Case("scatter", lambda x: x.scatter(3, x.argmax(3, keepdim=True), 0.5)),
@@ -523,6 +526,8 @@ def applied(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 @pytest.mark.parametrize("case", CASES, ids=_ids())
 def test_rule(case: Case, applied: set[str]) -> None:
     """One operator between two layers: the rule is applied, and the oracle agrees with it."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < tuple(map(int, case.since.split("."))):
+        pytest.skip(f"needs torch {case.since}")
     model, x = Between(case), torch.randn(INPUTS[case.kind])
     if not case.runs:
         with torch.device("meta"):

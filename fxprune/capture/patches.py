@@ -335,10 +335,11 @@ def flags(hidden: bool, asked: set[str]) -> Patch:
             (torch._utils.is_compiling, _always(torch.compiler.is_compiling())),
             (dynamo.is_compiling, _always(torch.compiler.is_compiling())),
             (torch.compiler.is_exporting, _always(torch.compiler.is_exporting())),
-            (_symbolic_trace.is_fx_tracing, None),  # which differs from thread to thread
-            (_symbolic_trace.is_fx_symbolic_tracing, None),
         ):
             session.body(function, partial(_answer, hidden, asked), elsewhere)
+        for name in ("is_fx_tracing", "is_fx_symbolic_tracing"):  # which differ from thread to thread
+            if hasattr(_symbolic_trace, name):  # the second came with torch 2.9
+                session.body(getattr(_symbolic_trace, name), partial(_answer, hidden, asked))
 
     return patch
 

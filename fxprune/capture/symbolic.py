@@ -927,7 +927,7 @@ def is_leaf(module: nn.Module) -> bool:
     return kind.__module__.startswith(("torch.nn.", "fxprune.nn")) and not holds
 
 
-_FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "linspace", "eye")
+_FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "linspace", "logspace", "eye")
 _FROM_NUMBERS = ("tensor", "as_tensor", "finfo", "iinfo")
 
 

@@ -50,7 +50,8 @@ def _zero_rule(name: str, args: tuple[Any, ...]) -> ZeroRule:
 # The second line: pointwise, though PyTorch does not tag them so.
 @rule("<pointwise>",
       "hardswish", "_prelu_kernel", "log_sigmoid_forward", "polar", "complex", "real", "rsub", "floor_divide",
-      "dropout", "rrelu_with_noise", "special_erfinv", "celu", "_conj", "_conj_physical")  # fmt: skip
+      "dropout", "rrelu_with_noise", "special_erfinv", "celu", "_conj", "_conj_physical",
+      "leaky_relu")  # fmt: skip
 def pointwise(c: Coupler, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     results = [out] if isinstance(out, torch.Tensor) else list(out)
     rank = max(result.dim() for result in results if isinstance(result, torch.Tensor))
