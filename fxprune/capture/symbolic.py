@@ -37,6 +37,7 @@ from ..errors import CaptureError, ExampleInputsError
 from ..graph_module import clone_module
 from ..guards import check_number
 from ..inputs import meta_like, to_meta
+from ..known_shapes import Remembered
 from ..known_values import UnknownValueError, Values
 from ..module_registry import leaf_for, own_kind
 from ..nn import Apply, TrainingFlag, assign, keep, stop_gradient
@@ -722,7 +723,8 @@ class _ShapeTracer(_Tracer):
         def described(leaf: Any) -> Any:
             return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf)
 
-        return pytree.tree_map(described, self.values.get(node))
+        value = self.values.get(node)
+        return described(value) if isinstance(value, torch.Tensor) else pytree.tree_map(described, value)
 
     def wants_factory(self) -> bool:
         return not self.evaluating
@@ -833,13 +835,14 @@ class _ShapeTracer(_Tracer):
         if node.target is getattr:  # control flow must see the model's device
             tensor = isinstance(args[0], torch.Tensor)
             return self.device if tensor and args[1] == "device" else getattr(*args), False
-        if getattr(node.target, "__module__", "") != "_operator":  # what is computed is on no device
+        if _names_device((args, kwargs)) and getattr(node.target, "__module__", "") != "_operator":
+            # What is computed is on no device.
             args, kwargs = pytree.tree_map_only(torch.device, lambda _: torch.device("meta"), (args, kwargs))
         if _reads_numbers(node, args):
             return self._read(node), False
         self.evaluating = True
         try:
-            with torch.no_grad():
+            with torch.no_grad(), Remembered():
                 return self._meta_call(node, args, kwargs), False
         except (RuntimeError, NotImplementedError):
             if node.op == "call_module":
@@ -884,6 +887,15 @@ class _ShapeTracer(_Tracer):
 
     def _meta(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.metas.setdefault(id(tensor), meta_like(tensor))
+
+
+def _names_device(value: Any) -> bool:
+    """Whether a device is among arguments."""
+    if isinstance(value, (tuple, list)):
+        return any(map(_names_device, value))
+    if isinstance(value, dict):
+        return any(map(_names_device, value.values()))
+    return isinstance(value, torch.device)
 
 
 def _sizes(tree: Any) -> list[Any]:

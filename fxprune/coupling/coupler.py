@@ -715,6 +715,8 @@ class Coupler:
                 continue
             if len(ins) > 1 or len(outs) > 1:
                 self.delicate()
+            elif self._kept(labels, old[ins[0]], outs[0]):
+                continue
             factors = self._factors(inside, old)
             blocks: list[tuple[list[int], list[int]]] = []
             for o in (o for _, label in factors for o in label.over):
@@ -728,6 +730,17 @@ class Coupler:
             array = array.reshape([shape[d] for d in out_order])
             self._place(labels, label, array, out_order, n_outer)
         return labels
+
+    def _kept(self, labels: list[Label | None], label: Label | None, dim: int) -> bool:
+        """Pass the label of a dimension on that a reshape leaves as it is; False where it takes more."""
+        assert label is not None
+        if label.over:
+            return False
+        roots = self.units.find(label.ids)
+        if (roots == roots[0]).all():
+            return False
+        labels[dim] = self._moved(label, label.ids[:], (), dim)
+        return True
 
     def _factors(self, inside: list[int], old: Sequence[Label | None]) -> list[tuple[int, Label]]:
         """The labels that make up a group of dimensions, the innermost first.

@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from .. import known_shapes
 from ..errors import CaptureError, ExampleInputsError, FxpruneError
 from ..graph_module import clone_module
 from ..inputs import meta_like
@@ -210,7 +211,7 @@ class _Interpreter(TorchDispatchMode):
 
     def _shapes_only(self, func: Any, args: Any, kwargs: Any) -> Any:
         try:
-            return _on_shapes(func, args, kwargs)
+            return known_shapes.result(func, args, kwargs, _on_shapes)
         except _ValuesNeeded as error:
             if func.namespace in ("aten", "prims"):
                 raise
