@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import fxprune
 from fxprune.compensation import Compensation
 from fxprune.compensation.choice import _Consumer, _order
-from fxprune.compensation.moments import inputs, matrix, outputs, write
+from fxprune.compensation.moments import evened, inputs, matrix, outputs, write
 from fxprune.compensation.walk import Runner, quiet
 from fxprune.errors import CalibrationError, PlanError, SelectionError
 
@@ -439,3 +439,13 @@ def test_rebuilding_comes_nearer_still() -> None:
 def test_rebuilding_needs_data() -> None:
     with pytest.raises(SelectionError, match="rebuild needs data"):
         fxprune.plan(Residual(), torch.randn(1, 3, 12, 12), rebuild=10)
+
+
+def test_no_position_outweighs_all_others() -> None:
+    """A value a thousand times larger than the rest counts for ten of the larger ones, not for a million."""
+    x = torch.randn(1, 8, 100)
+    x[:, :, 7] *= 1e3
+    squares = (x * evened(x)).square().sum((0, 1))
+    assert squares[7] == pytest.approx(10 * float(x.square().sum((0, 1)).sort().values[89]), rel=1e-4)
+    assert torch.equal(evened(x)[:7], torch.ones(7))
+    assert torch.equal(evened(torch.zeros(1, 3, 5)), torch.ones(5))

@@ -32,7 +32,7 @@ from ..inputs import normalize
 from ..nodes import operator_name
 from ..planning.cost_model import CostModel
 from .batches import Pick
-from .moments import inputs, matrix, places, write
+from .moments import evened, inputs, matrix, places, write
 from .outputs import divergence, own, private
 from .walk import Runner, quiet
 
@@ -45,8 +45,12 @@ _POSITIONS = 1 << 12
 _RIDGE = 1e-3
 """Share of the mean square that is added to each, so that the moments can be inverted."""
 
-_PROBES, _SAMPLES = 4, 64
-"""Outputs are compared on so many batches, or on as many as hold so many samples."""
+_PROBES, _SAMPLES, _NUMBERS = 4, 64, 1 << 25
+"""Outputs are compared on so many batches, or on as many as hold so many samples, or give so many numbers."""
+
+_LEAST_LEFT = 1e-3
+"""Outputs that have nothing to do with the original's differ from them by about their variance, and by no
+more if more goes. So what is lost counts as a share of what is left, which is taken to be this at least."""
 
 _STEPS = 64
 """A group is given up in about so many steps at least."""
@@ -81,10 +85,9 @@ class _Consumer:
             factor, info = torch.linalg.cholesky_ex(second)
             ridge, failed = 10 * ridge, bool(info)
         self.second = second
-        power = float(((self.weight @ self.second) * self.weight).sum())
-        self.share = 1 / max(power, 1e-30)
+        self.gram = self.weight.mT @ self.weight  # of the weights no more is needed, however many outputs
+        self.share = 1 / max(float((self.gram * self.second).sum()), 1e-30)
         self.inverse = torch.cholesky_inverse(factor)
-        self.left = self.weight.clone()
         order = np.argsort(self.units, kind="stable")
         self.entries = {
             int(unit): torch.from_numpy(own)
@@ -105,8 +108,9 @@ class _Consumer:
         for own_places in by_size.values():
             index = torch.stack([self.entries[units[place]] for place in own_places])
             block = self.inverse[index[:, :, None], index[:, None, :]]
-            columns = self.left[:, index].permute(1, 2, 0)
-            found[own_places] = (columns * torch.linalg.solve(block, columns)).sum((1, 2)).double()
+            gram = self.gram[index[:, :, None], index[:, None, :]]
+            solved = torch.linalg.solve(block, gram)
+            found[own_places] = solved.diagonal(dim1=1, dim2=2).sum(1).double()
         return found * self.share
 
     def remove(self, units: list[int]) -> None:
@@ -117,9 +121,11 @@ class _Consumer:
         gone = torch.cat(own)
         across = self.inverse[:, gone]
         solved = torch.linalg.solve(across[gone], across.mT)
-        self.left -= self.left[:, gone] @ solved
+        change = self.gram[:, gone] @ solved
+        self.gram += solved.mT @ change[gone] - change - change.mT
         self.inverse -= across @ solved
-        self.left[:, gone] = 0
+        self.gram[gone, :] = 0
+        self.gram[:, gone] = 0
         self.inverse[gone, :] = 0
         self.inverse[:, gone] = 0
         self.inverse[gone, gone] = 1e-30
@@ -251,7 +257,8 @@ class _Worth:
             for given, measured in self._measured(groups, halves):
                 first = np.isin(given.order, halves[given.group.name])
                 predicted = float(given.added[first].sum())
-                found[given.group.name] *= measured / max(predicted, 1e-12)
+                lost = measured / max(1 - measured, _LEAST_LEFT)  # as a share of what is left
+                found[given.group.name] *= lost / max(predicted, 1e-12)
         return found
 
     def _measured(self, groups: list[_Given], halves: dict[str, Ids]) -> Iterator[tuple[_Given, float]]:
@@ -374,10 +381,10 @@ class _Seen:
         memory = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters()}
         found = cls(graph, {}, {}, {})
         generator = torch.Generator().manual_seed(seed)
-        samples = 0
+        samples = numbers = 0
 
         def step(batch: Any, sums: Sums) -> None:
-            nonlocal samples
+            nonlocal samples, numbers
 
             def see(site: Site, x: torch.Tensor, y: torch.Tensor, bias: Any) -> None:
                 if site.name not in wanted or site.groups > 1 or site.batched:
@@ -387,19 +394,23 @@ class _Seen:
                 u = inputs(site, x, at)[0]
                 if u.shape[0] > _ENTRIES:
                     return
+                weights = evened(u[None])
                 found.sites[key] = site
                 if bias is not None and bias.untyped_storage().data_ptr() in memory:
                     found.biases[key] = memory[bias.untyped_storage().data_ptr()]
-                u = torch.cat([u, u.new_ones(1, u.shape[1])])
+                u = torch.cat([u, u.new_ones(1, u.shape[1])]) * weights
                 square = (u @ u.mT).double()
                 sums[key] = sums[key] + square if key in sums else square
 
             given = batch if pick is None else pick(batch)
             args, kwargs = normalize(tuple(given) if type(given) is list else given)
             with Products(model, see):
-                model(*args, **kwargs)
-            if len(found.probes) < _PROBES and samples < _SAMPLES:
+                out = model(*args, **kwargs)
+            if len(found.probes) < _PROBES and samples < _SAMPLES and numbers < _NUMBERS:
                 found.probes.append((args, kwargs))
+                numbers += sum(
+                    leaf.numel() for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor)
+                )
                 leaves = [
                     leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
                 ]

@@ -28,6 +28,10 @@ BIAS_ONLY = 1e9
 """A strength with which nothing but the bias changes."""
 
 
+_QUANTILE, _MOST = 0.9, 10.0
+"""No position counts for more than this many times that which has this share of all below it."""
+
+
 @dataclass
 class Sums:
     """Moments of one product over some data.
@@ -37,27 +41,29 @@ class Sums:
         cross: ``(groups, outputs, n + 1)`` sums of ``r u'``.
         square: sum of ``r^2``.
         wanted: sum of ``t^2``.
-        count: number of positions.
+        count: number of positions; each with its weight.
     """
 
     second: torch.Tensor | None = None
     cross: torch.Tensor | None = None
     square: float = 0.0
     wanted: float = 0.0
-    count: int = 0
+    count: float = 0.0
 
     def add(self, u: torch.Tensor, r: torch.Tensor, t: torch.Tensor) -> None:
         """``u (groups, n, positions)``, ``r`` and ``t (groups, outputs, positions)``."""
         if not u.shape[2]:
             return
-        u = torch.cat([u, u.new_ones(u.shape[0], 1, u.shape[2])], 1)
+        factors = evened(u, t)
+        u = torch.cat([u, u.new_ones(u.shape[0], 1, u.shape[2])], 1) * factors
+        r, t = r * factors, t * factors
         second = (u @ u.mT).double()
         cross = (r @ u.mT).double()
         self.second = second if self.second is None else self.second + second
         self.cross = cross if self.cross is None else self.cross + cross
         self.square += float(r.double().square().sum())
         self.wanted += float(t.double().square().sum())
-        self.count += u.shape[2]
+        self.count += float(factors.double().square().sum())
 
     def plus(self, other: Sums) -> Sums:
         """Moments over both."""
@@ -75,7 +81,7 @@ class Sums:
         found = self.square
         if change is not None and self.second is not None and self.cross is not None:
             found += float(((change @ self.second - 2 * self.cross) * change).sum())
-        return max(found, 0.0) / max(self.count, 1)
+        return max(found, 0.0) / max(self.count, 1.0)
 
     def solve(self, ridge: float, bias: bool) -> torch.Tensor | None:
         """The change ``(groups, outputs, n + 1)``; None where it cannot be computed."""
@@ -87,7 +93,7 @@ class Sums:
         diagonal = second.diagonal(dim1=1, dim2=2)
         scale = diagonal[:, :n].mean(1, keepdim=True)
         if bias:  # the ridge counts for the deviations from the mean
-            mean = second[:, :n, n] / max(self.count, 1)
+            mean = second[:, :n, n] / max(self.count, 1.0)
             scale = (diagonal[:, :n] - self.count * mean.square()).mean(1, keepdim=True)
         floor = 1e-9 * diagonal[:, :n].mean(1, keepdim=True) + 1e-30
         diagonal[:, :n] += ridge * scale.clamp(min=0) + floor
@@ -134,10 +140,30 @@ class Problem:
             error = math.inf if change is None else self.held.error(change)
             if error < least:
                 least, chosen = error, ridge
-        scale = max(self.held.wanted / max(self.held.count, 1), 1e-30)
+        scale = max(self.held.wanted / max(self.held.count, 1.0), 1e-30)
         if chosen is None:
             return None, 0.0, before / scale, before / scale
         return self.fit.plus(self.held).solve(chosen, bias), chosen, before / scale, least / scale
+
+
+def evened(*values: torch.Tensor) -> torch.Tensor:
+    """Factors of positions, ``(positions,)``, with which no position counts for very much more than the rest.
+
+    The moments are sums of squares, and a network may hold a few values that are a thousand times larger than
+    all others (the first token of a language model: Sun et al., Massive Activations in Large Language Models,
+    2024, https://arxiv.org/abs/2402.17762). Nothing but these would be fitted.
+
+    Args:
+        values: ``(groups, entries, positions)`` each.
+    """
+    factors = values[0].new_ones(values[0].shape[2])
+    for value in values:
+        squares = value.square().sum((0, 1))
+        if squares.numel():
+            most = _MOST * squares.kthvalue(max(1, int(_QUANTILE * squares.numel()))).values
+            even = torch.where((squares > most) & (most > 0), (most / squares).sqrt(), 1.0)
+            factors = torch.minimum(factors, even)
+    return factors
 
 
 def matrix(site: Site, weight: torch.Tensor) -> torch.Tensor:

