@@ -102,7 +102,7 @@ def main(epochs: int = 2, steps: int = 3, ratio: float = 0.5) -> None:
         scheduler.optimizer = optimizer
         narrowed = AveragedModel(step.model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
         narrowed.module.load_state_dict(
-            step.plan.narrow_state_dict(average.module.state_dict(), step.previous)
+            step.plan.apply_state_dict(average.module.state_dict(), step.previous)
         )
         narrowed.n_averaged.copy_(average.n_averaged)
         average = narrowed

@@ -87,7 +87,7 @@ def export(model: nn.Module, example_inputs: Any, path: str | Path) -> Written:
     check_whole(path, tuple(name for name, m in named_modules(model) if isinstance(m, RegionModule)))
     modes = {module: module.training for module in model.modules()}
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             exported = capture_program(model.eval(), args, kwargs)
             found: list[str] = []
             size = files.write(path, lambda draft: found.append(writer(exported, draft, model, args, kwargs)))
@@ -299,8 +299,8 @@ _WRITERS: dict[str, _Writer] = {".pt2": _write_program, ".onnx": _write_onnx, ".
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what torch warns and logs about its own attempts from the user."""
+def quiet() -> Iterator[None]:
+    """Keep what torch warns and logs about its own attempts and its machine from the user."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -93,11 +93,18 @@ def _without(dead: Tensor, gradient: Tensor) -> Tensor:
     return gradient.masked_fill(dead.to(gradient.device), 0)
 
 
-def narrow_state_dict(
-    plan: PruningPlan, state: Mapping[str, Any], model: nn.Module | CouplingGraph
+def apply_state_dict(
+    plan: PruningPlan, state: Mapping[str, Any], model: nn.Module | CouplingGraph | None
 ) -> dict[str, Any]:
-    """The state dict of the narrowed model. See :meth:`PruningPlan.narrow_state_dict`."""
-    narrowing = _narrowing(plan, model)
+    """The state dict of the narrowed model. See :meth:`PruningPlan.apply_state_dict`."""
+    given = plan.came_from() if model is None else model
+    if given is None:
+        raise PlanError(
+            f"the analysis that this plan for {plan.model} was made from is not there: the plan was read "
+            "from a file, or its model is gone. Give apply_state_dict a copy of the model, too; one on the "
+            "meta device does."
+        )
+    narrowing = _narrowing(plan, given)
     tensors = narrowing.graph.captured.program.tensors
     narrowed: dict[str, Any] = {}
     for name, value in state.items():

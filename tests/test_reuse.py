@@ -74,7 +74,7 @@ def test_everything_around_a_plan_makes_one_analysis(model: nn.Module, made: lis
     assert fxprune.verify(model, pruned, plan, X).exact
     masked = plan.mask(model)
     assert plan.masks(model)
-    plan.narrow_state_dict(model.state_dict(), model)
+    plan.apply_state_dict(model.state_dict(), model)
     plan.apply_to_optimizer(torch.optim.SGD(model.parameters(), 0.1), model, pruned)
     assert plan.check(model) == ()
     assert plan.without(next(iter(plan.removed))).apply(model)(X).shape == (2, 4)
@@ -107,7 +107,7 @@ def test_what_analyze_gave_serves_in_place_of_the_model(model: nn.Module, made: 
     assert fxprune.verify(graph, pruned, loaded, X).exact
     assert loaded.masks(graph).keys() == plan.masks(graph).keys()
     assert loaded.mask(graph)(X).shape == (2, 4)
-    loaded.narrow_state_dict(model.state_dict(), graph)
+    loaded.apply_state_dict(model.state_dict(), graph)
     loaded.apply_to_optimizer(torch.optim.SGD(model.parameters(), 0.1), graph, pruned)
     assert graph.report().params.total
     assert made == ONCE

@@ -288,7 +288,7 @@ def test_moving_average_goes_on() -> None:
     on(model, optimizer, ema)
     pruned, twin = plan.apply(model), plan.mask(model)
     narrowed = AveragedModel(pruned, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    narrowed.module.load_state_dict(plan.narrow_state_dict(ema.module.state_dict(), model))
+    narrowed.module.load_state_dict(plan.apply_state_dict(ema.module.state_dict(), model))
     narrowed.n_averaged.copy_(ema.n_averaged)
     on(pruned, plan.apply_to_optimizer(optimizer, model, pruned), narrowed)
 
@@ -298,21 +298,26 @@ def test_moving_average_goes_on() -> None:
     going_on = OPTIMIZERS["sgd"](twin.parameters())
     going_on.load_state_dict(optimizer.state_dict())
     on(twin, going_on, averaged)
-    wanted = plan.narrow_state_dict(averaged.module.state_dict(), model)
+    wanted = plan.apply_state_dict(averaged.module.state_dict(), model)
     assert difference(narrowed.module.state_dict(), wanted) < 1e-12
 
 
 def test_state_dict_narrows_as_the_model_does() -> None:
     model, _, plan = made("attending")
-    state = plan.narrow_state_dict(model.state_dict(), model)
+    state = plan.apply_state_dict(model.state_dict(), model)
     pruned = plan.apply(model)
     assert list(state) == list(pruned.state_dict())
     assert all(torch.equal(state[key], value) for key, value in pruned.state_dict().items())
     assert state["out.bias"].data_ptr() != model.out.bias.data_ptr()
+    alone = plan.apply_state_dict(model.state_dict())
+    assert all(torch.equal(alone[key], value) for key, value in state.items())
+    loaded = fxprune.PruningPlan.from_json(plan.to_json())
+    with pytest.raises(PlanError, match="read from a file, or its model is gone"):
+        loaded.apply_state_dict(model.state_dict())
     with pytest.raises(PlanError, match=r"'heads.weight'.*nearest names are head.weight"):
-        plan.narrow_state_dict({"heads.weight": torch.zeros(1)}, model)
+        plan.apply_state_dict({"heads.weight": torch.zeros(1)}, model)
     with pytest.raises(PlanError, match=r"'out.bias' has shape \(3,\) in the state dict and \(8,\)"):
-        plan.narrow_state_dict({"out.bias": torch.zeros(3)}, model)
+        plan.apply_state_dict({"out.bias": torch.zeros(3)}, model)
 
 
 def test_masked_models_narrow_however_they_are_captured() -> None:

@@ -62,7 +62,7 @@ def uses(model: nn.Module, x: torch.Tensor) -> dict[str, Callable[[], Any]]:
         pruned = plan.apply(model)
         fxprune.verify(model, pruned, plan, x)
         plan.masks(model)
-        plan.narrow_state_dict(model.state_dict(), model)
+        plan.apply_state_dict(model.state_dict(), model)
 
     return {
         "prune": lambda: fxprune.prune(model, x),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .loading import Loaded
+    from .progress import Progress
 
     _SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -44,21 +47,24 @@ def add_parsers(commands: _SubParsers) -> None:
         add_output(parser)
 
 
-def _load(options: argparse.Namespace) -> tuple[Loaded, nn.Module | None]:
-    """The network, and what ``--pruned`` makes of it."""
+def _start(options: argparse.Namespace) -> tuple[Progress, Loaded, nn.Module | None]:
+    """Load the network, and what ``--pruned`` makes of it, as the first step that is shown."""
     import fxprune
 
     from ..errors import CheckpointError
     from .loading import load_source
+    from .progress import Progress
 
-    path = options.pruned
-    plan = fxprune.PruningPlan.load(path) if path is not None and path.suffix == ".json" else None
-    if path is not None and plan is None and path.suffix != ".safetensors":
-        raise CheckpointError(f"cannot read {path}: --pruned takes {_PRUNED}")
-    loaded = load_source(options)
-    if path is None:
-        return loaded, None
-    return loaded, plan.apply(loaded.model) if plan is not None else fxprune.load(loaded.model, path)
+    progress, path = Progress(options.quiet), options.pruned
+    with progress.step("load") as say:
+        plan = fxprune.PruningPlan.load(path) if path is not None and path.suffix == ".json" else None
+        if path is not None and plan is None and path.suffix != ".safetensors":
+            raise CheckpointError(f"cannot read {path}: --pruned takes {_PRUNED}")
+        loaded, pruned = load_source(options), None
+        if path is not None:
+            pruned = plan.apply(loaded.model) if plan is not None else fxprune.load(loaded.model, path)
+        say(options.model if path is None else f"{options.model}, {path}")
+    return progress, loaded, pruned
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -66,13 +72,10 @@ def _verify(options: argparse.Namespace) -> int:
 
     from ..errors import PlanError
     from ..origins import plans_of
-    from .progress import Progress, show
+    from .progress import show
 
-    progress = Progress(options.quiet)
-    with progress.step("load") as say:
-        loaded, pruned = _load(options)
-        assert pruned is not None
-        say(str(options.pruned))
+    progress, loaded, pruned = _start(options)
+    assert pruned is not None
     plans = plans_of(pruned)
     if len(plans) != 1:
         raise PlanError(
@@ -94,7 +97,7 @@ def _export(options: argparse.Namespace) -> int:
     from ..errors import OutputError
     from ..exporting import export
     from ..files import check_output
-    from .progress import Progress, show, size
+    from .progress import show, size
 
     if not options.out:
         raise OutputError("nothing to write: add --out FILE.pt2, FILE.onnx or FILE.aoti.pt2")
@@ -102,10 +105,7 @@ def _export(options: argparse.Namespace) -> int:
         check_output(
             path, (".pt2", ".onnx", ".aoti.pt2", ".safetensors"), [options.checkpoint, options.pruned]
         )
-    progress = Progress(options.quiet)
-    with progress.step("load") as say:
-        loaded, pruned = _load(options)
-        say(options.model if pruned is None else str(options.pruned))
+    progress, loaded, pruned = _start(options)
     files: list[dict[str, Any]] = []
     for path in options.out:
         with progress.step("write") as say:
@@ -115,14 +115,7 @@ def _export(options: argparse.Namespace) -> int:
                 continue
             written = export(pruned or loaded.model, loaded.inputs, path)
             say(f"{path}, {size(written.bytes)}, {written.batch}; {written.checked}")
-            files.append(
-                {
-                    "path": str(path),
-                    "bytes": written.bytes,
-                    "batch": written.batch,
-                    "checked": written.checked,
-                }
-            )
+            files.append({**asdict(written), "path": str(path)})
     if options.json:
         show({"command": "export", "model": options.model, "files": files})
     return 0
@@ -130,12 +123,9 @@ def _export(options: argparse.Namespace) -> int:
 
 def _count(options: argparse.Namespace) -> int:
     from ..measure import count
-    from .progress import Progress, costs, number, show, size, table
+    from .progress import costs, number, show, size, table
 
-    progress = Progress(options.quiet)
-    with progress.step("load") as say:
-        loaded, pruned = _load(options)
-        say(options.model)
+    progress, loaded, pruned = _start(options)
     before = count(loaded.model, loaded.inputs)
     after = count(pruned, loaded.inputs) if pruned is not None else None
     if options.json:
@@ -154,19 +144,17 @@ def _count(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     import torch
 
+    from ..exporting import quiet
     from ..inputs import normalize
     from ..measure import measure_latency
-    from .progress import Progress, duration, hushed, show
+    from .progress import duration, show
 
-    progress = Progress(options.quiet)
-    with progress.step("load") as say:
-        loaded, pruned = _load(options)
-        say(options.model)
+    progress, loaded, pruned = _start(options)
     models: dict[str, Any] = {"before": loaded.model, **({"after": pruned} if pruned is not None else {})}
     if options.compiled:
         models |= {f"{name}, compiled": torch.compile(model) for name, model in models.items()}
     args, kwargs = normalize(loaded.inputs)
-    with progress.step("measure") as say, hushed(not options.debug):
+    with progress.step("measure") as say, nullcontext() if options.debug else quiet():
         seconds = measure_latency(models, args, kwargs)
         say("in turns")
     if options.json:

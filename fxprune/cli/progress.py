@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -47,22 +45,6 @@ class Progress:
         first, *rest = "\n".join(text).strip().splitlines() or [""]
         taken = f" ({time.perf_counter() - start:.1f} s)"
         self.note(name, "\n".join([first + taken, *rest]))
-
-
-@contextmanager
-def hushed(on: bool) -> Iterator[None]:
-    """Keep what torch warns and logs about its own attempts and its machine from the terminal."""
-    if not on:
-        yield
-        return
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
 
 
 def table(before: Count, after: Count, seconds: dict[str, float]) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -275,10 +276,10 @@ def _carry_out(
     """Rewrite, verify, compare and write. What is given as ``pruned`` was compared already."""
     import fxprune
 
-    from ..exporting import export
+    from ..exporting import export, quiet
     from ..inputs import normalize
     from ..measure import count, measure_latency
-    from .progress import costs, hushed, number, show, size, table
+    from .progress import costs, number, show, size, table
 
     model, inputs = loaded.model, loaded.inputs
     args, kwargs = normalize(inputs)
@@ -308,7 +309,7 @@ def _carry_out(
             say(str(pruned.meta["compensation"]).splitlines()[0])
     seconds: dict[str, float] = {}
     if not options.no_latency:
-        with progress.step("latency") as say, hushed(not options.debug):
+        with progress.step("latency") as say, nullcontext() if options.debug else quiet():
             seconds = measure_latency({"before": model, "after": pruned}, args, kwargs)
             say("measured, in turns")
     files: list[dict[str, Any]] = []

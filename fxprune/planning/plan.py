@@ -224,25 +224,29 @@ class PruningPlan:
 
         return masks(self, model)
 
-    def narrow_state_dict(self, state: Mapping[str, Any], model: nn.Module | CouplingGraph) -> dict[str, Any]:
+    def apply_state_dict(
+        self, state: Mapping[str, Any], model: nn.Module | CouplingGraph | None = None
+    ) -> dict[str, Any]:
         """The part of a state dict that survives, as copies: moving averages, checkpoints.
 
         An exponential moving average in ``torch.optim.swa_utils.AveragedModel`` goes on like this::
 
             narrowed = AveragedModel(pruned, avg_fn=...)
-            narrowed.module.load_state_dict(plan.narrow_state_dict(ema.module.state_dict(), model))
+            narrowed.module.load_state_dict(plan.apply_state_dict(ema.module.state_dict(), model))
             narrowed.n_averaged.copy_(ema.n_averaged)
 
         Args:
             state: tensors by the names of the model, all or some of them.
-            model: any copy of the architecture; may live on the meta device.
+            model: any copy of the architecture; may live on the meta device. Not needed as long as the
+                analysis that the plan was made from is there, which is as long as its model lives.
 
         Raises:
-            PlanError: for names or shapes that the architecture does not have.
+            PlanError: for names or shapes that the architecture does not have; without ``model``, if the plan
+                was read from a file, whose groups are known by name alone.
         """
-        from ..training import narrow_state_dict
+        from ..training import apply_state_dict
 
-        return narrow_state_dict(self, state, model)
+        return apply_state_dict(self, state, model)
 
     def apply_to_optimizer(
         self, optimizer: _Optimizer, model: nn.Module | CouplingGraph, pruned: nn.Module
@@ -255,7 +259,7 @@ class PruningPlan:
 
         A learning-rate scheduler is pointed to the result by ``scheduler.optimizer = narrowed``: it reads and
         writes the rates of the parameter groups, which are the same. Gradient scalers hold nothing
-        that belongs to parameters. For moving averages see :meth:`narrow_state_dict`.
+        that belongs to parameters. For moving averages see :meth:`apply_state_dict`.
 
         Args:
             optimizer: the optimiser that trains ``model``.
