@@ -435,7 +435,10 @@ def _plan(
         graph = graph.hold(_around(graph, first.node))
     else:
         raise RewriteError(f"the graph could not be rewritten at node {first.node}: {first.reason}.")
+    # What runs in the model's own class has its own code, which takes what it took.
+    sizes = graph.sizes if selection.into == "graph" and not graph.sizes.free else None
     said = [
+        f"sizes of the inputs: {sizes}" if sizes is not None and sizes.pinned else "",
         *graph.captured.notes,
         *selected.notes,
         *dict.fromkeys(notes),
@@ -444,6 +447,7 @@ def _plan(
     filled = graph.fill_outputs.items()
     zeros = [name for name, node in filled if rewritten.narrowing.changed(node.args[0])]
     said += [hold_zeros(zeros), graph.advice]
+    said += [f"sizes of the inputs: {sizes}" if sizes is not None and not sizes.pinned else ""]
     made = PruningPlan(
         model=graph.captured.class_name,
         inputs=describe_inputs(args, kwargs, graph.captured.program.reads_values),

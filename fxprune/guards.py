@@ -29,7 +29,9 @@ def check_number(value: Any, expected: Any, where: str) -> None:
 
 
 @has_side_effect
-def check_size(tensor: Tensor, name: str, dim: int, expected: int, step: int) -> None:
+def check_size(
+    tensor: Tensor, name: str, dim: int, expected: int, step: int, role: str = "", because: str = ""
+) -> None:
     """Refuse an input of a size that the graph is not right for.
 
     Args:
@@ -38,13 +40,18 @@ def check_size(tensor: Tensor, name: str, dim: int, expected: int, step: int) ->
         dim: the dimension.
         expected: the size in the example.
         step: sizes that differ from it by a multiple of this are right; 0 where it must be ``expected``.
+        role: what the dimension is: batch, length, height ...
+        because: why no other size is right.
     """
     size = tensor.shape[dim]
     if size != expected and (not step or (size - expected) % step):
         right = f"{expected}, or differs from it by a multiple of {step}" if step else f"{expected}"
+        reason = f": {because}" if because else ""
+        which = f" ({role})" if role else ""
         raise PinnedError(
-            f"the input {name!r} has size {size} in dimension {dim}; the graph was made for size {right}. "
-            f"Next: analyse the model again with an example of the new size."
+            f"the input {name!r} has size {size} in dimension {dim}{which}; the graph was made for size "
+            f"{right}{reason}. Next: analyse the model again with an example of the new size, or bring the "
+            f"input to size {expected}."
         )
 
 

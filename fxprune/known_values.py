@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .guards import CHECKS
 from .nodes import mutable, operator_name, writes
 
-_FROM_SHAPE = frozenset(["zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones",
+FROM_SHAPE = frozenset(["zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones",
                          "new_empty", "new_full", "new_tensor"])  # fmt: skip
 """Functions that look at nothing but the shape, type and device of their first argument."""
 _RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout", "uniform", "exponential", "poisson")
@@ -69,7 +69,7 @@ class Values:
             part = todo.pop()
             if part.op == "placeholder":
                 found.append(part)
-            if _fact(part) or operator_name(part) in _FROM_SHAPE:
+            if _fact(part) or operator_name(part) in FROM_SHAPE:
                 continue
             todo += [n for n in part.all_input_nodes if n not in met]
             met.update(part.all_input_nodes)
@@ -84,7 +84,7 @@ class Values:
             part = todo.pop()
             if part.op == "placeholder" and not _is_whole(self._seen[part]):
                 return False
-            if _fact(part) or operator_name(part) in (*_FROM_SHAPE, "isnan", "isinf", "isfinite"):
+            if _fact(part) or operator_name(part) in (*FROM_SHAPE, "isnan", "isinf", "isfinite"):
                 continue
             if part.target is operator.getitem and _is_whole(self._seen[part]):
                 continue  # of a tree of inputs
@@ -115,7 +115,7 @@ class Values:
 
     def _inputs(self, node: fx.Node) -> list[fx.Node]:
         plain = not _has_tensors(self._seen[node]) and "number" not in node.meta
-        if plain or (operator_name(node) in _FROM_SHAPE):
+        if plain or (operator_name(node) in FROM_SHAPE):
             return [] if plain else [n for n in node.all_input_nodes if n is not node.args[0]]
         return node.all_input_nodes
 
@@ -173,4 +173,4 @@ def _fact(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target in _FACTS
 
 
-__all__ = ["UnknownValueError", "Values"]
+__all__ = ["FROM_SHAPE", "UnknownValueError", "Values"]

@@ -144,6 +144,7 @@ class Program:
         notes: what the user should know about how the graph was made.
         free_outputs: names of outputs (see :class:`~fxprune.trees.Leaf`) that may become narrower.
         reads_values: values of the example inputs were read to make the graph, not only their shapes.
+        seen: what nodes are on shapes alone, while it is kept: until it is known which sizes are free.
     """
 
     graph: fx.Graph
@@ -154,6 +155,7 @@ class Program:
     notes: tuple[str, ...] = ()
     free_outputs: tuple[str, ...] = ()
     reads_values: bool = False
+    seen: Mapping[fx.Node, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def placeholders(self) -> list[fx.Node]:
         return [node for node in self.graph.nodes if node.op == "placeholder"]

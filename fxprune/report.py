@@ -125,6 +125,7 @@ class Report:
         refused: submodules that could not be captured, and why.
         zeros: outputs that hold zeros in place of what is removed, in a sentence; empty where there are none.
         advice: what would make much more removable; empty where nothing is known that would.
+        sizes: which sizes of the inputs are free and which are pinned, in a sentence.
     """
 
     model: str
@@ -139,6 +140,7 @@ class Report:
     refused: tuple[str, ...] = ()
     zeros: str = ""
     advice: str = ""
+    sizes: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -166,6 +168,8 @@ class Report:
     def parts(self, all: bool = False) -> Iterator[Any]:
         """What rich prints one below the other."""
         yield Text(self.capture)
+        if self.sizes:
+            yield Text(f"sizes of the inputs: {self.sizes}")
         table = _table("", ("total", "right"), ("can be removed", "right"), ("frozen", "right"))
         for name, share in (("parameters", self.params), ("MACs", self.macs)):
             total = max(share.total, 1)
@@ -296,6 +300,7 @@ def report(graph: CouplingGraph) -> Report:
         parts.refused if parts is not None else (),
         hold_zeros(tuple(graph.fill_outputs)),
         graph.advice,
+        str(graph.sizes),
     )
 
 

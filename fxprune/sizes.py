@@ -1,13 +1,15 @@
 """Which sizes of the inputs may change, found out on shapes alone.
 
-A graph is made from one example. :func:`trials` gives the same inputs at other sizes: another batch, another
+A graph is made from one example. :func:`resized` gives the same inputs at other sizes: another batch, another
 height, width or length. Where the model's own code does something else there, the graph is right for the
-sizes of the example alone; where it does the same, the coupling is looked at again at the other sizes.
+sizes of the example alone, and checks them when it runs; where it does the same, the coupling is looked at
+again at the other sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +18,16 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from .guards import check_size
-from .program import Program
 
-BATCH, REST = "batch", "other sizes"
-Calls = tuple[tuple[Any, ...], dict[str, Any]]
+BATCH, LENGTH, LAST, IMAGE = "batch", "length", "last length", "image"
+"""Kinds of sizes, each of which changes as a whole: the batch; the second dimension of sequences; the last
+one of sequences with channels first, and of waveforms; the extents of images and volumes."""
+NEAR, FAR = 1, 32
+"""By how much sizes change: by a small odd number, another one for each extent; or by 32, as networks ask for
+that halve an image five times, and to twice the size where it is no multiple of that."""
+
+Change = Mapping[str, int]
+"""Kinds of sizes, each with :data:`NEAR`, :data:`FAR`, or by how much it is larger."""
 
 
 @dataclass(frozen=True)
@@ -27,141 +35,241 @@ class Trial:
     """The example inputs at other sizes.
 
     Attributes:
-        changed: what is different: :data:`BATCH`, :data:`REST` (height, width, length), or both.
+        change: what is different.
         inputs: meta tensors and values for the graph's placeholders, in order.
     """
 
-    changed: tuple[str, ...]
+    change: Change
     inputs: list[Any]
 
 
-def resized(args: tuple[Any, ...], kwargs: dict[str, Any], changed: tuple[str, ...]) -> Calls | None:
-    """The same arguments at other sizes, entries repeated; None where there is nothing to change.
+@dataclass(frozen=True)
+class InputSize:
+    """One dimension of an input whose size may be another one, or is pinned.
+
+    Attributes:
+        input: the input, by its name in the signature; of one inside of a container with its place there.
+        dim: the dimension.
+        name: what it is taken for: batch, length, depth, height or width.
+        example: its size in the example.
+        step: sizes that differ from it by a multiple of this are right: 1 where any is, 0 where only
+            ``example`` is.
+        because: why no other size is, or empty.
+    """
+
+    input: str
+    dim: int
+    name: str
+    example: int
+    step: int
+    because: str = ""
+
+    @property
+    def said(self) -> str:
+        """``any``, ``multiples of 32``, or ``pinned at 224, because ...``."""
+        if self.step == 1:
+            return "any"
+        because = f", because {self.because}" if self.because else ""
+        if self.step:
+            multiples = f"multiples of {self.step}"
+            return (
+                multiples if not self.example % self.step else f"{self.example} and {multiples} more or less"
+            )
+        return f"pinned at {self.example}{because}"
+
+
+@dataclass(frozen=True)
+class InputSizes:
+    """For which sizes of the inputs a graph is right. ``str()`` of it is meant to be read:
+
+        batch: any; height, width: multiples of 32; length: any
+
+    Attributes:
+        axes: the dimensions of the inputs that stand for a batch, a length, a height or a width.
+        note: what is to be said beside them, or empty.
+    """
+
+    axes: tuple[InputSize, ...]
+    note: str = ""
+
+    @property
+    def pinned(self) -> tuple[InputSize, ...]:
+        """Those that must be as in the example."""
+        return tuple(axis for axis in self.axes if not axis.step)
+
+    @property
+    def free(self) -> bool:
+        """Whether any of these sizes may be another."""
+        return all(axis.step == 1 for axis in self.axes)
+
+    def __str__(self) -> str:
+        by_name: dict[str, dict[str, list[str]]] = {}
+        for axis in self.axes:
+            by_name.setdefault(axis.name, {}).setdefault(axis.said, []).append(axis.input)
+        entries: dict[str, list[str]] = {}
+        for name, said in by_name.items():
+            for what, inputs in said.items():
+                whose = f" of {', '.join(dict.fromkeys(inputs))}" if len(said) > 1 else ""
+                entries.setdefault(what, []).append(f"{name}{whose}")
+        parts = [f"{', '.join(names)}: {what}" for what, names in entries.items()]
+        return "; ".join([*parts, *([self.note] if self.note else [])])
+
+
+@dataclass(frozen=True)
+class Place:
+    """A dimension of a tensor among the inputs.
+
+    Attributes:
+        leaf: number of the tensor among the leaves of the inputs.
+        dim: the dimension.
+        kind: what changes with it.
+        size: in the example.
+        rank: how many dimensions the tensor has.
+    """
+
+    leaf: int
+    dim: int
+    kind: str
+    size: int
+    rank: int
+
+    @property
+    def name(self) -> str:
+        """What it is, for people."""
+        if self.kind == IMAGE:
+            return ("depth", "height", "width")[self.dim - self.rank]
+        return {LAST: LENGTH}.get(self.kind, self.kind)
+
+
+def places(tree: Any) -> list[Place]:
+    """The sizes in ``tree`` that may change.
 
     The batch is the first dimension of every tensor that has as many entries there as the first one. What
     else may change is height and width of images and volumes, and the length of sequences: the second
-    dimension of whole numbers, and of floating-point numbers in three dimensions. Equal sizes stay equal.
+    dimension of whole numbers, and of floating-point numbers in three dimensions; or the last dimension of
+    floating-point numbers. A mask as long as a sequence changes with it. One is no length.
     """
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    shaped = [tensor for tensor in tensors if tensor.dim()]
-    if not shaped:
-        return None
-    batch = shaped[0].shape[0]
-    rest = {tensor.shape[dim] for tensor in shaped for dim in _free(tensor)} - {1}
-    if REST in changed and not rest:
-        return None
-
-    def resize(tensor: torch.Tensor) -> torch.Tensor:
+    tensors = [
+        (number, leaf)
+        for number, leaf in enumerate(pytree.tree_leaves(tree))
+        if isinstance(leaf, torch.Tensor) and leaf.dim()
+    ]
+    if not tensors:
+        return []
+    batch = tensors[0][1].shape[0]
+    lengths = {tensor.shape[1] for _, tensor in tensors if _is_sequence(tensor)}
+    found = []
+    for number, tensor in tensors:
         for dim, size in enumerate(tensor.shape):
-            if dim == 0 and size == batch and BATCH in changed:
-                tensor = _repeated(tensor, dim, size + 1)
-            elif dim in _free(tensor) and size in rest and REST in changed:
-                tensor = _repeated(tensor, dim, size + 32 if size % 32 == 0 else 2 * size)
-        return tensor
-
-    new_args, new_kwargs = pytree.tree_map_only(torch.Tensor, resize, (args, kwargs))
-    return new_args, new_kwargs
-
-
-def _free(tensor: torch.Tensor) -> range:
-    """Dimensions that may be height, width or length."""
-    if tensor.dim() > 3:
-        return range(2, tensor.dim())
-    whole = not tensor.is_floating_point()
-    return range(1, 2) if tensor.dim() == 3 or (whole and tensor.dim() == 2) else range(0)
+            kind = None
+            if dim == 0:
+                kind = BATCH if size == batch else None
+            elif size != 1 and tensor.dim() > 3:
+                kind = IMAGE if dim >= max(2, tensor.dim() - 3) else None
+                kind = LENGTH if kind and size in lengths else kind
+            elif size != 1 and dim == 1 and _is_sequence(tensor):
+                kind = LENGTH
+            elif size != 1 and tensor.is_floating_point():
+                kind = LENGTH if size in lengths else LAST
+            if kind is not None:
+                found.append(Place(number, dim, kind, size, tensor.dim()))
+    return found
 
 
-def _repeated(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    index = torch.arange(size, device=tensor.device) % max(tensor.shape[dim], 1)
-    return tensor.index_select(dim, index)
+def _is_sequence(tensor: torch.Tensor) -> bool:
+    return tensor.dim() == 3 or (tensor.dim() == 2 and not tensor.is_floating_point())
 
 
-def trials(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Calls]]:
-    """The example at other sizes: all at once, then the batch alone, then the others alone."""
-    for changed in ((BATCH, REST), (BATCH,), (REST,)):
-        found = resized(args, kwargs, changed)
-        if found is not None:
-            yield changed, found
+def changed_size(place: Place, how: int) -> int:
+    """Another size in its place. Patches and strides of up to 32 must tell it from the one in the example."""
+    if how == NEAR and place.kind in (IMAGE, LAST):
+        return place.size + 32 * (place.dim - 1 or 1) + 1
+    if how == FAR and (place.kind == BATCH or place.size % FAR):
+        return 2 * place.size
+    return place.size + how
 
 
-def same(a: Program, b: Program) -> bool:
-    """Whether two graphs do the same: the same calls with the same numbers and constants."""
-    if len(a.graph.nodes) != len(b.graph.nodes):
-        return False
-    place: dict[fx.Node, int] = {}
-    other: dict[fx.Node, int] = {}
-    for number, (x, y) in enumerate(zip(a.graph.nodes, b.graph.nodes, strict=True)):
-        if x.op != y.op or x.target != y.target:
-            return False
-        if not _alike((x.args, x.kwargs), (y.args, y.kwargs), place, other):
-            return False
-        place[x], other[y] = number, number
-    return a.extras.keys() == b.extras.keys() and all(
-        _equal(tensor, b.extras[name]) for name, tensor in a.extras.items()
-    )
+def resized(tree: Any, change: Change) -> Any:
+    """The same tree at other sizes, entries repeated; equal lengths stay equal."""
+    leaves, spec = pytree.tree_flatten(tree)
+    for place in places(tree):
+        if place.kind in change:
+            size = changed_size(place, change[place.kind])
+            index = torch.arange(size, device=leaves[place.leaf].device) % max(place.size, 1)
+            leaves[place.leaf] = leaves[place.leaf].index_select(place.dim, index)
+    return pytree.tree_unflatten(leaves, spec)
 
 
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return a.is_meta or b.is_meta or bool(torch.equal(a, b))
+def changes(tree: Any) -> Iterator[Change]:
+    """What may change at once, as much as can be first."""
+    kinds = {place.kind for place in places(tree)}
+    rest = [kind for kind in (LENGTH, IMAGE) if kind in kinds]
+    first = [BATCH] if BATCH in kinds else []
+    sets = [dict.fromkeys(rest, NEAR)]
+    if IMAGE in kinds:
+        sets.append({kind: FAR if kind == IMAGE else NEAR for kind in rest})
+    if LAST in kinds:
+        sets.append({LAST: NEAR, **({IMAGE: NEAR} if IMAGE in kinds else {})})
+    if len(rest) > 1:
+        sets += [{LENGTH: NEAR}, {IMAGE: NEAR}, {IMAGE: FAR}]
+    if LENGTH in kinds:
+        sets.append({LENGTH: FAR})
+    sets.append({})
+    if LAST in kinds and not rest:
+        sets.insert(0, sets.pop(1))  # a waveform may be longer; where it may not, the first layer says so
+    for found in sets:
+        if first or found:
+            yield {**dict.fromkeys(first, NEAR), **found}
+    if first:
+        yield {BATCH: FAR}
 
 
-def _alike(a: Any, b: Any, place: Mapping[fx.Node, int], other: Mapping[fx.Node, int]) -> bool:
-    if isinstance(a, fx.Node):
-        return isinstance(b, fx.Node) and place.get(a) == other.get(b)
-    if isinstance(a, (tuple, list)):
-        return isinstance(b, (tuple, list)) and len(a) == len(b) and all(
-            _alike(x, y, place, other) for x, y in zip(a, b, strict=True)
-        )  # fmt: skip
-    if isinstance(a, Mapping):
-        return isinstance(b, Mapping) and a.keys() == b.keys() and all(
-            _alike(a[key], b[key], place, other) for key in a
-        )  # fmt: skip
-    if isinstance(a, slice):
-        parts = [(x.start, x.stop, x.step) for x in (a, b)] if isinstance(b, slice) else [(), (1,)]
-        return _alike(parts[0], parts[1], place, other)
-    return a is b or (type(a) is type(b) and (a == b or a != a))
+def asks_more(change: Change, known: Change) -> bool:
+    """Whether a change is of more than what is known to be free; a sequence has one length."""
+    return bool(change.keys() - known.keys()) and not (LAST in change and LENGTH in known)
 
 
-def look(
-    trace: Callable[..., Program], model: Any, program: Program, args: Any, kwargs: Any
-) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
-    """Trace again at other sizes.
+def named(inputs: Mapping[str, Any]) -> list[tuple[str, tuple[Any, ...]]]:
+    """For each leaf of the inputs its name, and the keys that lead to it inside of the input."""
+    found = []
+    for name, value in inputs.items():
+        for path, _ in pytree.tree_flatten_with_path(value)[0]:
+            keys = tuple(getattr(key, "idx", getattr(key, "key", None)) for key in path)
+            found.append((".".join(map(str, (name, *keys))), keys))
+    return found
 
-    Returns:
-        What may change together, and what may not: for it the model's code does something else.
+
+def guard(graph: fx.Graph, axes: Iterable[tuple[InputSize, tuple[Any, ...]]]) -> None:
+    """Have ``graph`` refuse other sizes than these.
+
+    Args:
+        graph: changed in place.
+        axes: sizes, each with the keys that lead to the tensor inside of the input.
     """
-    free: list[tuple[str, ...]] = []
-    fixed: list[str] = []
-    for changed, (new_args, new_kwargs) in trials(args, kwargs):
-        try:
-            is_same = same(program, trace(model, new_args, new_kwargs))
-        except Exception:  # noqa: BLE001  the model takes no such size, or is not captured there
+    inputs = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
+    last = next(reversed(inputs.values()), None)
+    for axis, keys in axes:
+        node: Any = inputs.get(axis.input.partition(".")[0])
+        if node is None or last is None or axis.step == 1:
             continue
-        if is_same:
-            free.append(changed)
-            if len(changed) == 2:
-                break
-        elif len(changed) == 1:
-            fixed += changed
-    if fixed and not same(program, trace(model, args, kwargs)):
-        fixed = []  # no two traces are alike
-    return tuple(free), tuple(fixed)
+        for key in keys:
+            with graph.inserting_after(last):
+                node = last = graph.call_function(operator.getitem, (node, key))
+        given = (node, axis.input, axis.dim, axis.example, axis.step, axis.name, axis.because)
+        with graph.inserting_after(last):
+            last = graph.call_function(check_size, given)
 
 
-def guard(program: Program, given: Mapping[str, Any]) -> None:
-    """Have the graph of ``program`` refuse another batch than that of the inputs ``given``, by name."""
-    shaped = [t for t in pytree.tree_leaves(given) if isinstance(t, torch.Tensor) and t.dim()]
-    for node in program.placeholders():
-        tensor = given.get(str(node.target))
-        if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.shape[0] == shaped[0].shape[0]:
-            with program.graph.inserting_after(program.placeholders()[-1]):
-                program.graph.call_function(check_size, (node, str(node.target), 0, tensor.shape[0], 0))
-            return
+def guarded(graph: fx.Graph) -> list[InputSize]:
+    """The sizes that ``graph`` checks."""
+    found = []
+    for node in graph.nodes:
+        if node.target is check_size:
+            _, name, dim, example, step, role, because = node.args
+            found.append(InputSize(name, dim, role, example, step, because))
+    return found
 
 
-NAMES = {BATCH: "batch size", REST: "height, width or length"}
-
-
-__all__ = ["BATCH", "NAMES", "REST", "Trial", "guard", "look", "resized", "same", "trials"]
+__all__ = ["BATCH", "FAR", "IMAGE", "LAST", "LENGTH", "NEAR", "Change", "InputSize", "InputSizes", "Place",
+           "Trial", "asks_more", "changed_size", "changes", "guard", "guarded", "named", "places",
+           "resized"]  # fmt: skip

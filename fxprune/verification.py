@@ -244,7 +244,7 @@ def _others(
     """Further inputs to compare on, and what they are; of those that are made, one is enough."""
     if more_inputs:
         return [(*normalize(more), f"inputs {number}") for number, more in enumerate(more_inputs, 2)]
-    other = resized(args, kwargs, graph.other_sizes) if graph.other_sizes else None
+    other = resized((args, kwargs), graph.other_sizes) if graph.other_sizes else None
     doubled = second_batch(args, kwargs)
     found = [(*other, f"another {' and '.join(graph.other_sizes)}")] if other is not None else []
     return [*found, *([(*doubled[:2], f"a batch of {doubled[2]}")] if doubled is not None else [])]

@@ -22,9 +22,8 @@ from ..errors import CaptureError, ExampleInputsError
 from ..inputs import to_meta
 from ..program import Program, computed_tensors, named_tensors, unwrapped
 from ..region_program import RegionProgram
-from ..sizes import Trial
-from . import dynamo, exported, patches, regions, symbolic
-from .arguments import Arguments
+from ..sizes import Change, Trial
+from . import dynamo, exported, free_sizes, patches, regions, symbolic
 from .composites import dissolve as dissolve_composites
 
 __all__ = ["Captured", "capture", "recapture"]
@@ -44,7 +43,6 @@ class Captured:
         regions: the submodules that are captured, as plain data; empty where the whole model is.
         trials: the inputs at other sizes for which the graph is as good as for these, as far as the model's
             code is concerned; the first that runs is enough.
-        fixed: sizes for which it is not (see :mod:`fxprune.sizes`).
     """
 
     program: Program
@@ -55,7 +53,6 @@ class Captured:
     inputs: list[Any]
     regions: Mapping[str, Any]
     trials: tuple[Trial, ...] = ()
-    fixed: tuple[str, ...] = ()
 
     @property
     def report(self) -> str:
@@ -203,15 +200,15 @@ def _climb(
     for rung, trace in rungs.items():
         try:
             program = trace(model, args, kwargs)
-            free, fixed = _other_sizes(rung, trace, model, program, args, kwargs) if other_sizes else ((), ())
-            if fixed:
-                program = _pinned(program, fixed, Arguments.of(model, args, kwargs).all())
+            free: tuple[Change, ...] = ()
+            if other_sizes:
+                program, free = _free_sizes(rung, trace, model, program, args, kwargs)
             dissolve_composites(program.graph, program.tensors)
             if not isinstance(program, RegionProgram):  # whose code stays that of the model
                 _check_names(program)
             inputs = _inputs(name, program, args, kwargs)
             captured = _captured(name, rung, program, inputs, refusals, tuple(computed_tensors(model)))
-            captured = replace(captured, trials=_trials(program, free, args, kwargs), fixed=fixed)
+            captured = replace(captured, trials=_trials(program, free, args, kwargs))
             accept(captured)
             return captured
         except CaptureError as refusal:
@@ -233,34 +230,31 @@ def _climb(
     ) from refusals[-1][1]
 
 
-def _other_sizes(
+def _free_sizes(
     rung: str, trace: Rung, model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
-    """What may change together, and what is fixed to the example."""
-    if rung == _FREE:
-        return tuple(changed for changed, _ in sizes.trials(args, kwargs)), ()
-    if rung != _KNOWN or program.reads_values:
-        return (), ()
-    return sizes.look(trace, model, program, args, kwargs)
-
-
-def _pinned(program: Program, fixed: tuple[str, ...], given: Mapping[str, Any]) -> Program:
-    """The program, with a note on what is fixed, and a guard for the batch size."""
-    names = " and ".join(sizes.NAMES[size] for size in fixed)
-    note = f"the graph follows the {names} of the example: for others the model's code does something else"
-    if sizes.BATCH in fixed:
-        sizes.guard(program, given)
-    return replace(program, notes=(*program.notes, note))
+) -> tuple[Program, tuple[Change, ...]]:
+    """The program, with checks of what is fixed to the example, and what of its inputs may change."""
+    if rung == _KNOWN:
+        return free_sizes.look(trace, model, program, args, kwargs)
+    if rung not in (_FREE, _EXPORTED):
+        return program, ()
+    pinned = {axis.name for axis in sizes.guarded(program.graph)}
+    free = {place.kind for place in sizes.places((args, kwargs)) if place.name not in pinned}
+    found = [
+        {kind: how for kind, how in change.items() if kind in free}
+        for change in sizes.changes((args, kwargs))
+    ]
+    return program, tuple(change for number, change in enumerate(found) if change not in found[:number])
 
 
 def _trials(
-    program: Program, free: tuple[tuple[str, ...], ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    program: Program, free: tuple[Change, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Trial, ...]:
-    resized = {changed: sizes.resized(to_meta(args), to_meta(kwargs), changed) for changed in free}
-    return tuple(Trial(changed, program.bind(*call)) for changed, call in resized.items() if call is not None)
+    tree = to_meta((args, kwargs))
+    return tuple(Trial(change, program.bind(*sizes.resized(tree, change))) for change in free if change)
 
 
-_FREE, _KNOWN = "symbolic tracing", "symbolic tracing with known shapes"
+_FREE, _KNOWN, _EXPORTED = RUNGS
 
 
 def _inputs(name: str, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -12,7 +12,7 @@ import contextlib
 import operator
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,9 @@ from torch.export.graph_signature import InputKind
 from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils import _pytree as pytree
 
+from .. import sizes
 from ..errors import CaptureError
 from ..nn import Unpack, keep
 from ..program import Program, Skeleton, named_tensors
@@ -32,6 +34,7 @@ from ..trees import Structure, flatten
 from . import patches
 from .arguments import Arguments, packing
 from .effects import Kept, not_kept
+from .free_sizes import pin, steps
 from .numbers import Recorder, carries_numbers
 from .symbolic import blame, check_value
 from .twin import Twin
@@ -45,8 +48,7 @@ _ASSERTIONS = ("_assert", "sym_constrain_range")
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
     """Export ``model`` and restore what is around the graph.
 
-    Sizes of inputs stay free where the model allows it: all sizes of tensors with up to three dimensions,
-    the first of larger ones (images, volumes).
+    Sizes of inputs stay free where the model allows it, but for the channels of images and volumes.
 
     Raises:
         CaptureError: if the model cannot be exported.
@@ -122,7 +124,7 @@ class _Exporter:
                 else:
                     self.env[node] = self._tensor(str(spec.target), exported)
         results = self._copy(exported.graph_module, self.env)
-        self._note_fixed(exported)
+        self._pin(exported)
         self.graph.output(self._packed(list(results)))
         self._drop_unused()
         self.graph.lint()
@@ -206,7 +208,7 @@ class _Exporter:
             except Exception as error:  # noqa: BLE001  whatever a user's forward raises, or export refuses
                 refusal = refusal or error
                 continue
-            if inputs is examples or not any(_fixed(exported)):
+            if inputs is examples or not _fixes_batch(exported):
                 self.notes += not_kept(left)
                 return exported
             refusal = refusal or CaptureError("the model fixes the batch size")
@@ -225,9 +227,19 @@ class _Exporter:
             self.notes.append(note)
         return NotImplemented
 
-    def _note_fixed(self, exported: torch.export.ExportedProgram) -> None:
-        if any(_fixed(exported)):
-            self.notes.append("the batch size is fixed to that of the example inputs")
+    def _pin(self, exported: torch.export.ExportedProgram) -> None:
+        """Have the graph refuse sizes that torch.export took for constants; say in which mode it stays."""
+        given = self.arguments.all()
+        tensors = [n for n, leaf in enumerate(pytree.tree_leaves(given)) if isinstance(leaf, torch.Tensor)]
+        shapes = dict(zip(tensors, _shapes(exported), strict=False))
+        places = sizes.places(given)
+        known: dict[str, int] = {}
+        for change in sizes.changes(given):
+            if sizes.asks_more(change, known) and _allows(shapes, places, change):
+                known = {**change, **known}
+        found = steps({place.kind for place in places}, known)
+        because = "torch.export, which captured the model, keeps it"
+        pin(self.graph, given, found, dict.fromkeys(found, because))
         asked = [path for path, module in self.model.named_modules() if module.training]
         mode = "training" if asked else "evaluation"
         self.notes.append(f"everything but dropout and batch norm layers stays in {mode} mode")
@@ -391,8 +403,8 @@ class _Exporter:
 
 
 def _free(tensor: torch.Tensor) -> dict[int, Any]:
-    count = tensor.dim() if tensor.dim() <= 3 else 1
-    return dict.fromkeys(range(count), torch.export.Dim.AUTO)
+    channels = {1} if tensor.dim() > 3 else set()
+    return dict.fromkeys(set(range(tensor.dim())) - channels, torch.export.Dim.AUTO)
 
 
 def _doubled(tensors: list[torch.Tensor]) -> list[torch.Tensor] | None:
@@ -402,13 +414,30 @@ def _doubled(tensors: list[torch.Tensor]) -> list[torch.Tensor] | None:
     return [torch.cat([t, t]) for t in tensors]
 
 
-def _fixed(exported: torch.export.ExportedProgram) -> list[bool]:
-    """For each input tensor whether its first size is a fixed number."""
+def _shapes(exported: torch.export.ExportedProgram) -> list[tuple[Any, ...]]:
+    """The shape of each input tensor, with symbols for sizes that are free."""
     names = set(exported.graph_signature.user_inputs)
     values = [n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder" and n.name in names]
-    from torch.fx.experimental.symbolic_shapes import free_symbols  # which imports sympy
+    return [tuple(value.shape) for value in values if isinstance(value, torch.Tensor)]
 
-    return [not free_symbols(v.shape[0]) for v in values if isinstance(v, torch.Tensor) and v.dim()]
+
+def _fixes_batch(exported: torch.export.ExportedProgram) -> bool:
+    return any(isinstance(shape[0], int) for shape in _shapes(exported) if shape)
+
+
+def _allows(shapes: Mapping[int, tuple[Any, ...]], places: list[sizes.Place], change: sizes.Change) -> bool:
+    """Whether what torch.export took for granted of the inputs' sizes holds at others."""
+    free = [size for shape in shapes.values() for size in shape if isinstance(size, torch.SymInt)]
+    values = {size.node.expr: size.node.hint for size in free}
+    for place in places:
+        size = shapes[place.leaf][place.dim]
+        if place.kind in change:
+            if not isinstance(size, torch.SymInt) or not size.node.expr.is_Symbol:
+                return False
+            values[size.node.expr] = sizes.changed_size(place, change[place.kind])
+    env: Any = free[0].node.shape_env if free else None
+    found = [env.replace(guard.expr).subs(values) for guard in env.guards] if env is not None else []
+    return all(not guard.free_symbols and bool(guard) for guard in found)
 
 
 def _is_idle_cast(node: fx.Node) -> bool:

@@ -61,13 +61,17 @@ class _Scope:
         return self.calls[-1][0] if self.calls else ""
 
 
-def merge(now: Trace, then: Trace) -> fx.Graph:
+def merge(now: Trace, then: Trace) -> tuple[fx.Graph, tuple[dict[fx.Node, Any], dict[fx.Node, Any]]]:
     """One graph for both; modules and constants that only ``then`` has are added to those of ``now``.
+
+    Returns:
+        The graph, and for each trace the nodes that stand for its own.
 
     Raises:
         CaptureError: if the traces differ in what no flag explains.
     """
-    return _Merger(now, then).graph
+    merger = _Merger(now, then)
+    return merger.graph, merger.env
 
 
 class _Merger:

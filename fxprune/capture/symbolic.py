@@ -204,6 +204,7 @@ class _Tracer(fx.Tracer):
         self.kept = Kept(self.twin.model)
         self.under_no_grad: dict[fx.Node, bool] = {}  # whether a node there may have a gradient all the same
         self.stops: dict[fx.Node, fx.Node] = {}
+        self.merged: dict[fx.Node, Any] = {}  # what nodes of the graph for both modes are on shapes alone
 
     def program(self) -> Program:
         """Trace, and collect what the graph refers to.
@@ -244,7 +245,12 @@ class _Tracer(fx.Tracer):
             extras=self.constants,
             notes=tuple(self.notes),
             reads_values=self.reads_values,
+            seen=self.merged or self.seen(),
         )
+
+    def seen(self) -> Mapping[fx.Node, Any]:
+        """What nodes are on shapes alone, where that is known."""
+        return {}
 
     def _traced(self) -> fx.Graph:
         """The graph of one trace."""
@@ -352,7 +358,7 @@ class _Tracer(fx.Tracer):
         try:
             if reason is not None:
                 raise reason
-            merged = merge(self._trace(), other._trace())
+            merged, stands_for = merge(self._trace(), other._trace())
         except CaptureError as error:
             if not self.pins:
                 raise
@@ -370,6 +376,9 @@ class _Tracer(fx.Tracer):
         self.notes += [note for note in other.notes if note not in self.notes]
         for name, tensor in self.constants.items():
             self.tensors[name] = tensor
+        for tracer, nodes in zip((other, self), reversed(stands_for), strict=True):
+            old = tracer.seen()
+            self.merged |= {new: old[node] for node, new in nodes.items() if node in old}
         return merged
 
     def _trace(self) -> Trace:
@@ -700,6 +709,9 @@ class _ShapeTracer(_Tracer):
 
     def type_of(self, node: fx.Node) -> type:
         return type(self.values[node])
+
+    def seen(self) -> Mapping[fx.Node, Any]:
+        return self.values
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         if kind == "call_function" and function_name(target) in self.dissolve:

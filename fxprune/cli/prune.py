@@ -170,6 +170,8 @@ def run_prune(options: argparse.Namespace) -> int:
             loaded.model, loaded.inputs, free_outputs=options.free_output, fill_outputs=fill_outputs(options)
         )
         say(graph.captured.summary)
+    if graph.sizes.free:  # else it is among the notes
+        progress.note("sizes", f"of the inputs: {graph.sizes}")
     for path in outs:
         check_whole(path, graph.captured.regions)
     if options.lossless:

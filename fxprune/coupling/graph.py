@@ -23,11 +23,13 @@ from ..errors import FxpruneError, PlanError
 from ..inputs import to_meta
 from ..nodes import describe_source
 from ..program import Program
+from ..sizes import Change, InputSizes
 from ..trees import Leaf
 from . import pickling
 from .coupler import Coupler
 from .grouping import form_groups
 from .groups import Group, Grouping, RowSet
+from .input_sizes import input_sizes, refusal
 from .interpreter import Run, interpret
 from .other_sizes import differing, same_batch
 from .outputs import beside, fill, fills, holding, short_names
@@ -148,6 +150,7 @@ class CouplingGraph:
         self.source = source
         self.held = held
         self._run: Run = interpret(captured.program, self.inputs)
+        self._refusals: dict[str, str] = {}
         self.other_sizes = self._look_at_other_sizes()
         if WHOLE_ROWS in held:
             self.held = ()
@@ -158,7 +161,7 @@ class CouplingGraph:
             self._hold_dims(held)
         self._regroup()
 
-    def _look_at_other_sizes(self) -> tuple[str, ...]:
+    def _look_at_other_sizes(self) -> Change:
         """Freeze what is coupled otherwise where the inputs have other sizes, if the graph takes any.
 
         Returns:
@@ -167,13 +170,16 @@ class CouplingGraph:
         for trial in self.captured.trials:
             try:
                 other = interpret(self.captured.program, trial.inputs)
-            except FxpruneError:
-                continue  # the model takes no such size
+            except FxpruneError as error:  # the model takes no such size
+                self._refusals |= dict.fromkeys(trial.change, refusal(error))
+                continue
             if not same_batch(self._run, self.inputs, other, trial.inputs):
-                continue  # numbers in the code fold other sizes into the batch: the model is for these alone
+                because = "numbers in the code fold other sizes into the batch"
+                self._refusals |= dict.fromkeys(trial.change, because)
+                continue  # the model is for these sizes alone
             self._run.coupler.frozen.extend(differing(self._run, other))
-            return trial.changed
-        return ()
+            return trial.change
+        return {}
 
     def _regroup(self) -> None:
         run, program = self._run, self.captured.program
@@ -196,7 +202,7 @@ class CouplingGraph:
         """
         other = object.__new__(CouplingGraph)
         other.captured, other._run, other.source = self.captured, self._run, self.source
-        other.other_sizes = self.other_sizes
+        other.other_sizes, other._refusals = self.other_sizes, self._refusals
         other.held = tuple(sorted({*self.held, *names}))
         if WHOLE_ROWS in names:
             other._tie_rows(self.rows)
@@ -294,7 +300,7 @@ class CouplingGraph:
         state = {
             "captured": self.captured,
             "held": self.held,
-            "other_sizes": self.other_sizes,
+            "other_sizes": (self.other_sizes, self._refusals),
             "run": self._run,
             "source": (source.model(), source.args, source.kwargs, source.dissolved),
         }
@@ -413,6 +419,16 @@ class CouplingGraph:
                 axes = [Axis(name, dim) for dim, size in enumerate(tensor.shape) if size > 1]
                 found += [Frozen(axis, "no graph node uses this parameter", "", "", "") for axis in axes]
         return tuple(found)
+
+    @cached_property
+    def sizes(self) -> InputSizes:
+        """Which sizes of the inputs are free, and which are pinned to those of the example, and why.
+
+        Of batch, length, height and width; other sizes are those that the weights ask for. A result of
+        this analysis raises :class:`~fxprune.errors.PinnedError` for other sizes than these, or
+        fails as the model itself does.
+        """
+        return input_sizes(self.captured, self.other_sizes, self._refusals)
 
     @property
     def fill_outputs(self) -> Mapping[str, fx.Node]:
@@ -603,7 +619,7 @@ def _unpickled(data: bytes) -> CouplingGraph:
     state = pickle.loads(data)
     graph = object.__new__(CouplingGraph)
     graph.captured, graph.held, graph._run = state["captured"], state["held"], state["run"]
-    graph.other_sizes = state["other_sizes"]
+    graph.other_sizes, graph._refusals = state["other_sizes"]
     model, *rest = state["source"]
     graph.source = Source(lambda: model, *rest)
     graph._regroup()

@@ -1,0 +1,211 @@
+"""Whether two captured graphs of one model, made from inputs of different sizes, do the same.
+
+Both are read backwards from what they return and from what they write; calls whose results nobody uses do
+not count. A constant of one graph may stand where the other computes a tensor of sizes alone: so it is where
+a model keeps what it made for the sizes of its last call. It is the same if the values are. And one may
+expand a tensor that has its size already where the other has a single entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from ..guards import CHECKS
+from ..known_values import FROM_SHAPE
+from ..nodes import mutable, operator_name, writes
+from ..program import Program
+
+
+@dataclass(frozen=True)
+class Alike:
+    """The outcome of a comparison.
+
+    Attributes:
+        same: whether both graphs do the same.
+        computed: whether the second graph computes from sizes what the first one takes as it is.
+        node: a node of the first graph at which they part; None where they do not.
+    """
+
+    same: bool
+    computed: bool = False
+    node: fx.Node | None = None
+
+
+def compare(a: Program, b: Program) -> Alike:
+    """Whether ``b``, made from inputs of other sizes, does what ``a`` does: the same calls and numbers."""
+    try:
+        comparison = _Comparison(a, b)
+        comparison.run()
+    except _Apart as apart:
+        return Alike(False, node=apart.node)
+    return Alike(True, bool(comparison.made or comparison.idle))
+
+
+class _Apart(Exception):
+    """The graphs differ at ``node``."""
+
+    def __init__(self, node: fx.Node | None) -> None:
+        super().__init__()
+        self.node = node
+
+
+class _Comparison:
+    def __init__(self, a: Program, b: Program) -> None:
+        self.a, self.b = a, b
+        self.pairs: dict[fx.Node, fx.Node] = {}
+        self.back: dict[fx.Node, fx.Node] = {}
+        self.made: list[tuple[fx.Node, fx.Node]] = []
+        self.idle: list[fx.Node] = []
+        self.todo: list[tuple[fx.Node, fx.Node]] = []
+        self.values: dict[fx.Node, Any] = {}
+
+    def run(self) -> None:
+        roots, others = _roots(self.a.graph), _roots(self.b.graph)
+        for x, y in zip(reversed(roots), reversed(others), strict=False):
+            self._pair(x, y, x)
+        if len(roots) != len(others):
+            raise _Apart((roots if len(roots) > len(others) else [None])[0])
+        while self.todo:
+            x, y = self.todo.pop()
+            self._nodes(x, y)
+        order = {node: place for place, node in enumerate(self.b.graph.nodes)}
+        last = -1
+        for node in self.a.graph.nodes:
+            if node in self.pairs and node.op not in ("placeholder", "get_attr"):
+                if order[self.pairs[node]] < last:
+                    raise _Apart(node)  # what is written and read may come in another order
+                last = order[self.pairs[node]]
+        for x, y in self.made:
+            if not _equal(self.a.extras[str(x.target)], self._value(y)):
+                raise _Apart(next(iter(x.users), x))
+        for y in self.idle:
+            if self._value(y).shape != self._value(y.args[0]).shape:  # type: ignore[arg-type]
+                raise _Apart(None)
+
+    def _pair(self, x: fx.Node, y: fx.Node, at: fx.Node) -> None:
+        while _expands(y) and not _expands(x):
+            self.idle.append(y)
+            y = y.args[0]  # type: ignore[assignment]
+        known, back = self.pairs.get(x), self.back.get(y)
+        if known is None and back is None:
+            self.pairs[x], self.back[y] = y, x
+            self.todo.append((x, y))
+        elif known is not y:
+            raise _Apart(at)
+
+    def _nodes(self, x: fx.Node, y: fx.Node) -> None:
+        constant = x.op == "get_attr" and x.target in self.a.extras
+        if constant and y.op == "get_attr" and y.target in self.b.extras:
+            if not _equal(self.a.extras[str(x.target)], self.b.extras[str(y.target)]):
+                raise _Apart(next(iter(x.users), x))
+        elif constant:
+            self.made.append((x, y))
+        elif x.op != y.op or x.target != y.target:
+            raise _Apart(x)
+        else:
+            self._trees((x.args, x.kwargs), (y.args, y.kwargs), x)
+
+    def _trees(self, a: Any, b: Any, at: fx.Node) -> None:
+        if isinstance(a, fx.Node):
+            if not isinstance(b, fx.Node):
+                raise _Apart(at)
+            self._pair(a, b, at)
+        elif isinstance(a, (tuple, list)):
+            if not isinstance(b, (tuple, list)) or len(a) != len(b):
+                raise _Apart(at)
+            for x, y in zip(a, b, strict=True):
+                self._trees(x, y, at)
+        elif isinstance(a, Mapping):
+            if not isinstance(b, Mapping) or a.keys() != b.keys():
+                raise _Apart(at)
+            for key in a:
+                self._trees(a[key], b[key], at)
+        elif isinstance(a, slice):
+            if not isinstance(b, slice):
+                raise _Apart(at)
+            self._trees((a.start, a.stop, a.step), (b.start, b.stop, b.step), at)
+        elif not (a is b or (type(a) is type(b) and (a == b or a != a))):
+            raise _Apart(at)
+
+    def _value(self, node: fx.Node) -> Any:
+        """What a node of the second graph gives at the sizes of the first one, made of sizes alone.
+
+        Where its value is not known a tensor is on the meta device.
+        """
+        needed, todo = {node}, [node]
+        while todo:
+            for part in todo.pop().all_input_nodes:
+                if part not in needed:
+                    needed.add(part)
+                    todo += [part] if self._seen(part) is None else []
+        for part in self.b.graph.nodes:
+            if part in needed and part not in self.values:
+                seen = self._seen(part)
+                self.values[part] = self._run(part) if seen is None else seen
+        return self.values[node]
+
+    def _seen(self, node: fx.Node) -> Any:
+        """What the counterpart of a node is on shapes alone."""
+        if node.op == "placeholder":
+            return next((self.a.seen.get(n) for n in self.a.placeholders() if n.target == node.target), None)
+        other = self.back.get(node)
+        made = any(y is node for _, y in self.made)
+        return None if other is None or made or node.op == "get_attr" else self.a.seen.get(other)
+
+    def _run(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            tensor = self.b.tensors.get(str(node.target), self.b.extras.get(str(node.target)))
+            if tensor is None or isinstance(tensor, torch.nn.Parameter):
+                raise _Apart(None)
+            return tensor.detach().cpu()
+        args: Any = map_arg(node.args, self.values.__getitem__)
+        kwargs: Any = map_arg(node.kwargs, self.values.__getitem__)
+        args, kwargs = pytree.tree_map_only(torch.device, lambda _: torch.device("cpu"), (args, kwargs))
+        args, kwargs = mutable(args), mutable(kwargs)
+        if operator_name(node) in FROM_SHAPE and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+            args[0:1] = [torch.empty(args[0].shape, dtype=args[0].dtype)]
+        target: Any = node.target
+        try:
+            if node.op == "call_method":
+                return getattr(args[0], str(target))(*args[1:], **kwargs)
+            if node.op == "call_function":
+                return target(*args, **kwargs)
+        except Exception:  # noqa: BLE001  what has values meets what has none
+            raise _Apart(None) from None
+        raise _Apart(None)
+
+
+def _expands(node: fx.Node) -> bool:
+    return node.target == "expand" and bool(node.args) and isinstance(node.args[0], fx.Node)
+
+
+def _roots(graph: fx.Graph) -> list[fx.Node]:
+    """What a graph returns, and what it does beside."""
+    found = []
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr") or node.users or node.target in CHECKS:
+            continue
+        if node.op in ("output", "call_module") or writes(node) or node.is_impure():
+            found.append(node)
+    return found
+
+
+def _equal(a: torch.Tensor, b: Any) -> bool:
+    if not isinstance(b, torch.Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.is_meta or b.is_meta:
+        return a.is_meta and b.is_meta
+    a, b = a.cpu(), b.cpu()
+    if a.is_floating_point() or a.is_complex():
+        return torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+    return bool(torch.equal(a, b))
+
+
+__all__ = ["Alike", "compare"]

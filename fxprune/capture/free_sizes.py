@@ -1,0 +1,116 @@
+"""Which sizes of the inputs a graph leaves free: the model is traced again at others, and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Any
+
+from torch import fx, nn
+
+from .. import sizes
+from ..nodes import describe_source
+from ..program import Program
+from ..sizes import BATCH, FAR, LAST, LENGTH, NEAR, Change, InputSize
+from .alike import compare
+from .arguments import Arguments
+
+Trace = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Program]
+_LONGEST = 200
+"""Characters of a reason."""
+
+
+def look(
+    trace: Trace, model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Program, tuple[Change, ...]]:
+    """Trace again at other sizes.
+
+    Returns:
+        The program, which checks the sizes for which the model's code does something else, or does not run.
+        Where it computes from its inputs' sizes what it had kept from an earlier call, it is the one
+        that does. And what may change together.
+    """
+    tree = args, kwargs
+    kinds = {place.kind for place in sizes.places(tree)}
+    known: dict[str, int] = {}
+    free: list[Change] = []
+    because: dict[str, str] = {}
+    apart = False
+    alone = [{kind: how} for kind in sorted(kinds - {BATCH}) for how in (NEAR, FAR)]
+    for change in [*sizes.changes(tree), *alone]:
+        if not sizes.asks_more(change, known):
+            continue
+        try:
+            other = trace(model, *sizes.resized(tree, change))
+        except Exception as error:  # noqa: BLE001  the model takes no such size, or is not captured there
+            reason = f"the model does not run at another ({_short(error)})"
+        else:
+            found = compare(program, other)
+            if found.same:
+                free.append(change)
+                known = {**change, **known}
+                if found.computed:
+                    program = other
+                if _settled(kinds, known):
+                    break
+                continue
+            apart = True
+            where = describe_source(found.node)
+            reason = f"the model's code does something else at another{f' ({where})' if where else ''}"
+        for kind in change.keys() - known.keys():
+            because[kind] = reason
+    if apart and not compare(program, trace(model, args, kwargs)).same:
+        return replace(program, seen={}), tuple(free)  # no two traces are alike
+    bounds = steps(kinds, known)
+    if bounds:
+        pin(program.graph, Arguments.of(model, args, kwargs).all(), bounds, because)
+    return replace(program, seen={}), tuple(free)
+
+
+def steps(kinds: Collection[str], known: Change) -> dict[str, int]:
+    """By how much sizes may differ from those of the example, by kind, where that is not by any number.
+
+    Args:
+        kinds: what there is.
+        known: changes that were seen to make no difference.
+    """
+    fixed = set(kinds) - known.keys() - {LAST} - ({LENGTH} if LAST in known else set())
+    return {kind: FAR for kind, how in known.items() if how == FAR} | dict.fromkeys(fixed, 0)
+
+
+def pin(graph: fx.Graph, given: dict[str, Any], bounds: dict[str, int], because: dict[str, str]) -> None:
+    """Have ``graph`` refuse other sizes of these kinds.
+
+    Args:
+        graph: changed in place.
+        given: the inputs, by name.
+        bounds: by kind 0, or :data:`FAR` where sizes may differ by that.
+        because: by kind why.
+    """
+    names = sizes.named(given)
+    axes = []
+    batch = False
+    for place in sizes.places(given):
+        if place.kind not in bounds or (place.kind == BATCH and batch):
+            continue
+        batch |= place.kind == BATCH  # one input stands for all
+        step = sizes.changed_size(place, FAR) - place.size if bounds[place.kind] else 0
+        name, keys = names[place.leaf]
+        axes.append(
+            (InputSize(name, place.dim, place.name, place.size, step, because.get(place.kind, "")), keys)
+        )
+    sizes.guard(graph, axes)
+
+
+def _settled(kinds: Collection[str], known: dict[str, int]) -> bool:
+    """Whether nothing is left to ask."""
+    left = set(kinds) - known.keys() - {LAST}
+    return not left or (left == {LENGTH} and LAST in known)
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:_LONGEST]
+
+
+__all__ = ["look", "pin", "steps"]
