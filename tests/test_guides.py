@@ -1,4 +1,4 @@
-"""The guides to other libraries run, where these libraries are installed."""
+"""The guides run: those to other libraries where these are installed."""
 
 import runpy
 from pathlib import Path
@@ -6,7 +6,19 @@ from pathlib import Path
 import pytest
 
 GUIDES = Path(__file__).parent.parent / "examples" / "guides"
-NEEDS = {"hugging_face": "transformers", "timm_models": "timm"}
+NEEDS = {
+    "budgets": "torch",
+    "calibration": "torch",
+    "compile": "torch",
+    "edit_plans": "torch",
+    "hugging_face": "transformers",
+    "lossless": "torch",
+    "mixed_precision": "torch",
+    "notebooks": "torch",
+    "onnx": "onnxruntime",
+    "save_and_load": "torch",
+    "timm_models": "timm",
+}
 
 
 def test_every_guide_is_run() -> None:

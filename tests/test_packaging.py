@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
-from importlib import import_module
+from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,46 @@ def test_installed_command() -> None:
         pytest.skip("fxprune is not installed in this environment")
     done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"fxprune {SETTINGS['project']['version']} ")
+
+
+@pytest.mark.slow
+def test_what_is_built_can_be_installed_and_prunes(tmp_path: Path) -> None:
+    """The source distribution, through a wheel, into a folder of its own; the libraries are those there."""
+    versions = {name: metadata.version(name) if find_spec(name) else "0" for name in ("pip", "setuptools")}
+    if versions["pip"] == "0" or int(versions["setuptools"].partition(".")[0]) < 77:
+        pytest.skip("needs pip and setuptools 77")
+    source, built, installed = tmp_path / "source", tmp_path / "built", tmp_path / "installed"
+    source.mkdir()
+    for name in ("fxprune", "passes"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+
+    def python(folder: Path, *args: str, **variables: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *args],
+            cwd=folder,
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    python(source, "-c", f"from setuptools.build_meta import *; build_sdist({str(built)!r})")
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--target", str(installed))
+    python(tmp_path, "-m", "pip", "install", *options, *map(str, built.iterdir()))
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n\n\ndef make():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))\n"
+    )
+    path = {"PYTHONPATH": str(installed)}
+    where = python(tmp_path, "-c", "import fxprune.passes; print(fxprune.passes.__file__)", **path)
+    assert Path(where.strip()).is_relative_to(installed)
+    command = ("prune", "net.py:make", "--input-shape", "1,3,8,8", "--no-latency", "--out", "net.safetensors")
+    python(tmp_path, "-m", "fxprune.cli", *command, **path)
+    assert (tmp_path / "net.safetensors").is_file()
 
 
 def test_importing_fxprune_does_not_import_torch() -> None:
