@@ -26,12 +26,13 @@ from ..program import Program
 from ..sizes import Change, InputSizes
 from ..trees import Leaf
 from . import pickling
+from .calls import Calls
 from .coupler import Coupler
 from .grouping import form_groups
 from .groups import Group, Grouping, RowSet
 from .input_sizes import input_sizes, refusal
 from .interpreter import Run, interpret
-from .other_sizes import differing, same_batch
+from .other_sizes import differing, run_at, same_batch
 from .outputs import beside, fill, fills, holding, short_names
 from .products import Cells
 from .roles import Use
@@ -149,9 +150,10 @@ class CouplingGraph:
         self.captured = captured
         self.source = source
         self.held = held
-        self._run: Run = interpret(captured.program, self.inputs)
+        calls = Calls()
+        self._run: Run = interpret(captured.program, self.inputs, follow=calls.note)
         self._refusals: dict[str, str] = {}
-        self.other_sizes = self._look_at_other_sizes()
+        self.other_sizes = self._look_at_other_sizes(calls)
         if WHOLE_ROWS in held:
             self.held = ()
             self._regroup()
@@ -161,15 +163,18 @@ class CouplingGraph:
             self._hold_dims(held)
         self._regroup()
 
-    def _look_at_other_sizes(self) -> Change:
+    def _look_at_other_sizes(self, calls: Calls) -> Change:
         """Freeze what is coupled otherwise where the inputs have other sizes, if the graph takes any.
+
+        Args:
+            calls: those of the run at the sizes of the example.
 
         Returns:
             Which sizes were others (see :mod:`fxprune.sizes`).
         """
         for trial in self.captured.trials:
             try:
-                other = interpret(self.captured.program, trial.inputs)
+                other = run_at(self.captured.program, trial.inputs, calls)
             except FxpruneError as error:  # the model takes no such size
                 self._refusals |= dict.fromkeys(trial.change, refusal(error))
                 continue

@@ -38,6 +38,7 @@ from ..nodes import describe_source, is_assertion, mutable, operator_name
 from ..program import Program, computed_tensors, named_tensors
 from ..trees import Leaf, flatten
 from ..value_dependent import AS_LIST, ON_SHAPES, is_lengths
+from .calls import Follow
 from .coupler import Coupler
 from .leaf_calls import call_plain
 from .meta_shapes import SHORTCUTS
@@ -79,6 +80,7 @@ def interpret(
     known: Callable[[fx.Node], Callable[[], Any] | None] | None = None,
     observe: Callable[[Any, Any, Any, Any], None] | None = None,
     labels: bool = True,
+    follow: Follow | None = None,
 ) -> Run:
     """Run ``program`` on meta ``inputs`` (one for each placeholder) and collect labels.
 
@@ -92,11 +94,12 @@ def interpret(
         observe: called as ``observe(operator, args, kwargs, out)`` after each ATen call; inside of modules
             that are registered as a whole, with unlabelled values in place of tensors.
         labels: apply rules; without, shapes are all that is found out.
+        follow: called after each ATen call, also without labels (see :data:`.calls.Follow`).
 
     Raises:
         ExampleInputsError: where a node fails on the inputs' shapes; names the node and its source.
     """
-    interpreter = _Interpreter(program, Coupler(units), seed, known, observe, labels)
+    interpreter = _Interpreter(program, Coupler(units), seed, known, observe, labels, follow)
     with torch.no_grad():  # attention on meta tensors takes no fused path
         interpreter.run(inputs)
     interpreter.keep_views()
@@ -134,9 +137,11 @@ class _Interpreter(TorchDispatchMode):
         known: Callable[[fx.Node], Callable[[], Any] | None] | None,
         observe: Callable[[Any, Any, Any, Any], None] | None,
         labels: bool,
+        follow: Follow | None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.observe = observe
+        self.follow = follow
         self.labels = labels
         self.known = known
         self.program = program
@@ -178,6 +183,8 @@ class _Interpreter(TorchDispatchMode):
         if out is None:
             out = self._shapes_only(func, args, kwargs)
         if not self.labels:
+            if self.follow is not None:
+                self.follow(self.coupler.node, func, args, kwargs, out)
             return out
         self._calls += 1
         coupler = self.coupler
@@ -207,6 +214,8 @@ class _Interpreter(TorchDispatchMode):
                     self._numbers.append((coupler.operator.rstrip("_"), *numbers))
         if self.observe is not None and not self._idle:
             self.observe(func, args, kwargs, out)
+        if self.follow is not None:
+            self.follow(self.coupler.node, func, args, kwargs, out)
         return out
 
     def _shapes_only(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -439,6 +448,8 @@ class _Interpreter(TorchDispatchMode):
         if self.labels:
             self.coupler.begin(type(original).__qualname__)
             leaf.couple(self.coupler, module, args, kwargs, result)
+        if self.follow is not None:
+            self.follow(self.coupler.node, None, args, kwargs, result)
         return result
 
     def _finish(self, node: fx.Node, results: Any) -> None:

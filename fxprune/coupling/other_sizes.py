@@ -13,17 +13,31 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from ..program import Program
+from .calls import Calls, UnlikeError
 from .groups import Mask
-from .interpreter import Run
+from .interpreter import Run, interpret
 from .units import FIXED, Event, Ids, Label
 
 REASON = "couples differently at other sizes of the inputs"
 
 
+def run_at(program: Program, inputs: list[Any], calls: Calls) -> Run:
+    """The run of ``program`` at other sizes: without labels where its calls couple as ``calls`` do.
+
+    Raises:
+        FxpruneError: if the program takes no such sizes.
+    """
+    try:
+        return interpret(program, inputs, labels=False, follow=calls.follow())
+    except UnlikeError:
+        return interpret(program, inputs)
+
+
 def differing(run: Run, other: Run) -> Iterator[Event]:
     """An event for each label of ``run`` with units whose couplings are others in ``other``.
 
-    The second run is of the same graph, with other sizes of the inputs.
+    The second run is of the same graph, with other sizes of the inputs; one without labels has no others.
     """
     pairs = [(name, dim) for name, state in run.states.items() for dim in range(len(state.shape))]
     labels = {(name, dim): (run.states[name].axes[dim], _label(other, name, dim)) for name, dim in pairs}
