@@ -7,11 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import fx
 
 from . import files
 from .coupling.graph import CouplingGraph, tree_values
 from .coupling.groups import Group
+from .errors import ImportanceError
+from .importance import BUILT_IN, score
 from .planning.cost_model import CostModel
 from .planning.plan import PruningPlan
 from .repeats import joined, starred
@@ -79,6 +83,7 @@ def report_html(graph: CouplingGraph, plan: PruningPlan) -> str:
         _blocks(graph, plan),
         _heading("Groups: what goes together, and how much of it"),
         _groups(graph, report.blocks, plan),
+        _scores(graph, plan),
         _heading("The network: each line is a node, coloured by the groups that it carries"),
         _svg(graph),
         _heading("What is held, and why"),
@@ -175,7 +180,7 @@ def _shares(report: Any) -> str:
 
 
 def _blocks(graph: CouplingGraph, plan: PruningPlan) -> str:
-    """Parameters by block before and after."""
+    """Parameters and bytes by block before and after."""
     model = CostModel(graph)
     full, left = (model.sizes(model.alive(removed)) for removed in ({}, plan.removed))
     blocks: dict[str, None] = {}
@@ -186,9 +191,10 @@ def _blocks(graph: CouplingGraph, plan: PruningPlan) -> str:
     rows = []
     for block in filter(None, blocks):
         before, after = (model.params(sizes, f"{block}.") for sizes in (full, left))
+        stored = [model.bytes(sizes, f"{block}.") for sizes in (full, left)]
         if before:
-            rows.append((_code(block), before, after, _bar(after / before, "#3572b0")))
-    return _table(("block", "parameters before", "after", ""), rows)
+            rows.append((_code(block), before, after, _bar(after / before, "#3572b0"), *stored))
+    return _table(("block", "parameters before", "after", "", "bytes before", "after"), rows)
 
 
 def _groups(graph: CouplingGraph, entries: Sequence[GroupEntry], plan: PruningPlan | None) -> str:
@@ -212,6 +218,58 @@ def _groups(graph: CouplingGraph, entries: Sequence[GroupEntry], plan: PruningPl
             (_code(entry.name), entry.units, _esc(after), _bar(mean, colour), len(entry.members), exact)
         )
     return _table(("group", "units", "left", "", "axes", "exact"), rows)
+
+
+_BINS = 24
+
+
+def _scores(graph: CouplingGraph, plan: PruningPlan) -> str:
+    """How the scores of each group lie, and which of its units go.
+
+    Only for criteria that read nothing but weights: the others would have to run the network again.
+    """
+    importance, seed = plan.settings.get("importance"), plan.settings.get("seed", 0)
+    if importance not in BUILT_IN or not plan.removed:
+        return ""
+    try:
+        scored = score(graph, str(importance), int(seed))
+        scores = {group.name: scored(group) for group in graph.groups}
+    except ImportanceError:  # weights without values, or a criterion that wants data
+        return ""
+    alike: dict[Any, list[Group]] = {}
+    for group in graph.groups:
+        alike.setdefault((starred(group.name), group.size), []).append(group)
+    rows = []
+    for groups in alike.values():
+        found = np.concatenate([np.asarray(scores[group.name], dtype=np.float64) for group in groups])
+        gone = np.zeros(len(found), dtype=bool)
+        start = 0
+        for group in groups:
+            gone[start + np.array(plan.removed.get(group.name, []), dtype=np.int64)] = True
+            start += group.size
+        cut = f"{found[gone].max():.3g}" if gone.any() else ""
+        rows.append((_code(joined([g.name for g in groups])), _histogram(found, gone), _esc(cut)))
+    named = _text(f"Scores by {importance}, from the least to the largest of each group; what goes is red.")
+    return named + _table(("group", "units by score", "largest score that goes"), rows)
+
+
+def _histogram(scores: NDArray[np.float64], gone: NDArray[np.bool_]) -> str:
+    """Bars: how many units have such a score, with those that go at the bottom."""
+    bounds = float(scores.min()), float(scores.max())
+    all_counts, edges = np.histogram(scores, _BINS, bounds if bounds[1] > bounds[0] else None)
+    gone_counts, _ = np.histogram(scores[gone], edges)
+    most, high = max(int(all_counts.max()), 1), 28
+    bars = []
+
+    def bar(i: int, top: int, tall: int, colour: str) -> None:
+        if tall:
+            bars.append(f'<rect x="{7 * i}" y="{top}" width="6" height="{tall}" fill="{colour}"/>')
+
+    for i, (every, out) in enumerate(zip(all_counts.tolist(), gone_counts.tolist(), strict=True)):
+        tall, low = round(high * every / most), round(high * out / most)
+        bar(i, high - tall, tall - low, "#8fa1b5")
+        bar(i, high - low, low, "#c0392b")
+    return f'<svg width="{7 * _BINS}" height="{high}">{"".join(bars)}</svg>'
 
 
 def _frozen(graph: CouplingGraph) -> str:

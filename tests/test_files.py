@@ -95,6 +95,7 @@ def test_deep_nesting_and_absurd_sizes(plan: fxprune.PruningPlan) -> None:
     for inputs in (
         {"args": [{"tensor": [10**30, 2], "dtype": "float32"}], "kwargs": {}},
         {"args": [{"tensor": [2**40, 2**20], "dtype": "float32"}], "kwargs": {}},
+        {"args": [{"tensor": [1, 3, 10**9, 8], "dtype": "float32"}], "kwargs": {}},  # 96 GB
         {"args": [{"tensor": [-1], "dtype": "float32"}], "kwargs": {}},
         {"args": [{"tensor": [2], "dtype": "nn"}], "kwargs": {}},
         {"args": 3, "kwargs": {}},

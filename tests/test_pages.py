@@ -14,6 +14,7 @@ from test_files import Net
 import fxprune
 from fxprune.cli import main
 from fxprune.errors import OutputError
+from fxprune.importance import score
 from fxprune.pages import report_html
 
 X = torch.zeros(2, 3, 8, 8)
@@ -64,8 +65,24 @@ def test_a_report_says_what_the_plan_does(
     assert texts[at + 1 : at + 3] == ["12", "6"]
     at = texts.index("blocks.1")
     assert texts[at + 1] == f"{12 * 6 + 12 + 6 * 12 + 6:,}"
+    assert texts[at + 3] == f"{4 * (12 * 6 + 12 + 6 * 12 + 6):,}"
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
     assert "<script" not in text
+
+
+def test_a_report_shows_the_scores_with_the_cut() -> None:
+    """The bars stand for all units of a group; the red ones for those that go."""
+    graph = fxprune.analyze(Net(blocks=1), X)
+    plan = fxprune.plan(graph, 0.5, "l1")
+    text = report_html(graph, plan)
+    (group,) = [group for group in graph.groups if group.name == "blocks.0.0.weight[0]"]
+    scores = score(graph, "l1")(group)
+    assert f"{scores[plan.removed[group.name]].max():.3g}" in Checked(text).texts
+    histogram = text[text.index("Scores by l1") :].partition("</table>")[0]
+    assert histogram.count("#c0392b") >= len(plan.removed)
+    assert "Scores by" not in report_html(
+        graph, fxprune.plan(graph, 0.5, lambda group: torch.rand(group.size))
+    )
 
 
 def test_names_are_escaped() -> None:

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from .. import sizes
 from ..errors import CaptureError
+from ..files import few
 from ..nn import Unpack, keep
 from ..program import Program, Skeleton, named_tensors
 from ..trees import Structure, flatten
@@ -175,7 +176,13 @@ class _Exporter:
             return [named.pop(name) for name in placed], named
 
         device = next((t.device for t in self.named.values()), torch.device("cpu"))
-        examples = [torch.zeros(t.shape, dtype=t.dtype, device=device) for t in tensors]
+        try:
+            examples = [torch.zeros(t.shape, dtype=t.dtype, device=device) for t in tensors]
+        except (RuntimeError, MemoryError) as error:
+            raise CaptureError(
+                f"torch.export needs example inputs with values, and they do not fit into memory: "
+                f"{few(str(list(t.shape)) for t in tensors)}. Next: give smaller example inputs."
+            ) from error
         refusal: Exception | None = None
         for doubled, free in ((True, True), (False, True), (False, False)):
             inputs = _doubled(examples) if doubled else examples

@@ -203,14 +203,14 @@ class CostModel:
 
     def params(self, sizes: Ids, within: str = "") -> int:
         """Number of parameter entries, of those alone whose first names start with ``within``."""
-        counted = self._is_parameter
-        if within:
-            counted = counted & np.array([name.startswith(within) for name in self._names], dtype=bool)
-        return int(sizes[self._dims].prod(axis=1)[counted].sum())
+        return int(sizes[self._dims].prod(axis=1)[self._is_parameter & self._within(within)].sum())
 
-    def bytes(self, sizes: Ids) -> int:
-        """Bytes of all tensors that a state dict holds."""
-        return int((sizes[self._dims].prod(axis=1) * self._stored).sum())
+    def bytes(self, sizes: Ids, within: str = "") -> int:
+        """Bytes of all tensors that a state dict holds, of those alone whose names start with ``within``."""
+        return int((sizes[self._dims].prod(axis=1) * self._stored)[self._within(within)].sum())
+
+    def _within(self, start: str) -> Mask:
+        return np.array([name.startswith(start) for name in self._names], dtype=bool)
 
     def macs(self, sizes: Ids) -> int:
         """Multiply-accumulates of one forward pass over the example inputs' batch."""

@@ -29,8 +29,8 @@ MOST_BYTES = 1 << 28
 MB."""
 _MOST_POSITIONS, _POSITIONS_PER_BYTE = 1 << 25, 1 << 10
 """What the ranges of a plan may stand for, in all and for each byte of its text."""
-_MOST_ENTRIES = 1 << 40
-"""Of one tensor."""
+_MOST_ENTRIES, _MOST_INPUT_ENTRIES = 1 << 40, 1 << 30
+"""Of one tensor; of an example input, which the analysis may have to make."""
 
 _LINES = ("shapes", "sizes", "removed")
 """Fields with an entry in a line."""
@@ -173,7 +173,7 @@ def _check_tensors(tree: Any) -> None:
         if shape is not None and (
             not isinstance(shape, (list, tuple))
             or any(type(size) is not int or size < 0 for size in shape)
-            or math.prod(shape) > _MOST_ENTRIES
+            or math.prod(shape) > _MOST_INPUT_ENTRIES
         ):
             raise PlanError(f"the plan's example inputs hold no tensor of the shape {_short(repr(shape))}.")
     for item in (

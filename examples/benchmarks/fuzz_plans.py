@@ -1,0 +1,125 @@
+"""Damage plan files at random, read them, and see that nothing but a clear error comes of it.
+
+    python examples/benchmarks/fuzz_plans.py --cases 100000
+
+A case is the text of a plan of a small network, damaged once to four times: characters or lines lost, doubled
+or replaced, values of the JSON tree replaced by other kinds, absurd numbers, long ranges, paths, deep
+nesting. Reading it must give a plan or a ``PlanError``; a plan that is read must be written and read again as
+the same plan; and applying it (each tenth) must give a network or an error of fxprune's. Reports the slowest
+case, and how much memory the process took more than before.
+"""
+
+import argparse
+import collections
+import json
+import random
+import resource
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+import fxprune
+from fxprune.errors import FxpruneError, PlanError
+
+ODD: tuple[Any, ...] = (
+    None, True, -1, 0, 1, 3.5, 10**9, 10**30, -(10**18), "", "0-3, 7", "0-999999999999", "5-1", "a",
+    "../../etc/passwd",
+    "0-3," * 5000, [], {}, [[]], [10**12, 10**12], {"a": 1}, [-1], [0, 0], "\x00", "é", "NaN",
+)  # fmt: skip
+
+
+class Net(nn.Module):
+    """A residual block, a group convolution and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.inner = nn.Sequential(nn.Conv2d(8, 12, 1), nn.ReLU(), nn.Conv2d(12, 8, 1, groups=4))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.stem(x)
+        return self.head((y + self.inner(y)).mean((2, 3)))
+
+
+def spots(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths to everything in a JSON tree."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [path, *(spot for key, value in items for spot in spots(value, (*path, key)))]
+
+
+def damaged(text: str, draw: random.Random) -> str:
+    """The text after one change."""
+    if draw.random() < 0.6:
+        try:
+            tree = json.loads(text)
+        except (ValueError, RecursionError):
+            tree = None
+        path = draw.choice(spots(tree))
+        if path:
+            owner = tree
+            for key in path[:-1]:
+                owner = owner[key]
+            what = draw.random()
+            if what < 0.2:
+                del owner[path[-1]]
+            elif what < 0.3 and isinstance(owner, dict):
+                owner[draw.choice(("", "x[0]", "../x", "model", "sizes"))] = owner.pop(path[-1])
+            elif what < 0.33:
+                owner[path[-1]] = "DEEP"
+            else:
+                owner[path[-1]] = draw.choice(ODD)
+            return json.dumps(tree).replace('"DEEP"', "[" * 5000 + "]" * 5000)
+    start = draw.randrange(len(text) + 1)
+    end = min(len(text), start + draw.choice((1, 1, 5, 50, 500)))
+    return text[:start] + draw.choice(("", "9", '"', "}", "[", "-", text[start:end] * 2)) + text[end:]
+
+
+def run(cases: int, seed: int = 0) -> tuple[collections.Counter[str], float]:
+    """How often each outcome came, and the seconds of the slowest case; raises for what must not happen."""
+    torch.manual_seed(0)
+    model, draw = Net().eval(), random.Random(seed)
+    plan = fxprune.plan(model, torch.randn(1, 3, 8, 8), ratio=0.5)
+    good, slowest = plan.to_json(), 0.0
+    outcomes: collections.Counter[str] = collections.Counter()
+    for number in range(cases):
+        text = good
+        for _ in range(draw.randint(1, 4)):
+            text = damaged(text, draw)
+        start = time.perf_counter()
+        try:
+            read = fxprune.PruningPlan.from_json(text)
+        except PlanError:
+            outcomes["refused"] += 1
+        else:
+            assert fxprune.PruningPlan.from_json(read.to_json()) == read, text
+            outcomes["read"] += 1
+            if number % 10 == 0:
+                try:
+                    read.apply(model)
+                    outcomes["applied"] += 1
+                except FxpruneError:
+                    outcomes["not applied, with an error of fxprune's"] += 1
+        slowest = max(slowest, time.perf_counter() - start)
+    return outcomes, slowest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    outcomes, slowest = run(options.cases, options.seed)
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(f"torch {torch.__version__}, {options.cases} cases in {time.perf_counter() - start:.0f} s")
+    for name, count in outcomes.most_common():
+        print(f"{count:>8}  {name}")
+    print(f"slowest case {slowest:.2f} s; {more:.0f} MB more than at the start")
+
+
+if __name__ == "__main__":
+    main()
