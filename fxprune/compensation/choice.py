@@ -88,6 +88,7 @@ class _Consumer:
         self.gram = self.weight.mT @ self.weight  # of the weights no more is needed, however many outputs
         self.share = 1 / max(float((self.gram * self.second).sum()), 1e-30)
         self.inverse = torch.cholesky_inverse(factor)
+        self.left = torch.ones(len(self.inverse), dtype=torch.bool)
         order = np.argsort(self.units, kind="stable")
         self.entries = {
             int(unit): torch.from_numpy(own)
@@ -105,30 +106,43 @@ class _Consumer:
         for place, unit in enumerate(units):
             if unit in self.entries:
                 by_size.setdefault(len(self.entries[unit]), []).append(place)
-        for own_places in by_size.values():
+        for size, own_places in by_size.items():
             index = torch.stack([self.entries[units[place]] for place in own_places])
-            block = self.inverse[index[:, :, None], index[:, None, :]]
-            gram = self.gram[index[:, :, None], index[:, None, :]]
-            solved = torch.linalg.solve(block, gram)
-            found[own_places] = solved.diagonal(dim1=1, dim2=2).sum(1).double()
+            if size == 1:
+                index = index[:, 0]
+                errors = self.gram.diagonal()[index] / self.inverse.diagonal()[index]
+            else:
+                rows, columns = index[:, :, None], index[:, None, :]
+                solved = torch.linalg.solve(self.inverse[rows, columns], self.gram[rows, columns])
+                errors = solved.diagonal(dim1=1, dim2=2).sum(1)
+            found[own_places] = errors.double()
         return found * self.share
 
     def remove(self, units: list[int]) -> None:
         """The others make up for these units."""
-        own = [self.entries[unit] for unit in units if unit in self.entries]
+        own = [self.entries.pop(unit) for unit in units if unit in self.entries]
         if not own:
             return
         gone = torch.cat(own)
-        across = self.inverse[:, gone]
+        across, part = self.inverse[:, gone], self.gram[:, gone]
         solved = torch.linalg.solve(across[gone], across.mT)
-        change = self.gram[:, gone] @ solved
-        self.gram += solved.mT @ change[gone] - change - change.mT
-        self.inverse -= across @ solved
-        self.gram[gone, :] = 0
-        self.gram[:, gone] = 0
-        self.inverse[gone, :] = 0
-        self.inverse[:, gone] = 0
-        self.inverse[gone, gone] = 1e-30
+        # The weights become W - W[:, gone] @ solved, and what is left of H likewise.
+        self.inverse.addmm_(across, solved, alpha=-1)
+        self.gram.addmm_(part, solved, alpha=-1)
+        self.gram.addmm_(solved.mT, part[gone] @ solved - part.mT)
+        left = torch.ones(len(self.inverse), dtype=torch.bool)
+        left[gone] = False
+        self.left &= left
+        if 4 * int(self.left.sum()) < 3 * len(self.left):  # the work grows with the square of what is there
+            self._forget()
+
+    def _forget(self) -> None:
+        """Keep only the entries that have not gone."""
+        new = torch.cumsum(self.left, 0) - 1
+        self.inverse = self.inverse[self.left][:, self.left]
+        self.gram = self.gram[self.left][:, self.left]
+        self.entries = {unit: new[own] for unit, own in self.entries.items()}
+        self.left = self.left[self.left]
 
     def solved(self, gone: Ids) -> torch.Tensor:
         """The best weights without these units, zero at theirs, ``(outputs, n)``."""
