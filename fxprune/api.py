@@ -370,7 +370,7 @@ def _plan(
     given: nn.Module | CouplingGraph, example_inputs: Any, selection: Selection
 ) -> tuple[PruningPlan, CouplingGraph, Rewritten]:
     """The plan, the analysis that it is for, and what it rewrites."""
-    selection = _resolved(selection)
+    selection = resolved(selection)
     importance, seed = selection.importance, selection.seed
     model = model_of(given)
     own = _OwnClass.of(selection.into, model)
@@ -551,16 +551,15 @@ class _OwnClass:
         return rewrite_in_class(self.model, self.questions, rewritten, args, kwargs, dissolved)
 
 
-def _resolved(selection: Selection) -> Selection:
-    """With calibration data, units are chosen by them; for a budget, how much each group gives as well."""
+def resolved(selection: Selection) -> Selection:
+    """With calibration data, units are chosen by them; for a budget, errors are those of the outputs."""
     if selection.calibrate is None or selection.importance != AUTO:
         return selection
     metric = next(iter(selection.budget.settings())) if selection.budget is not None else None
     importance = Reconstruction(
         selection.calibrate, selection.pick, "macs" if metric == "latency" else metric
     )
-    scope = "global" if metric is not None and selection.scope == "local" else selection.scope
-    return replace(selection, importance=importance, scope=scope)
+    return replace(selection, importance=importance)
 
 
 def _meter(

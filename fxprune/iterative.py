@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from .api import analyze, graph_for, graph_of, model_of, plan
+from .api import analyze, compensate, graph_for, graph_of, model_of, plan, resolved
 from .coupling.graph import CouplingGraph
 from .coupling.groups import Group
 from .coupling.units import Label
@@ -78,7 +78,7 @@ def schedule(
     ratio: float | Selection | None = None,
     steps: int = 5,
     curve: str | Curve = "linear",
-    importance: Importance = "l2",
+    importance: Importance = AUTO,
     seed: int = 0,
     **options: Any,
 ) -> Iterator[Step]:
@@ -91,7 +91,9 @@ def schedule(
     Every step scores the units of the current network and narrows it. Ratios refer to the sizes of the
     original, so that after each step the widths are those that one step with ``step.share * ratio`` would
     give, and names of layers in the options mean those of the original; ``ratios``, ``scopes``, ``heads`` and
-    the shares in a ``budget`` follow the curve, too. What is gone stays gone.
+    the shares in a ``budget`` follow the curve, too. What is gone stays gone. With calibration data
+    (``calibrate``) each step's network makes up for what went in that step, as by
+    :func:`fxprune.compensate`.
 
     Args:
         model: the original; it is not changed.
@@ -185,11 +187,15 @@ def _steps(
             graph = analyze(
                 current, example_inputs, free_outputs=total.free_outputs, fill_outputs=total.fill_outputs
             )
-            carried = _carried(total, original, graph, goal.importance, goal.seed)
+            carried = _carried(total, original, graph, resolved(goal).importance, goal.seed)
             wider, total = total, plan(original, replace(goal, importance=carried))
             total = replace(total, settings={**total.settings, "importance": wider.settings["importance"]})
             made = since(total, wider, original, graph)
             narrowed = made.apply(graph)
+        if goal.calibrate is not None:
+            narrowed = compensate(
+                narrowed, current, goal.calibrate, pick=goal.pick, rebuild=goal.rebuild, seed=goal.seed
+            )
         step = Step(number, share, narrowed, current, made, total)
         remember(step.model, model, [total])
         shapes = _shapes(step.model)

@@ -34,7 +34,7 @@ from .nodes import copy_graph, describe_source, mutable, operator_name
 from .passes import Narrowing
 from .passes.parameters import masked, narrow, surviving
 from .planning.plan import PruningPlan
-from .program import Program
+from .program import Program, named_tensors
 from .region_program import RegionModule, RegionProgram
 from .sizes import resized
 from .trees import Leaf, flatten
@@ -121,6 +121,8 @@ def verify(
     evaluation mode and in training mode (with dropout off, batch statistics included), and in evaluation mode
     again at other sizes (batch, height, width, length) where the model takes them.
 
+    Of a compensated network the narrowing is compared: a copy of it with the weights that the plan gives.
+
     Args:
         model: the original model, or its analysis; not changed.
         pruned: what ``plan.apply(model)`` gave.
@@ -138,6 +140,19 @@ def verify(
         PlanError: if the plan does not belong to the model.
     """
     given, model = model, model_of(model)
+    if "compensation" in getattr(pruned, "meta", {}):
+        said = "the weights of a compensated network: those that the plan narrows stood in their place"
+        verdict = verify(
+            given,
+            _uncompensated(given, pruned, plan),
+            plan,
+            example_inputs,
+            dtype=dtype,
+            tolerance=tolerance,
+            more_inputs=more_inputs,
+            low_memory=low_memory,
+        )
+        return replace(verdict, notes=(*verdict.notes, said))
     tensors = [*model.parameters(), *model.buffers()]
     if any(t.device.type == "meta" for t in tensors):
         raise VerificationError("the model is on the meta device, so there are no weights to verify.")
@@ -153,6 +168,25 @@ def verify(
         return _verify(given, pruned, plan, example_inputs, own, own, tolerance, more_inputs)
     except _Precision as error:
         raise ExampleInputsError(str(error)) from error.__cause__
+
+
+def _uncompensated(given: nn.Module | CouplingGraph, pruned: nn.Module, plan: PruningPlan) -> nn.Module:
+    """A copy of a compensated network with the weights that the plan gives it.
+
+    Raises:
+        VerificationError: if it has other tensors than what the plan gives.
+    """
+    plain = copy.deepcopy(pruned)
+    del plain.meta["compensation"]  # type: ignore[union-attr, operator]
+    mine, wanted = (dict(named_tensors(module)) for module in (plain, plan.apply(given)))
+    for name in {**wanted, **mine}:
+        shapes = [tuple(own[name].shape) if name in own else None for own in (mine, wanted)]
+        if shapes[0] != shapes[1]:
+            raise VerificationError(
+                f"the pruned network holds {name} of shape {shapes[0]}, and the plan gives {shapes[1]}."
+            )
+        mine[name].detach().copy_(wanted[name])
+    return plain
 
 
 class _Precision(Exception):

@@ -17,7 +17,7 @@ from fxprune.compensation import Compensation
 from fxprune.compensation.choice import _Consumer, _order
 from fxprune.compensation.moments import evened, inputs, matrix, outputs, write
 from fxprune.compensation.walk import Runner, quiet
-from fxprune.errors import CalibrationError, PlanError, SelectionError
+from fxprune.errors import CalibrationError, PlanError, SelectionError, VerificationError
 
 
 class Residual(nn.Module):
@@ -449,3 +449,45 @@ def test_no_position_outweighs_all_others() -> None:
     assert squares[7] == pytest.approx(10 * float(x.square().sum((0, 1)).sort().values[89]), rel=1e-4)
     assert torch.equal(evened(x)[:7], torch.ones(7))
     assert torch.equal(evened(torch.zeros(1, 3, 5)), torch.ones(5))
+
+
+@pytest.mark.parametrize("into", ["graph", "module"])
+def test_the_narrowing_of_a_compensated_network_is_verified(into: Any) -> None:
+    model, data = settled(Residual(), 8, 3, 12, 12), batches()
+    pruned = fxprune.prune(model, data[0], 0.4, calibrate=data, into=into)
+    weights = [parameter.clone() for parameter in pruned.parameters()]
+    verdict = fxprune.verify(model, pruned, pruned.meta["fxprune"], data[0])  # type: ignore[index, arg-type]
+    assert verdict.exact
+    assert "stood in their place" in str(verdict)
+    assert all(torch.equal(a, b) for a, b in zip(weights, pruned.parameters(), strict=True))
+    pruned.get_submodule("two").stride = (2, 2)  # type: ignore[assignment]
+    with pytest.raises(VerificationError):
+        fxprune.verify(model, pruned, pruned.meta["fxprune"], data[0])  # type: ignore[index, arg-type]
+
+
+def test_verify_refuses_a_compensated_network_of_another_plan() -> None:
+    model, data = settled(Residual(), 8, 3, 12, 12), batches()
+    pruned = fxprune.prune(model, data[0], 0.4, calibrate=data)
+    with pytest.raises(VerificationError, match="of shape"):
+        fxprune.verify(model, pruned, fxprune.plan(model, data[0], 0.6), data[0])
+
+
+def test_an_explicit_scope_is_kept() -> None:
+    data, budget = batches(), fxprune.Budget(macs=0.7)
+    assert fxprune.Selection(budget=budget, calibrate=data).scope == "global"
+    assert fxprune.Selection(budget=budget, calibrate=data, scope="local").scope == "local"
+    assert fxprune.Selection(0.5, calibrate=data).scope == "local"
+    model = settled(Residual(), 8, 3, 12, 12)
+    made = fxprune.plan(model, data[0], budget=budget, calibrate=data, scope="local")
+    shares = [narrowed.kept / narrowed.size for narrowed in made]
+    assert max(shares) - min(shares) < 0.2
+
+
+def test_each_step_of_a_schedule_is_compensated() -> None:
+    model, data = settled(Residual(), 8, 3, 12, 12), batches(8)
+    plain = [*fxprune.schedule(model, data[0], 0.4, steps=2)]
+    steps = [*fxprune.schedule(model, data[0], 0.4, steps=2, calibrate=data)]
+    assert all(found(step.model).after < found(step.model).before for step in steps)
+    test = torch.randn(32, 3, 12, 12)
+    assert divergence(model, steps[-1].model, test) < 0.5 * divergence(model, plain[-1].model, test)
+    assert fxprune.verify(model, steps[-1].model, steps[-1].total, data[0]).exact

@@ -104,9 +104,9 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         dest="scope",
         action="store_const",
         const="global",
-        default="local",
+        default="auto",
         help="rank all units of the network together, so that layers that matter less lose more (default: "
-        "every group loses the same share)",
+        "every group loses the same share, and with --calibrate and a budget what costs least)",
     )
     ranking.add_argument(
         "--isomorphic",

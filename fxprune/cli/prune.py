@@ -226,7 +226,7 @@ def _planned(
         asked = ", ".join(f"{name} {value:g}" for name, value in given.items())
         asked = asked or f"ratio {plan.settings['ratio']:g}"
         asked += f", heads {options.heads:g}" if options.heads else ""
-        ranked = "" if options.scope == "local" else f", {options.scope} ranking"
+        ranked = "" if selection.scope == "local" else f", {selection.scope} ranking"
         exact = ", exact groups only" if options.exact_only else ""
         by = options.importance or ("calibration" if options.calibrate else "l2")
         say("\n".join([f"{asked} by {by}{ranked}{exact}", *plan.notes]))

@@ -46,13 +46,13 @@ class Selection:
         importance: ``"l1"``, ``"l2"``, ``"random"`` or another name in ``fxprune.importance.BUILT_IN``; a
             criterion, ``fxprune.importance.Taylor(loss, data)`` say; or a function ``group -> scores`` that
             returns one number for each of ``group.size`` units. The lowest go first. ``"auto"`` is ``"l2"``,
-            and with calibration data :class:`fxprune.compensation.Reconstruction`; with a budget, groups are
-            then ranked together.
+            and with calibration data :class:`fxprune.compensation.Reconstruction`.
         where: only groups for which this is true are narrowed, ``lambda group: group.exact`` say.
         seed: for criteria with something random.
         scope: what loses ``ratio`` of its units: ``"local"`` every group, ``"global"`` all groups ranked
             together, ``"isomorphic"`` the groups of the same structure ranked together (Fang et al., ECCV
-            2024, https://arxiv.org/abs/2407.04616). Ranking compares scores between groups.
+            2024, https://arxiv.org/abs/2407.04616). Ranking compares scores between groups. ``"auto"`` is
+            ``"global"`` where calibration data choose and a budget is given, else ``"local"``.
         ratios: ratios of single layers, ``{"layer1": 0.3, nn.Linear: 0.2}``. Where several apply, the
             last counts.
         scopes: layers that are ranked together, and the ratio of their units to remove,
@@ -93,7 +93,7 @@ class Selection:
     where: Callable[[Group], bool] | None = None
     seed: int = 0
     _: KW_ONLY
-    scope: Scope = "local"
+    scope: Scope | Literal["auto"] = "auto"
     ratios: Mapping[Pattern, float] = field(default_factory=dict)
     scopes: Mapping[Pattern | tuple[Pattern, ...], float] = field(default_factory=dict)
     max_ratio: float = 1.0
@@ -128,6 +128,9 @@ class Selection:
         object.__setattr__(self, name, value)
 
     def _check_calibration(self) -> None:
+        if self.scope == AUTO:
+            by_data = self.calibrate is not None and self.importance == AUTO and self.budget is not None
+            self._set("scope", "global" if by_data else "local")
         if self.calibrate is None and self.importance == AUTO:
             self._set("importance", "l2")
         if type(self.rebuild) is not int or self.rebuild < 0:
