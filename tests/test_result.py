@@ -689,6 +689,31 @@ def test_explain() -> None:
     assert "output of the model" in str(end)
 
 
+def test_explain_joins_the_steps_of_repeated_blocks() -> None:
+    """A residual stream over fifty blocks: a line for each step of a block."""
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 3)
+            self.blocks = nn.ModuleList(
+                nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8)) for _ in range(50)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            for block in self.blocks:
+                x = x + block(x)
+            return self.last(x)
+
+    explanation = fxprune.analyze(Deep(), torch.zeros(2, 3)).explain("first.weight", 0)
+    assert len(explanation.paths) > 100
+    text = str(explanation)
+    assert len(text.splitlines()) < 20
+    assert "blocks.*.0.weight[1] <- " in text
+    assert "(x49)" in text or "(x50)" in text
+
+
 def test_explain_takes_either_name_of_a_tied_parameter() -> None:
     """The second name leads to the same axis."""
     model, inputs, _, _ = made("language")

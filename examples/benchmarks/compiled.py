@@ -26,6 +26,8 @@ if "transformers" in {model!r}: import transformers
 torch.manual_seed(0)
 model, x = {model}
 model.eval()
+for p in model.parameters():  # a head of zeros says nothing
+    if not p.any(): torch.nn.init.normal_(p, std=0.1)
 def first(y): return y if isinstance(y, torch.Tensor) else y[0]
 def seconds(run):
     run(x)

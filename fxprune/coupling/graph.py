@@ -23,6 +23,7 @@ from ..errors import FxpruneError, PlanError
 from ..inputs import to_meta
 from ..nodes import describe_source
 from ..program import Program
+from ..repeats import joined, starred
 from ..sizes import Change, InputSizes
 from ..trees import Leaf
 from . import pickling
@@ -97,6 +98,9 @@ class Link:
 class Explanation:
     """What goes with an axis, and why. ``str()`` of it is meant to be read.
 
+    Where that are many steps, those that differ by numbers alone (in repeated blocks) share a line:
+    ``blocks.*.fc.weight[1] <- ... (x24)``. ``paths`` has them all.
+
     Attributes:
         axis: the axis asked for.
         groups: the groups that its indices belong to.
@@ -117,9 +121,17 @@ class Explanation:
                 f"  frozen: {self.frozen.reason} at {self.frozen.node} {self.frozen.source}".rstrip()
             )
         steps = {link: None for path in self.paths.values() for link in path}  # many paths begin alike
-        lines += [f"  {link}" for link in steps]
+        alike: dict[Any, list[str]] = {}
+        for link in steps:
+            key = starred(f"{link.axis} {link.via} {link.node}"), link.source
+            alike.setdefault(key if len(steps) > _MOST_STEPS else link, []).append(str(link))
+        lines += [f"  {joined(texts)}" for texts in alike.values()]
         lines += [f"  {axis} goes with it" for axis, path in self.paths.items() if not path]
         return "\n".join(lines)
+
+
+_MOST_STEPS = 40
+"""From how many on the steps of an explanation share lines."""
 
 
 @dataclass(frozen=True)
