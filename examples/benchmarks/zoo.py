@@ -9,6 +9,8 @@ Nothing is told about any model but how it is built and what its inputs look lik
   asked of a second plan that narrows only the exact groups, and ``fxprune.verify`` compares the first node by
   node. "unseen" says that masking moved no output, so that there was nothing to judge by; "none" that no
   group is exact.
+- **modes**: "both" where the result follows ``train()`` and ``eval()`` as the original does; else what stays.
+- **sizes**: which sizes of the inputs are free (``graph.sizes``).
 - **batch**: whether the result also takes a batch of twice the size, where the original does.
 - **kept**: the share of parameters and of multiply-accumulates that is left at ratio 0.5; in brackets that of
   parameters with ``free_outputs="auto"``, where outputs keep much of the network wide.
@@ -53,6 +55,9 @@ from torch.utils import _pytree as pytree
 
 import fxprune
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from more_zoos import MORE
+
 RATIO = 0.5
 SIZES = (64, 96, 128, 160, 192, 224, 256)
 LARGE = 60_000_000
@@ -83,6 +88,8 @@ class Row:
     reason: str = ""
     versions: str = ""
     date: str = ""
+    modes: str = ""
+    sizes: str = ""
 
 
 # -- the zoos ---------------------------------------------------------------------------------------
@@ -379,6 +386,7 @@ ZOOS: dict[str, tuple[Callable[[Path], list[str]], Callable[[str], Made]]] = {
     "transformers": (transformers_names, transformers_make),
     "diffusers": (diffusers_names, diffusers_make),
     "ultralytics": (ultralytics_names, ultralytics_make),
+    **{zoo: ((lambda folder, names=names: list(names)), make) for zoo, (names, make) in MORE.items()},
 }
 
 
@@ -419,6 +427,7 @@ def stages(row: Row, model: nn.Module, inputs: Any) -> Iterator[None]:
     row.kept_params = round(sum(p.numel() for p in pruned.parameters()) / max(row.params, 1), 3)
     graph = fxprune.analyze(model, inputs)
     row.rung = graph.captured.rung
+    row.sizes = re.sub(r", because[^;]*", "", str(graph.sizes))
     yield
     with torch.no_grad():
         wanted = oracle.call(model, inputs)
@@ -434,6 +443,7 @@ def stages(row: Row, model: nn.Module, inputs: Any) -> Iterator[None]:
             fxprune.count(pruned, inputs).macs / max(fxprune.count(model, inputs).macs, 1), 3
         )
     row.batch = takes_batches(oracle, model, pruned, inputs)
+    row.modes = follows_modes(oracle, model, pruned, inputs)
     yield
     del pruned, wanted, got, graph, plan  # room for the copies that follow
     row.exact = judge(oracle, row, model, inputs)
@@ -517,9 +527,27 @@ def takes_batches(oracle: Any, model: nn.Module, pruned: nn.Module, inputs: Any)
             return "fixed"
 
 
+def follows_modes(oracle: Any, model: nn.Module, pruned: nn.Module, inputs: Any) -> str:
+    """The column "modes"; empty where the original does not run in training mode."""
+    modes = [copy.deepcopy(module).train() for module in (model, pruned)]
+    with torch.no_grad():
+        try:
+            wanted = oracle.call(modes[0], inputs)
+        except Exception:
+            return ""
+        try:
+            same = oracle.same_structure(wanted, oracle.call(modes[1], inputs))
+        except fxprune.FxpruneError as error:
+            return f"one: {one_line(error)}"[:80]
+        except Exception:
+            same = False
+    kept = [note for note in pruned.meta["fxprune"].notes if "stays in" in note and "mode" in note]
+    return "dropout and batch norm" if kept else "both" if same else "one"
+
+
 def shortfall(graph: Any, plan: Any, kept: float) -> str:
     """What kept most parameters from becoming narrower, for a model of which more than half is left."""
-    notes = [str(note) for note in plan.notes]
+    notes = [str(note) for note in plan.notes if not str(note).startswith("sizes of the inputs")]
     if kept > 0.5:
         shares: dict[str, int] = {}
         for entry in graph.frozen:
@@ -649,7 +677,9 @@ def versions(zoo: str) -> str:
         text=True,
         check=False,
     ).stdout.strip()
-    packages = ["torch", *([zoo] if zoo in metadata.packages_distributions() else [])]
+    library = {"time series": "transformers"}.get(zoo, zoo.partition(",")[0])
+    found = metadata.packages_distributions().get(library, [])[:1]
+    packages = ["torch", *found]
     ours = f"fxprune {fxprune.__version__}" + (f" ({commit})" if commit else "")
     return ", ".join([ours, *(f"{package} {metadata.version(package)}" for package in packages)])
 
@@ -666,8 +696,8 @@ def read_rows(folder: Path) -> dict[tuple[str, str], Row]:
 
 # -- the table --------------------------------------------------------------------------------------
 
-HEADER = ("model", "input", "rung", "ran", "exact", "batch", "kept params", "kept MACs", "seconds",
-          "peak MB", "reason")  # fmt: skip
+HEADER = ("model", "input", "rung", "ran", "exact", "modes", "sizes", "batch", "kept params", "kept MACs",
+          "seconds", "peak MB", "reason")  # fmt: skip
 
 
 def cells(row: Row) -> list[str]:
@@ -675,7 +705,8 @@ def cells(row: Row) -> list[str]:
         return "" if value is None else format(value, form)
 
     freed = f" ({row.kept_freed:.2f})" if row.kept_freed is not None else ""
-    return [row.model, row.input, row.rung, "yes" if row.ran else "no", row.exact, row.batch,
+    return [row.model, row.input, row.rung, "yes" if row.ran else "no", row.exact, row.modes,
+            row.sizes, row.batch,
             number(row.kept_params, ".2f") + freed,
             number(row.kept_macs, ".2f"), number(row.seconds, ".1f"), number(row.peak_mb, ".0f"),
             row.reason.replace("|", "/")]  # fmt: skip
