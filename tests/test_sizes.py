@@ -280,3 +280,31 @@ def test_what_torch_export_takes_for_granted_of_sizes_holds():
     assert "multiples of" in str(graph.sizes)
     with pytest.raises(PinnedError, match=r"'x' has size 9 in dimension 2"):
         fxprune.prune(graph, ratio=0.5)(torch.randn(2, 3, 9, 8))
+
+
+class Anchors(Cached):
+    """As YOLO makes its anchors and strides: for the whole shape, batch included."""
+
+    def forward(self, x):
+        y = self.b(self.a(x).relu())
+        if self.size != y.shape:
+            self.size, (h, w) = y.shape, y.shape[2:]
+            lines, columns = (torch.arange(n).type_as(y) + 0.5 for n in (h, w))
+            places = torch.stack(torch.meshgrid(lines, columns, indexing="ij"), -1).view(-1, 2)
+            self.grid = torch.cat([places, y.new_full((h * w, 1), torch.tensor(2.0))], 1).transpose(0, 1)
+        y = y.flatten(2)
+        return torch.cat([(y[:, :2] + self.grid[:2]) * self.grid[2:], y[:, 2:]], 1)
+
+
+@pytest.mark.parametrize("ran", [None, (1, 3, 8, 8), (2, 3, 8, 8)])
+def test_what_was_kept_for_the_shape_of_the_last_call_is_computed(ran):
+    net = Anchors().eval()
+    if ran:
+        net(torch.randn(ran))
+    graph = fxprune.analyze(net, torch.randn(1, 3, 8, 8))
+    assert graph.captured.rung == "symbolic tracing with known shapes"
+    assert str(graph.sizes) == "batch, height, width: any"
+    pruned = fxprune.prune(graph, ratio=0)
+    for size in [(1, 8, 8), (2, 12, 10), (3, 7, 9)]:
+        x = torch.randn(size[0], 3, *size[1:])
+        torch.testing.assert_close(pruned(x), net(x))

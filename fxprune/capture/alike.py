@@ -107,7 +107,7 @@ class _Comparison:
                 raise _Apart(next(iter(x.users), x))
         elif constant:
             self.made.append((x, y))
-        elif x.op != y.op or x.target != y.target:
+        elif not _same_call(x, y):
             raise _Apart(x)
         else:
             self._trees((x.args, x.kwargs), (y.args, y.kwargs), x)
@@ -170,7 +170,9 @@ class _Comparison:
         args, kwargs = pytree.tree_map_only(torch.device, lambda _: torch.device("cpu"), (args, kwargs))
         args, kwargs = mutable(args), mutable(kwargs)
         if operator_name(node) in FROM_SHAPE and isinstance(args[0], torch.Tensor) and args[0].is_meta:
-            args[0:1] = [torch.empty(args[0].shape, dtype=args[0].dtype)]
+            args = (torch.empty(args[0].shape, dtype=args[0].dtype), *args[1:])
+        if operator_name(node) in ("type_as", "to") and isinstance(args[1], torch.Tensor):
+            args = (args[0], torch.empty((), dtype=args[1].dtype), *args[2:])  # its type alone counts
         target: Any = node.target
         try:
             if node.op == "call_method":
@@ -180,6 +182,18 @@ class _Comparison:
         except Exception:  # noqa: BLE001  what has values meets what has none
             raise _Apart(None) from None
         raise _Apart(None)
+
+
+def _same_call(x: fx.Node, y: fx.Node) -> bool:
+    """Whether two nodes call the same; of a constant, ``a - b`` is a call of its method."""
+    if x.op == y.op and x.target == y.target:
+        return True
+    names = {_OPERATORS.get(name := operator_name(node), name) for node in (x, y)}
+    calls = ("call_function", "call_method")
+    return x.op in calls and y.op in calls and len(names) == 1 and names <= set(_OPERATORS.values())
+
+
+_OPERATORS = {"add": "add", "sub": "sub", "mul": "mul", "div": "div", "truediv": "div", "pow": "pow"}
 
 
 def _expands(node: fx.Node) -> bool:

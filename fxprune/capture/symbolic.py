@@ -717,9 +717,18 @@ class _ShapeTracer(_Tracer):
         if kind == "call_function" and function_name(target) in self.dissolve:
             plain: Any = map_aggregate((args, kwargs), lambda a: a)
             return target(*mutable(plain[0]), **mutable(plain[1]))
+        if kind == "call_method" and target == "new_full" and self._is_tensor(args[2:]):
+            return (
+                args[0].new_zeros(args[1], **kwargs) + args[2]
+            )  # on shapes alone it has no number to fill in
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         self.values[proxy.node] = self._evaluate(proxy.node)
         return proxy
+
+    def _is_tensor(self, given: tuple[Any, ...]) -> bool:
+        value = given[0] if given else None
+        value = self.values[value.node] if isinstance(value, fx.Proxy) else value
+        return isinstance(value, torch.Tensor) and value.is_floating_point()
 
     def create_arg(self, a: Any) -> Any:
         node = super().create_arg(a)
