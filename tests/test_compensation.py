@@ -137,7 +137,7 @@ def test_copies_and_zeros_are_reproduced(copies: bool) -> None:
     assert divergence(model, fxprune.compensate(made, model, batches()), test) < 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_types(dtype: torch.dtype) -> None:
     model = settled(Residual(), 8, 3, 12, 12).to(dtype)
     data = [batch.to(dtype) for batch in batches()]
