@@ -16,8 +16,8 @@ Words that this package has for itself:
 - **atom**: units that lie in the same rows of every rectangle. **band**, or balanced set: atoms that lose
   the same share of their units.
 - **group**: the units that share their axes, decided on together.
-- **delicate**: a node that treats dimensions by size or position, and is looked at again when it is
-  rewritten.
+- **depends on sizes**: a node that treats dimensions by size or position, and is looked at again when it
+  is rewritten.
 - **table**: a buffer, a constant, or what is computed from such; its units are **loose** while they met no
   parameter's. A **meeting** is a table beside another operand of a pointwise operator; when the graph is
   known, **settle** decides whether the table is narrowed with it or picked from.

@@ -87,7 +87,7 @@ class Coupler:
         self._given = given
         self._origin = None
 
-    def delicate(self) -> None:
+    def depends_on_sizes(self) -> None:
         """Say that the current node treats labelled dimensions by size or position.
 
         All other nodes do to narrowed arguments what they did to the original ones, by the nature of
@@ -200,7 +200,7 @@ class Coupler:
         """Label an open axis with ``ids``; ``over`` are dimensions of ``value``."""
         state = value.state
         if state is None:
-            label = Label(ids, over, axis or self._here(dim))
+            label = Label(ids, over, axis or self.here(dim))
             met = value.labels[dim]
             holders = met.close() if isinstance(met, Open) else []
             if len(holders) > 1 and over:  # dimensions of this value, which others may not have
@@ -274,13 +274,17 @@ class Coupler:
         if label is not None:
             self.freeze(label, reason, remedy)
 
+    def keep_units(self, ids: Ids, axis: Axis, reason: str) -> None:
+        """Say that some of the units of a label stay, each by itself."""
+        self.frozen.append(Event(ids, axis, self.node, reason))
+
     def keep(self, value: Value, dim: int, reason: str) -> None:
         """Keep all indices of a dimension, also in rows that go as a whole."""
         if value.is_open(dim):
             self.own(value, dim)
         label = value.label(dim)
         if label is not None:
-            self.frozen.append(Event(label.ids, label.axis, self.node, reason))
+            self.keep_units(label.ids, label.axis, reason)
 
     def freeze_value(self, value: Value, reason: str, remedy: str = "") -> None:
         for dim in range(len(value.shape)):
@@ -292,9 +296,23 @@ class Coupler:
             return
         self.inexact.append(Event(label.ids, label.axis, self.node, reason))
 
+    def once_used(
+        self, tensor: torch.Tensor, kept: Sequence[tuple[Label, str]], inexact: Sequence[tuple[Label, str]]
+    ) -> None:
+        """Say what a result costs as soon as an operator reads it: labels that stay or are inexact."""
+        events = [(self.frozen, *each) for each in kept] + [(self.inexact, *each) for each in inexact]
+        if events:
+            self.peek(tensor).on_use = [
+                (found, Event(label.ids, label.axis, self.node, reason)) for found, label, reason in events
+            ]
+
+    def written(self, value: Value) -> None:
+        """Say that something was written into a value that is not zero where the masked original is."""
+        value.storage[0] = True
+
     def rectangle(self, rows: Ids, cells: Ids) -> None:
         """Require equally many cells in every row; leading dimensions of both are rows."""
-        self.delicate()
+        self.depends_on_sizes()
         flat = cells.reshape(-1, cells.shape[-1])
         if flat.shape[0] > 1:
             self.units.mark_rows(rows.reshape(-1))
@@ -585,14 +603,14 @@ class Coupler:
                 labels.append(label)
                 continue
             if label is not None and (own == dim or dim in label.over):
-                self.delicate()
+                self.depends_on_sizes()
             if label is not None and own == dim and index.size == 1 and label.ids.shape[-1] > 1:
                 self._picked_out(label, int(index[0]))
                 label = None
             elif label is not None and own == dim:
                 ids = label.ids[..., index]
                 if label.over:
-                    self.rectangle(self._rows(value, label), ids)
+                    self.rectangle(self.rows_of(value, label), ids)
                 label = self._moved(label, ids, label.over, own)
             elif label is not None and dim in label.over:
                 ids = label.ids.take(index, axis=label.over.index(dim))
@@ -619,7 +637,7 @@ class Coupler:
         if own is not None or any(
             o is not None and dim in o.over for o in map(value.label, range(len(value.shape)))
         ):
-            self.delicate()
+            self.depends_on_sizes()
         if own is not None:
             self._picked_out(own, index)
         labels: list[Label | None] = []
@@ -645,7 +663,7 @@ class Coupler:
             self.freeze(label, "one column of a rectangle is selected")
         else:
             ids = label.ids[index : index + 1]
-            self.frozen.append(Event(ids, label.axis, self.node, "this index is selected by its number"))
+            self.keep_units(ids, label.axis, "this index is selected by its number")
 
     def cat(self, values: Sequence[Value], dim: int) -> list[Label | None]:
         """Labels after concatenating along ``dim``; other dimensions are coupled."""
@@ -670,7 +688,7 @@ class Coupler:
                     ids = np.broadcast_to(ids, (*sizes, value.shape[dim]))
                 pieces.append(ids)
             zero = all(v.is_zero(dim) for v, part in zip(values, parts, strict=True) if part is not None)
-            axis = self._here(dim)
+            axis = self.here(dim)
             own = Label(np.concatenate(pieces, axis=-1), over, axis, zero)
             self.edges += [(part.axis, axis, self.node) for part in parts if part is not None]
         labels: list[Label | None] = []
@@ -714,7 +732,7 @@ class Coupler:
             if not inside:
                 continue
             if len(ins) > 1 or len(outs) > 1:
-                self.delicate()
+                self.depends_on_sizes()
             elif self._kept(labels, old[ins[0]], outs[0]):
                 continue
             factors = self._factors(inside, old)
@@ -809,7 +827,7 @@ class Coupler:
         cells = array
         for level in range(len(varying) - 1, outer - 1, -1):
             dim, over = dims[level], tuple(dims[:level])
-            axis = self._here(dim)
+            axis = self.here(dim)
             row = label.row if level == len(varying) - 1 else True
             labels[dim] = Label(cells, over, axis, label.zero, row)
             self.edges.append((label.axis, axis, self.node))
@@ -847,7 +865,7 @@ class Coupler:
         rows = self.units.fresh(int(kind.max()) + 1, loose=self.units.loose(cells))
         return cast(Ids, rows[kind.reshape(-1)].reshape(cells.shape[:-1]))
 
-    def _rows(self, value: Value, label: Label) -> Ids:
+    def rows_of(self, value: Value, label: Label) -> Ids:
         """Row units of a label that is over other dimensions; fresh ones where those differ in shape."""
         inner = value.label(label.over[-1])
         if inner is not None and inner.over == label.over[:-1]:
@@ -855,11 +873,16 @@ class Coupler:
         return self.units.fresh(*label.ids.shape[:-1])
 
     def _moved(self, label: Label, ids: Ids, over: tuple[int, ...], dim: int) -> Label:
-        axis = self._here(dim)
-        self.edges.append((label.axis, axis, self.node))
-        return Label(ids, over, axis, label.zero, label.row)
+        return Label(ids, over, self.passes_on(label, dim), label.zero, label.row)
 
-    def _here(self, dim: int) -> Axis:
+    def passes_on(self, label: Label, dim: int) -> Axis:
+        """Say that dimension ``dim`` of the result goes with a label; gives that dimension."""
+        axis = self.here(dim)
+        self.edges.append((label.axis, axis, self.node))
+        return axis
+
+    def here(self, dim: int) -> Axis:
+        """Dimension ``dim`` of what the current node gives."""
         return Axis(self.node.name if self.node is not None else "?", dim)
 
 

@@ -197,7 +197,7 @@ class _Interpreter(TorchDispatchMode):
                 and rule.family in ("movement", "constants")
                 and coupler.operator not in _BY_DIMENSION
             ):
-                coupler.delicate()
+                coupler.depends_on_sizes()
             try:
                 rule.apply(coupler, args, kwargs, out)
             except _UNFORESEEN:
@@ -292,7 +292,7 @@ class _Interpreter(TorchDispatchMode):
                     self.scalars[node] = tuple(self._numbers)
             env[node] = result
             if isinstance(result, torch.Tensor) and not result.is_meta:
-                self.coupler.delicate()  # somebody may read numbers off it
+                self.coupler.depends_on_sizes()  # somebody may read numbers off it
             if self._calls > 1 and node.target is not operator.getitem and node in self.coupler.takes:
                 self.coupler.takes[node] = None  # the node does more than pick
             if self._calls > 1 and node in self.coupler.meetings:
@@ -384,14 +384,14 @@ class _Interpreter(TorchDispatchMode):
         original = self.program.modules[path]
         leaf = leaf_for(original)
         if isinstance(original, Pack):
-            self.coupler.delicate()  # an object in it holds this run's tensors
+            self.coupler.depends_on_sizes()  # an object in it holds this run's tensors
             packed = original(*args, **kwargs)
             self._packs[id(packed)] = original
             return packed
         if isinstance(original, Fill):
             return self._filled(original, *args)
         if isinstance(original, Apply):
-            self.coupler.delicate()
+            self.coupler.depends_on_sizes()
         if leaf is None:
 
             def tensor(name: str) -> torch.Tensor:
@@ -401,7 +401,7 @@ class _Interpreter(TorchDispatchMode):
             if result is not None:
                 return result
         else:
-            self.coupler.delicate()  # nobody knows what it does with sizes
+            self.coupler.depends_on_sizes()  # nobody knows what it does with sizes
         if path not in self._modules:
             self._modules[path] = self._module(path)
         module = self._modules[path]
@@ -421,7 +421,7 @@ class _Interpreter(TorchDispatchMode):
         """What holds zeros in place of entries, which may go where the masked original's are zero, too."""
         if not isinstance(narrow, torch.Tensor):  # a number in a tree that was named as a whole
             return narrow
-        self.coupler.delicate()
+        self.coupler.depends_on_sizes()
         value = self.coupler.value(narrow)
         for dim in range(len(value.shape)):
             label = value.label(dim)
@@ -507,7 +507,7 @@ class _Interpreter(TorchDispatchMode):
                 return self.coupler.peek(leaf)
             return Value(tuple(leaf.shape), [None] * leaf.dim(), dtype=leaf.dtype)
         if _is_packed(leaf):
-            self.coupler.delicate()  # of its values it cannot be built again
+            self.coupler.depends_on_sizes()  # of its values it cannot be built again
             return tuple(map(self._describe, leaf))
         return leaf
 
@@ -552,7 +552,7 @@ class _Interpreter(TorchDispatchMode):
 
     def _inside(self, module: torch.nn.Module, original: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What a module with a rule of its own does within a leaf."""
-        self.coupler.delicate()
+        self.coupler.depends_on_sizes()
         with _disable_current_modes():
             return self._registered(module, original, args, kwargs)
 

@@ -301,7 +301,7 @@ def _custom(name: str, overloads: list[torch._ops.OpOverload], how: Any) -> Appl
         )
 
     def apply(c: Coupler, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        c.delicate()
+        c.depends_on_sizes()
         c.operator, before = known_as, c.operator
         try:
             inner(c, args, kwargs, out)

@@ -198,7 +198,7 @@ def _grouped(
     if channels is None:
         ids: Ids = np.zeros((groups, n_in), dtype=np.int64)
         rows = ids[:, 0]
-        axis = c._here(1)
+        axis = c.here(1)
     else:
         ids, axis = channels.ids.reshape(groups, n_in), channels.axis
         roots = c.units.find(ids)

@@ -53,7 +53,7 @@ def _pass(
         own = [name if name in shared else ("result", place, dim) for dim, name in enumerate(names)]
         labels, _ = c.unify(values, own, zero)
         if result is operands[0][0] and not all(label is None or label.zero for label in labels):
-            values[0][0].storage[0] = True  # written in place
+            c.written(values[0][0])  # written in place
         c.put(result, labels)
 
 

@@ -82,7 +82,7 @@ def squeeze(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     dims = args[1] if len(args) > 1 else range(len(value.shape))
     gone = {_dim(value, d) for d in (dims if not isinstance(dims, int) else [dims])}
     if any(value.label(d) is not None or value.is_open(d) for d in gone):
-        c.delicate()  # it may be 1 wide afterwards
+        c.depends_on_sizes()  # it may be 1 wide afterwards
     c.permute(out, value, [d for d, size in enumerate(value.shape) if d not in gone or size != 1])
 
 
@@ -104,7 +104,7 @@ def _open_alike(c: Coupler, value: Value, out: torch.Tensor) -> None:
     for dim in range(out.dim()):
         if out.shape[dim] > 1 and (dim < new or value.shape[dim - new] == 1):
             c.open(out, dim)
-            c.delicate()
+            c.depends_on_sizes()
 
 
 @rule("slice", "slice_copy")
@@ -124,7 +124,7 @@ def slice_(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
         label = value.label(dim)
         if label is not None and label.over and index[0] > 0 and step == 1:
             # What lies before must be balanced, too, for the bound to be one number.
-            c.rectangle(c._rows(value, label), label.ids[..., : index[0]])
+            c.rectangle(c.rows_of(value, label), label.ids[..., : index[0]])
         pick = c.take if step == 1 else c.pick
         c.put_view(out, value, pick(value, dim, index))
 
@@ -276,9 +276,9 @@ def take_along_dim(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) ->
     if from_table:
         operands.append((index, names))
         if all(index.is_open(d) or index.shape[d] == 1 for d in names):
-            c.delicate()
+            c.depends_on_sizes()
             ids = c.units.fresh(math.prod(index.shape), loose=True)
-            flat = Value((ids.size,), [Label(ids, (), c._here(dim))])
+            flat = Value((ids.size,), [Label(ids, (), c.here(dim))])
             for d, label in enumerate(c.reshape(flat, index.shape)):
                 if label is not None:
                     c.adopt(index, d, label.ids, label.over)
@@ -324,7 +324,7 @@ def pad(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
             c.freeze(label, "padded by other than constants")
             labels[dim] = None
             continue
-        c.delicate()
+        c.depends_on_sizes()
         ids = np.concatenate([c.units.fresh(left), label.ids, c.units.fresh(right)])
         labels[dim] = Label(ids, (), label.axis, label.zero and zeros, label.row)
     c.put(out, labels)

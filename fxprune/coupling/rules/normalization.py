@@ -12,7 +12,7 @@ from torch import nn
 
 from ..coupler import Coupler
 from ..registry import module_rule, rule
-from ..units import Event, Label, Value
+from ..units import Label, Value
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -67,7 +67,7 @@ def group_norm(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
     label = labels[1]
     if label is not None and label.over:
         label = labels[1] = c.tie(label, label.over)
-    c.delicate()
+    c.depends_on_sizes()
     if label is not None and groups < label.ids.size:
         cells = label.ids.reshape(groups, -1)
         c.rectangle(c.units.fresh(groups), cells)
@@ -147,24 +147,24 @@ def reduction(c: Coupler, args: Args, kwargs: Kwargs, out: Any) -> None:
     kept = [d for d in names if d not in dims]
     zero = c.operator in ("sum", "nansum", "count_nonzero", "mean", "amax", "amin", "max", "min")
     labels, gone = c.unify([(x, names)], kept, all if zero else (lambda zeros: False))
-    on_use: list[tuple[list[Event], Event]] = []
-    numbered: list[tuple[list[Event], Event]] = []
+    kept_rows: list[tuple[Label, str]] = []
+    inexact: list[tuple[Label, str]] = []
+    numbered = [(label, "its indices are the result") for label, _ in gone.values()]
     for label, zeroed in gone.values():
-        numbered.append((c.frozen, Event(label.ids, label.axis, c.node, "its indices are the result")))
         if label.row:
-            on_use.append((c.frozen, Event(label.ids, label.axis, c.node, "whole rows are reduced over")))
+            kept_rows.append((label, "whole rows are reduced over"))
         elif c.operator in ("argmax", "argmin"):
             c.freeze(label, "its indices are the result")
         elif not (zeroed and c.operator in ("sum", "nansum", "count_nonzero")):
-            event = Event(label.ids, label.axis, c.node, f"reduced over this axis by {c.operator}")
-            on_use.append((c.inexact, event))
+            inexact.append((label, f"reduced over this axis by {c.operator}"))
     if keepdim:
         labels = _spread(labels, kept, rank)
     for place, result in enumerate(results):
         c.put(result, labels)
-        events = numbered if place == 1 and c.operator in ("max", "min") else on_use
-        if events:
-            c.peek(result).on_use = events
+        if place == 1 and c.operator in ("max", "min"):
+            c.once_used(result, numbered, ())
+        else:
+            c.once_used(result, kept_rows, inexact)
 
 
 @rule("mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits")
@@ -182,8 +182,7 @@ def loss(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     exact = sums and keeps and all(value.is_zero(d) for value, _ in operands for d in range(len(value.shape)))
     if gone and not exact:
         reason = f"reduced over this axis by {c.operator}"
-        events = [Event(label.ids, label.axis, c.node, reason) for label, _ in gone.values()]
-        c.peek(out).on_use = [(c.inexact, event) for event in events]
+        c.once_used(out, (), [(label, reason) for label, _ in gone.values()])
 
 
 def _spread(labels: list[Label | None], kept: list[int], rank: int) -> list[Label | None]:

@@ -66,7 +66,7 @@ def pointwise(c: Coupler, args: tuple[Any, ...], kwargs: dict[str, Any], out: An
     apart = range(in_place, len(operands)) if "out" not in kwargs else ()
     labels, _ = c.unify(operands, range(rank), zero, apart)
     if in_place and not all(label is None or label.zero for label in labels):
-        values[0].storage[0] = True
+        c.written(values[0])
     for result in results:
         if isinstance(result, torch.Tensor):
             c.put(result, labels[rank - result.dim() :])
@@ -87,7 +87,7 @@ def _alone(c: Coupler, value: Value, zero: ZeroRule, results: list[Any]) -> None
     for result in results:
         known = c.value(result)
         if known is value and not kept:
-            value.storage[0] = True
+            c.written(value)
         c.put(result, labels)
 
 
@@ -106,7 +106,7 @@ def copy_(c: Coupler, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -
     operands = [(target, range(rank)), (source, range(rank - len(source.shape), rank))]
     labels, _ = c.unify(operands, range(rank))
     if not all(label is None or label.zero for label in labels):
-        target.storage[0] = True
+        c.written(target)
     c.put(out, labels)
 
 
@@ -115,7 +115,7 @@ def fill(c: Coupler, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
     """Overwritten with values that do not depend on the index."""
     value = c.value(args[0])
     if c.operator != "zero_":
-        value.storage[0] = True
+        c.written(value)
     if out is not args[0]:
         c.permute(out, value, range(len(value.shape)))
 

@@ -9,7 +9,7 @@ import torch
 
 from ..coupler import Coupler
 from ..registry import rule
-from ..units import Event, Label, Value
+from ..units import Label, Value
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -69,13 +69,11 @@ def _sliding(c: Coupler, x: Value, dim: int, out: Any, args: Args, n: int) -> La
     end = start + out.shape[dim]
     if stride != 1 or not 0 <= start < end <= x.shape[dim]:
         return None
-    c.delicate()
+    c.depends_on_sizes()
     for ids in (label.ids[:start], label.ids[end:]):
-        c.frozen.append(Event(ids, label.axis, c.node, "at the margin of windows that slide along this axis"))
+        c.keep_units(ids, label.axis, "at the margin of windows that slide along this axis")
     c.mark_inexact(label, "averaged over windows that slide along this axis")
-    axis = c._here(dim)
-    c.edges.append((label.axis, axis, c.node))
-    return Label(label.ids[start:end], (), axis)
+    return Label(label.ids[start:end], (), c.passes_on(label, dim))
 
 
 def _along(args: Args, place: int, dim: int, n: int) -> int:
@@ -115,7 +113,7 @@ def col2im(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
         label = c.tie(label, label.over)
         cells = label.ids.reshape(out.shape[at], -1)
         c.merge(cells[:, :1], cells, label.axis, label.axis)
-        labels[at] = Label(cells[:, 0], (), c._here(at), label.zero)
+        labels[at] = Label(cells[:, 0], (), c.here(at), label.zero)
     c.put(out, labels)
 
 
