@@ -717,7 +717,7 @@ class _ShapeTracer(_Tracer):
         if kind == "call_function" and function_name(target) in self.dissolve:
             plain: Any = map_aggregate((args, kwargs), lambda a: a)
             return target(*mutable(plain[0]), **mutable(plain[1]))
-        if kind == "call_method" and target == "new_full" and self._is_tensor(args[2:]):
+        if kind == "call_method" and target == "new_full" and self._fills_with_tensor(args, kwargs):
             return (
                 args[0].new_zeros(args[1], **kwargs) + args[2]
             )  # on shapes alone it has no number to fill in
@@ -725,10 +725,13 @@ class _ShapeTracer(_Tracer):
         self.values[proxy.node] = self._evaluate(proxy.node)
         return proxy
 
-    def _is_tensor(self, given: tuple[Any, ...]) -> bool:
-        value = given[0] if given else None
-        value = self.values[value.node] if isinstance(value, fx.Proxy) else value
-        return isinstance(value, torch.Tensor) and value.is_floating_point()
+    def _fills_with_tensor(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether floating-point numbers are to be one number, that of a tensor."""
+        given = (*args[::2], kwargs.get("dtype", torch.float32))
+        values = [self.values.get(a.node) if isinstance(a, fx.Proxy) else a for a in given]
+        types = [v.dtype if isinstance(v, torch.Tensor) else v for v in values]
+        floating = all(isinstance(t, torch.dtype) and t.is_floating_point for t in types)
+        return len(args) == 3 and floating and isinstance(values[1], torch.Tensor)
 
     def create_arg(self, a: Any) -> Any:
         node = super().create_arg(a)
