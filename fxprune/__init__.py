@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import functional, regularize
     from .api import analyze, compensate, plan, prune
+    from .calls import Calls, Returned
     from .coupling.explain import Removal, removable
     from .coupling.graph import CouplingGraph
     from .coupling.groups import Group, Member
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Budget",
+    "Calls",
     "Count",
     "CouplingGraph",
     "FxpruneError",
@@ -38,6 +40,7 @@ __all__ = [
     "PruningPlan",
     "Registration",
     "Removal",
+    "Returned",
     "Saved",
     "Selection",
     "Step",
@@ -69,6 +72,8 @@ _MODULES = {
     "compensate": "api",
     "plan": "api",
     "prune": "api",
+    "Calls": "calls",
+    "Returned": "calls",
     "Removal": "coupling.explain",
     "removable": "coupling.explain",
     "CouplingGraph": "coupling.graph",

@@ -7,11 +7,13 @@ import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
+from .calls import CALLS
 from .capture import Captured, capture
 from .capture.dynamo import named_inputs, takes_tensors
 from .capture.numbers import Comparison
@@ -25,7 +27,7 @@ from .errors import CaptureError, PlanError, RewriteError, SelectionError
 from .importance import score
 from .inputs import describe_inputs, in_dtype_of, normalize, restore_inputs, to_meta
 from .origins import remember
-from .own_class import holds, line_notes, marked_copy, rewrite_in_class
+from .own_class import Generation, holds, line_notes, marked_copy, rewrite_in_class
 from .passes import Rewritten, rewrite
 from .passes.check import Violation
 from .planning.budget import Budget
@@ -90,7 +92,7 @@ def analyze(
         ExampleInputsError: if the inputs do not fit it.
         SelectionError: if the model has no such output; names the nearest.
     """
-    args, kwargs = normalize(example_inputs)
+    args, kwargs = normalize(example_inputs, several=True)
     return _explored(model, args, kwargs, free_outputs, fill_outputs)
 
 
@@ -360,7 +362,7 @@ def _analyzed(
             return given
         args, kwargs, free = given.source.args, given.source.kwargs, given.captured.program.free_outputs
     else:
-        args, kwargs = normalize(example_inputs)
+        args, kwargs = normalize(example_inputs, several=True)
     if own.marked is not None:
         zeros = ()  # its own code returns what it returns
     return _explored(own.source, args, kwargs, free, zeros)
@@ -376,9 +378,14 @@ def _plan(
     own = _OwnClass.of(selection.into, model)
     analyzed = _analyzed(given, example_inputs, selection, own)
     args, kwargs = analyzed.source.args, analyzed.source.kwargs
+    if CALLS in kwargs and own.marked is None:
+        raise SelectionError(
+            'several calls need into="module": a graph makes one. Give that, or the inputs of one call.'
+        )
     graph, dissolved = analyzed.loose(), analyzed.source.dissolved
     graph = graph.hold({WHOLE_ROWS}) if selection.uniform else graph
-    notes = []
+    generating, note = Generation.of(model, args, kwargs) if own.marked is not None else (None, "")
+    notes = [note] if note else []
     # With its parameters as its own, a graph can be run for gradients and activations.
     owner = graph.captured.program.module() if takes_tensors(model) else model
     meter = _meter(owner, args, kwargs, selection.budget)
@@ -400,12 +407,14 @@ def _plan(
                 notes += line_notes(program, {name: v for name, v in found.items() if name in held} or found)
                 graph, first = graph.hold(set(held)), rewritten.violations[0]
                 continue
+            tests = [generating.fails] if generating is not None else []
             if selection.uniform:
-                unsaid, why = _unsaid(own, graph, selected.removed, rewritten, args, kwargs, dissolved)
-                if unsaid:
-                    notes.append(f"{', '.join(sorted(unsaid)[:3])} and all alike stay whole: {why}")
-                    graph, first = graph.hold(unsaid), Violation("", why)
-                    continue
+                tests.append(partial(_unsaid, own.model, args, kwargs))
+            unfit, why = _unfit(own, graph, selected.removed, rewritten, tests, args, kwargs, dissolved)
+            if unfit:
+                notes.append(f"{', '.join(sorted(unfit)[:3])} and all alike stay whole: {why}")
+                graph, first = graph.hold(unfit), Violation("", why)
+                continue
         if not rewritten.violations or not any(selected.removed.values()):  # nothing narrower, nothing wrong
             if meter is None or meter.accepts(selected.left["latency"], rewritten.materialize()):
                 break
@@ -470,46 +479,50 @@ def _plan(
     return made, graph, rewritten
 
 
-def _unsaid(
+def _unsaid(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], found: Rewritten) -> str:
+    """Why no configuration of the model's class says what ``found`` is.
+
+    Empty where one does, or where the class has no configuration.
+    """
+    if not has_config(model):
+        return ""
+    if any(tensor.is_meta for tensor in model.state_dict().values()):  # shapes alone
+        shapes = {name: tuple(found.program.tensors[name].shape) for name in model.state_dict()}
+        solved, reason = solve_config(model, shapes)
+        return reason if solved is None else ""
+    values, _, reason = said_by_config(found.materialize(), args, kwargs)
+    return reason if values is None else ""
+
+
+def _unfit(
     own: _OwnClass,
     graph: CouplingGraph,
     removed: Mapping[str, Sequence[int]],
     rewritten: Rewritten,
+    tests: Sequence[Callable[[Rewritten], str]],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     dissolved: frozenset[str],
 ) -> tuple[set[str], str]:
-    """Axes of the groups that no configuration of the model's class can say by themselves, and why.
+    """Axes of the groups that fail one of the ``tests`` by themselves, and why.
 
-    Empty where one says all of what is removed, or where the class has no configuration.
+    None where all of what is removed passes. A test says what is wrong, or nothing.
     """
-    if not has_config(own.model) or not any(removed.values()):
-        return set(), ""
-
-    def said(found: Rewritten) -> tuple[bool, str]:
-        if any(tensor.is_meta for tensor in own.model.state_dict().values()):  # shapes alone
-            names = list(own.model.state_dict())
-            shapes = {name: tuple(found.program.tensors[name].shape) for name in names}
-            solved, reason = solve_config(own.model, shapes)
-            return solved is not None, reason
-        values, _, reason = said_by_config(found.materialize(), args, kwargs)
-        return values is not None, reason
-
-    whole, reason = said(rewritten)
-    if whole:
+    reason = next(filter(None, (test(rewritten) for test in tests)), "") if any(removed.values()) else ""
+    if not reason:
         return set(), ""
     alike = {group.name: repeated(group) for group in graph.groups}
-    unsaid = set()
+    unfit = set()
     for kind in {alike[name] for name, units in removed.items() if units}:
         part = {name: units for name, units in removed.items() if alike[name] == kind}
         alone = own.rewritten(rewrite(graph, part), args, kwargs, dissolved)
-        single, why = said(alone) if not alone.violations else (False, alone.violations[0].reason)
-        if not single:
-            unsaid |= {name.rpartition("]")[0] + "]" for name in part}
-            reason = why
-    if not unsaid:  # each can be said, but not all of them together
-        unsaid = {name.rpartition("]")[0] + "]" for name, units in removed.items() if units}
-    return unsaid, reason
+        failed = [v.reason for v in alone.violations] or [why for test in tests if (why := test(alone))]
+        if failed:
+            unfit |= {name.rpartition("]")[0] + "]" for name in part}
+            reason = failed[0]
+    if not unfit:  # each passes, but not all of them together
+        unfit = {name.rpartition("]")[0] + "]" for name, units in removed.items() if units}
+    return unfit, reason
 
 
 @dataclass(frozen=True)

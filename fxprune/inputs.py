@@ -19,7 +19,15 @@ _SCALARS = (type(None), bool, int, float, str)
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
-def normalize(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+class Several:
+    """Example inputs of several calls; see :class:`fxprune.Calls`."""
+
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword inputs of all of them."""
+        raise NotImplementedError
+
+
+def normalize(example_inputs: Any, several: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Split ``example_inputs`` into positional and keyword arguments of the model.
 
     A tensor is the only positional argument, a tuple holds positional arguments, a dict holds keyword
@@ -27,9 +35,17 @@ def normalize(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
     Sizes that ``torch.compile`` leaves free are taken to be those that it saw.
 
+    Args:
+        example_inputs: the inputs.
+        several: whether those of several calls will do, too.
+
     Raises:
         ExampleInputsError: for anything else.
     """
+    if isinstance(example_inputs, Several):
+        if several:
+            return example_inputs.inputs()
+        raise ExampleInputsError("fxprune.Calls was given where one call is needed: give the inputs of one.")
     if any(isinstance(leaf, (FakeTensor, *_NUMBERS)) for leaf in pytree.tree_leaves(example_inputs)):
         example_inputs = pytree.tree_map(_concrete, example_inputs)
     if isinstance(example_inputs, torch.Tensor):

@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from .calls import as_one, generation
 from .capture import recapture
 from .capture.numbers import (
     Comparison,
@@ -36,6 +37,7 @@ from .capture.twin import Twin
 from .coupling.units import Value
 from .errors import CaptureError, ExampleInputsError, FxpruneError
 from .graph_module import clone_module
+from .inputs import meta_like, to_meta
 from .nodes import describe_source, operator_name
 from .origins import keep_config
 from .passes import Narrowing, Rewritten
@@ -43,6 +45,7 @@ from .passes.check import Violation, check
 from .passes.modules import narrowed_attributes
 from .passes.movements import NarrowConstants, PickFromTables, SelectMovements
 from .program import Program, named_modules, named_tensors
+from .trees import flatten
 
 
 def copy_of(
@@ -93,6 +96,61 @@ class InOwnClass(Rewritten):
         if config is not None and any("." in place.name for place in self.attributes):
             keep_config(new, config)  # what the class was built from
         return new
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A call with a cache and the decode step that follows it, which ``generate()`` will make.
+
+    They are run on shapes alone: of the model, and of what is to take its place.
+
+    Attributes:
+        args: positional inputs of both calls, on meta.
+        kwargs: their keyword inputs.
+        shapes: of the model's outputs.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    shapes: list[Any]
+
+    @staticmethod
+    def of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Generation | None, str]:
+        """None for a class that does not generate with a cache, or cannot on shapes; a note on that."""
+        calls = generation(model, args, kwargs)
+        if calls is None:
+            return None, ""
+        found = Generation(to_meta(calls[0]), to_meta(calls[1]), [])
+        try:
+            found.shapes[:] = found._run(model)
+        except Exception as error:  # noqa: BLE001  whatever a user's class raises
+            why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            return None, f"the decode step of generate() does not run on shapes ({why}); verify runs it"
+        return found, ""
+
+    def fails(self, rewritten: Rewritten) -> str:
+        """How the decode step of the narrowed class fails, or empty."""
+        assert isinstance(rewritten, InOwnClass)
+        try:
+            shapes = self._run(build(rewritten.model, rewritten.program, rewritten.attributes))
+        except Exception as error:  # noqa: BLE001  as above
+            return f"the decode step of generate() fails without them ({type(error).__name__}: {error})"
+        return (
+            "" if shapes == self.shapes else "the decode step of generate() gives other shapes without them"
+        )
+
+    def _run(self, model: nn.Module) -> list[Any]:
+        twin = Twin(model, _on_meta).model.eval()
+        with torch.no_grad():
+            outputs = as_one(twin, self.kwargs)(*self.args, **self.kwargs)
+        tensors, structure = flatten(outputs)
+        found = zip(structure.leaves, tensors, strict=True)
+        return [(str(leaf), tuple(tensor.shape)) for leaf, tensor in found if not leaf.inside]
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    new = meta_like(tensor)
+    return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
 
 
 def build(model: nn.Module, program: Program, attributes: Mapping[Place, int]) -> nn.Module:
@@ -544,6 +602,7 @@ def line_notes(program: Program, held: Mapping[str, Violation]) -> list[str]:
 
 
 __all__ = [
+    "Generation",
     "InOwnClass",
     "build",
     "copy_of",

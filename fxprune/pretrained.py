@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import files
+from .calls import as_one
 from .configurations import builder, changed, shapes_of, solve_configs
 from .errors import CheckpointError, OutputError
 from .inputs import in_dtype_of, normalize, restore_inputs
@@ -98,7 +99,7 @@ def save_pretrained(model: nn.Module, directory: str | Path, example_inputs: Any
     if example_inputs is None:
         args, kwargs = restore_inputs(in_dtype_of(model, plans[0].inputs))
     else:
-        args, kwargs = normalize(example_inputs)
+        args, kwargs = normalize(example_inputs, several=True)
     said, twin, reason = said_by_config(model, args, kwargs)
     if twin is not None:
         if hasattr(model, "generation_config"):
@@ -264,7 +265,8 @@ def _difference(one: nn.Module, other: nn.Module, args: tuple[Any, ...], kwargs:
     for module in (one, other.to(device)):
         training = module.training
         with torch.no_grad():
-            tensors = flatten(module.eval()(*copy.deepcopy(args), **copy.deepcopy(kwargs)))[0]
+            several = as_one(module.eval(), kwargs)
+            tensors = flatten(several(*copy.deepcopy(args), **copy.deepcopy(kwargs)))[0]
         module.train(training)
         outputs.append([t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()])
     if [t.shape for t in outputs[0]] != [t.shape for t in outputs[1]]:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+FIRST = ""
+"""The key of the first of several results, whose parts keep their names."""
 TENSORS = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -31,12 +33,17 @@ class Leaf:
     path: tuple[Any, ...]
     inside: bool
 
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The path for people."""
+        return tuple(str(key) for key in self.path if key != FIRST)
+
     def __str__(self) -> str:
-        return ".".join(map(str, self.path)) or "output"
+        return ".".join(self.shown) or "output"
 
     def named(self, patterns: Sequence[str]) -> bool:
         """Whether one of ``patterns`` (with ``*``, ``?`` as in a shell) name the leaf, or a tree it is in."""
-        names = [".".join(map(str, self.path[:end])) for end in range(1, len(self.path))]
+        names = [".".join(self.shown[:end]) for end in range(1, len(self.shown))]
         return any(fnmatchcase(name, pattern) for name in (*names, str(self)) for pattern in patterns)
 
 

@@ -23,6 +23,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
 from .api import graph_for, model_of
+from .calls import as_one
 from .capture.regions import real_inputs
 from .coupling.graph import CouplingGraph
 from .coupling.units import Ids, Label, Value
@@ -226,7 +227,8 @@ def _verify(
         return replace(verdict, error=max(verdict.error, error))
     graph = graph_for(plan, given)
     program = graph.captured.program
-    args, kwargs = normalize(example_inputs)
+    args, kwargs = normalize(example_inputs, several=True)
+    model, pruned = as_one(model, kwargs), as_one(pruned, kwargs)
     calls = real_inputs(model, program, args, kwargs)
     pieces = program.pieces()
     if pieces.keys() != calls.keys():
@@ -277,7 +279,7 @@ def _others(
 ) -> list[Any]:
     """Further inputs to compare on, and what they are; of those that are made, one is enough."""
     if more_inputs:
-        return [(*normalize(more), f"inputs {number}") for number, more in enumerate(more_inputs, 2)]
+        return [(*normalize(more, True), f"inputs {number}") for number, more in enumerate(more_inputs, 2)]
     other = resized((args, kwargs), graph.other_sizes) if graph.other_sizes else None
     doubled = second_batch(args, kwargs)
     found = [(*other, f"another {' and '.join(graph.other_sizes)}")] if other is not None else []

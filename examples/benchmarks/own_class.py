@@ -140,7 +140,7 @@ def of_torchvision() -> dict[str, Make]:
     import torchvision
 
     def make(name: str) -> Make:
-        size = {"inception_v3": 299, "googlenet": 224}.get(name, 224)
+        size = 224 if name.startswith(("vit", "maxvit")) else 128 if name == "inception_v3" else 64
         extra = {"init_weights": False, "aux_logits": True} if name in ("inception_v3", "googlenet") else {}
 
         def build() -> tuple[nn.Module, Any]:
@@ -177,7 +177,8 @@ def of_timm() -> dict[str, Make]:
     def make(name: str) -> Make:
         def build() -> tuple[nn.Module, Any]:
             model = timm.create_model(name)
-            size = model.default_cfg["input_size"]
+            fixed = model.default_cfg.get("fixed_input_size")
+            size = model.default_cfg["input_size"] if fixed else (3, 96, 96)
             return model, torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
 
         return build

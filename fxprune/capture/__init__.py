@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from .. import sizes
+from ..calls import as_one
 from ..errors import CaptureError, ExampleInputsError
 from ..inputs import to_meta
 from ..program import Program, computed_tensors, named_tensors, unwrapped
@@ -97,6 +98,7 @@ def capture(
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}.")
+    model = as_one(model, kwargs)
     inner = unwrapped(model)
     if isinstance(inner, torch.jit.ScriptModule):
         raise CaptureError(
@@ -166,6 +168,7 @@ def recapture(
         CaptureError: if it cannot be captured.
         ExampleInputsError: if it fails on the inputs.
     """
+    model = as_one(model, kwargs)
     rungs: dict[str, Rung] = {
         **RUNGS,
         "symbolic tracing with known shapes": partial(symbolic.trace_with_shapes, dissolve=dissolve),

@@ -107,9 +107,10 @@ def packing(structure: Structure, arguments: Arguments) -> tuple[Pack | None, li
     state = tuple(
         number
         for number, leaf in enumerate(structure.leaves)
-        if leaf.inside and leaf.path[0] in arguments.signature.parameters
+        if leaf.inside and not arguments.signature.parameters.keys().isdisjoint(leaf.shown[:2])
     )
-    names = sorted({str(structure.leaves[number].path[0]) for number in state})
+    names = sorted({key for number in state for key in structure.leaves[number].shown[:2]
+                    if key in arguments.signature.parameters})  # fmt: skip
     notes = [
         f"the output's {name} is an object that forward takes in again: its tensors are as narrow as the "
         f"network"

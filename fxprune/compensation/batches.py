@@ -42,7 +42,7 @@ def read(program: Program, batches: Iterable[Any], pick: Pick | None, device: An
     for batch in progress(batches, "calibration data"):
         inputs = batch if pick is None else pick(batch)
         try:
-            args, kwargs = normalize(tuple(inputs) if type(inputs) is list else inputs)
+            args, kwargs = normalize(tuple(inputs) if type(inputs) is list else inputs, True)
             values = program.bind(args, kwargs)
         except (ExampleInputsError, TypeError) as error:
             raise CalibrationError(
