@@ -181,7 +181,10 @@ def recapture(
     if captured.regions:
         program: Program = regions.again(model, captured.regions, whole)
     else:
-        program = rungs[captured.rung](model, args, kwargs)
+        trace = rungs[captured.rung]
+        program = trace(model, args, kwargs)
+        if captured.trials or sizes.guarded(captured.program.graph):  # it was looked at with other sizes
+            program, _ = _free_sizes(captured.rung, trace, model, program, args, kwargs)
     dissolve_composites(program.graph, program.tensors)
     return program
 
