@@ -786,8 +786,8 @@ class _Stepper:
         for seed in (0, 1):
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                outcomes.append(copied(self.interpreter.run_node(node)))
-        return relative_error(*(pytree.tree_leaves(outcome) for outcome in outcomes)) > limit
+                outcomes.append(pytree.tree_leaves(copied(self.interpreter.run_node(node))))
+        return relative_error(outcomes[0], outcomes[1]) > limit
 
     def _free(self) -> None:
         for node in self.last_use.get(self.place, ()):
