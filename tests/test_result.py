@@ -7,6 +7,7 @@ import inspect
 import io
 import json
 import pickle
+import pickletools
 import random
 import subprocess
 import sys
@@ -307,7 +308,7 @@ def test_pickle(name: str, tmp_path: Path) -> None:
     assert not twin.training
     wanted = logits(call(pruned, inputs))
     assert torch.equal(logits(call(twin, inputs)), wanted)
-    assert b"test_result" not in data
+    assert "test_result" not in {argument for _, argument, _ in pickletools.genops(data)}  # no such module
     buffer = io.BytesIO()
     torch.save(pruned, buffer)
     buffer.seek(0)
