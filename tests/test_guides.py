@@ -17,6 +17,7 @@ NEEDS = {
     "notebooks": "torch",
     "onnx": "onnxruntime",
     "save_and_load": "torch",
+    "several_calls": "torch",
     "timm_models": "timm",
 }
 

@@ -156,3 +156,14 @@ def test_several_calls_need_the_own_class() -> None:
     model, calls = several()
     with pytest.raises(SelectionError, match='into="module"'):
         fxprune.plan(model, calls, 0.5)
+
+
+def test_calibration_data_are_several_calls_too() -> None:
+    """Units are chosen by them; a layer that several calls use keeps its weights, and the report says so."""
+    model = Towers().eval()
+    calls = fxprune.Calls(model, [("encode_image", IMAGE), ("encode_text", TEXT)])
+    small: Any = fxprune.prune(model, calls, 0.5, into="module", calibrate=[calls, calls])
+    assert small.shared.weight.shape[0] < 40
+    assert "used at several places" in str(small.meta["compensation"])
+    with pytest.raises(fxprune.errors.CalibrationError, match=r"each batch is one, too"):
+        fxprune.prune(model, calls, 0.5, into="module", calibrate=[IMAGE, IMAGE])

@@ -48,7 +48,7 @@ def read(program: Program, batches: Iterable[Any], pick: Pick | None, device: An
             raise CalibrationError(
                 f"batch {count} of the calibration data, a {kind(batch)}, cannot be given to the model: "
                 f"{error}. Where a batch holds targets, too, say what the inputs are: "
-                f"pick=lambda batch: batch[0]."
+                f"pick=lambda batch: batch[0]. Where the example was fxprune.Calls, each batch is one, too."
             ) from error
         yield pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to(device), values)
         count += 1

@@ -21,6 +21,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from ..calls import as_one
 from ..coupling.graph import CouplingGraph
 from ..coupling.groups import Group, Member
 from ..coupling.units import Ids
@@ -417,9 +418,9 @@ class _Seen:
                 sums[key] = sums[key] + square if key in sums else square
 
             given = batch if pick is None else pick(batch)
-            args, kwargs = normalize(tuple(given) if type(given) is list else given)
+            args, kwargs = normalize(tuple(given) if type(given) is list else given, True)
             with Products(model, see):
-                out = model(*args, **kwargs)
+                out = as_one(model, kwargs)(*args, **kwargs)
             if len(found.probes) < _PROBES and samples < _SAMPLES and numbers < _NUMBERS:
                 found.probes.append((args, kwargs))
                 numbers += sum(
