@@ -27,12 +27,12 @@ from ..repeats import joined, starred
 from ..sizes import Change, InputSizes
 from ..trees import Leaf
 from . import pickling
-from .calls import Calls
 from .coupler import Coupler
 from .grouping import form_groups
 from .groups import Group, Grouping, RowSet
 from .input_sizes import input_sizes, refusal
 from .interpreter import Run, interpret
+from .operator_calls import OperatorCalls
 from .other_sizes import differing, run_at, same_batch
 from .outputs import beside, fill, fills, holding, short_names
 from .products import Cells
@@ -162,7 +162,7 @@ class CouplingGraph:
         self.captured = captured
         self.source = source
         self.held = held
-        calls = Calls()
+        calls = OperatorCalls()
         self._run: Run = interpret(captured.program, self.inputs, follow=calls.note)
         self._refusals: dict[str, str] = {}
         self.other_sizes = self._look_at_other_sizes(calls)
@@ -175,7 +175,7 @@ class CouplingGraph:
             self._hold_dims(held)
         self._regroup()
 
-    def _look_at_other_sizes(self, calls: Calls) -> Change:
+    def _look_at_other_sizes(self, calls: OperatorCalls) -> Change:
         """Freeze what is coupled otherwise where the inputs have other sizes, if the graph takes any.
 
         Args:

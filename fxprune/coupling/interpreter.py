@@ -38,10 +38,10 @@ from ..nodes import describe_source, is_assertion, mutable, operator_name
 from ..program import Program, computed_tensors, named_tensors
 from ..trees import Leaf, flatten
 from ..value_dependent import AS_LIST, ON_SHAPES, is_lengths
-from .calls import Follow
 from .coupler import Coupler
 from .leaf_calls import call_plain
 from .meta_shapes import SHORTCUTS
+from .operator_calls import Follow
 from .permutations import Permutation, find_permutation
 from .registry import CUSTOM, rule_for
 from .tables import settle

@@ -14,15 +14,15 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..program import Program
-from .calls import Calls, UnlikeError
 from .groups import Mask
 from .interpreter import Run, interpret
+from .operator_calls import OperatorCalls, UnlikeError
 from .units import FIXED, Event, Ids, Label
 
 REASON = "couples differently at other sizes of the inputs"
 
 
-def run_at(program: Program, inputs: list[Any], calls: Calls) -> Run:
+def run_at(program: Program, inputs: list[Any], calls: OperatorCalls) -> Run:
     """The run of ``program`` at other sizes: without labels where its calls couple as ``calls`` do.
 
     Raises:

@@ -33,7 +33,7 @@ class UnlikeError(FxpruneError):
     """A call couples otherwise than in the run that is followed, or may do."""
 
 
-class Calls:
+class OperatorCalls:
     """The calls of a run, with what is known of their tensors."""
 
     def __init__(self) -> None:
@@ -163,4 +163,4 @@ def _groups(value: Value, before: Sequence[int], after: Sequence[int]) -> list[A
     ]
 
 
-__all__ = ["Calls", "Follow", "UnlikeError"]
+__all__ = ["Follow", "OperatorCalls", "UnlikeError"]
