@@ -4,42 +4,36 @@ pip install fxprune
 python examples/guides/edit_plans.py
 """
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import torch
-from torch import nn
+import torchvision
 
 import fxprune
 
-
-class Net(nn.Module):
-    """Two convolutions and a classifier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.ReLU()
-        )
-        self.head = nn.Linear(24, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.body(x).mean((2, 3)))
-
-
 torch.manual_seed(0)
-model, x = Net().eval(), torch.randn(4, 3, 16, 16)
+model = torchvision.models.resnet18(num_classes=10).eval()
+x = torch.randn(4, 3, 32, 32)
 plan = fxprune.plan(model, x, ratio=0.5)
 print(plan)  # ends with parameters and multiply-accumulates before and after
 
 # 1. Leave a group whole, or choose the channels yourself.
-gentler = plan.without("body.0.weight[0]")
-own = plan.with_removed({"body.3.weight[0]": [0, 1, 2]})
+gentler = plan.without("layer1.0.conv1.weight[0]")
+own = plan.with_removed({"layer4.0.conv1.weight[0]": [0, 1, 2]})
 print(plan.diff(own))
-assert own.apply(model).get_parameter("head.weight").shape == (10, 21)
-assert gentler.apply(model).get_parameter("body.0.weight").shape[0] == 16
+assert own.apply(model).get_parameter("layer4.0.conv1.weight").shape[0] == 509
+assert gentler.apply(model).get_parameter("layer1.0.conv1.weight").shape[0] == 64
 
 # 2. What an edit breaks is said before anything is built.
-for problem in plan.with_removed({"body.3.weight[0]": range(24)}).check(model):
+for problem in plan.with_removed({"layer4.0.conv1.weight[0]": range(512)}).check(model):
     print(problem)
 
 # 3. Where is one group tied to which others? And what goes with one channel?
 graph = fxprune.analyze(model, x)
-print(graph.explain("body.3.weight", 0))
+print(graph.explain("layer4.0.conv1.weight", 0))
+
+# 4. As a file, it is text that people can read.
+with TemporaryDirectory() as folder:
+    plan.save(Path(folder) / "plan.json")
+    assert fxprune.PruningPlan.load(Path(folder) / "plan.json") == plan

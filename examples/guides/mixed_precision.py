@@ -5,27 +5,14 @@ python examples/guides/mixed_precision.py
 """
 
 import torch
+import torchvision
 from torch import nn
 
 import fxprune
 
-
-class Net(nn.Module):
-    """Two convolutions and a classifier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.ReLU()
-        )
-        self.head = nn.Linear(24, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.body(x).mean((2, 3)))
-
-
 torch.manual_seed(0)
-model, x = Net().eval(), torch.randn(4, 3, 16, 16)
+model = torchvision.models.resnet18(num_classes=10).eval()
+x = torch.randn(4, 3, 32, 32)
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
 labels = torch.tensor([0, 1, 2, 3])
 

@@ -8,27 +8,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import nn
+import torchvision
 
 import fxprune
 
-
-class Net(nn.Module):
-    """Two convolutions and a classifier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.ReLU()
-        )
-        self.head = nn.Linear(24, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.body(x).mean((2, 3)))
-
-
 torch.manual_seed(0)
-model, x = Net().eval(), torch.randn(4, 3, 16, 16)
+model = torchvision.models.resnet18(num_classes=10).eval()
+x = torch.randn(4, 3, 32, 32)
 graph = fxprune.analyze(model, x)
 plan = fxprune.plan(graph, ratio=0.5)
 
