@@ -190,6 +190,10 @@ def _uncompensated(given: nn.Module | CouplingGraph, pruned: nn.Module, plan: Pr
     return plain
 
 
+class _UnknownUnits(Exception):
+    """Which units stand where at other sizes of the inputs is not known."""
+
+
 class _Precision(Exception):
     """The original does not run in the precision of the comparison."""
 
@@ -254,13 +258,20 @@ def _verify(
                     notes.append(f"{size}: {note}")
     comparison = _Comparison(graph, Narrowing(graph, plan.removed), pruned, dtype, limit)
     comparison.run(calls, False)
+    compared = 1
     for more in taken:
-        comparison.run({"": more}, False)
+        try:
+            comparison.run({"": more}, False)
+            compared += 1
+        except _UnknownUnits:
+            notes.append("at other sizes, where a dimension holds channels together with a size that changes")
     trained, note = comparison.trains(calls)
     if trained:
         comparison.run(calls, True)
     notes += [note] if note and note not in notes else []
-    if comparison.inexact:
+    if comparison.drawn:
+        notes.append(f"{', '.join(comparison.drawn)}: random numbers, as many as there are channels")
+    if comparison.inexact or comparison.drawn:
         _compare_weights(program, pruned, comparison.narrowing)  # the skipped nodes' own weights, too
     modes = ("evaluation", "training") if trained else ("evaluation",)
     return Verdict(
@@ -269,7 +280,7 @@ def _verify(
         tuple(comparison.inexact),
         dtype,
         modes,
-        1 + len(taken),
+        compared,
         tuple(dict.fromkeys(notes)),
     )
 
@@ -307,6 +318,7 @@ class _Comparison:
             if event.node is not None and narrowing.mixed(event.ids)
         }
         self.worst, self.compared = 0.0, 0
+        self.drawn: dict[str, None] = {}
 
     def trains(self, calls: Mapping[str, Any]) -> tuple[bool, str]:
         """Whether the networks can be compared in training mode, and if not, why."""
@@ -377,6 +389,7 @@ class _Comparison:
                 )
             self.worst = max(self.worst, walk.run(part, values))
             self.compared += walk.compared
+            self.drawn |= walk.drawn
         if whole and not walk.settled:
             raise VerificationError(
                 f"the outputs differ from the masked original's by {difference:.1e} (relative), though no "
@@ -580,6 +593,7 @@ class _Walk:
         self.narrowing, self.inexact, self.limit = narrowing, inexact, limit
         self.compared = 0
         self.settled = False
+        self.drawn: dict[str, None] = {}
 
     def run(self, candidate: fx.GraphModule, inputs: list[Any]) -> float:
         """Largest relative error of a node of ``candidate``; raises VerificationError above the limit."""
@@ -604,7 +618,10 @@ class _Walk:
                 expected = reference
             ours, theirs = self._used(node, got.values[node], expected)
             error = relative_error(ours, theirs)
-            if error > self.limit and (self._tied(node, got.values, expected) or got.draws(node, self.limit)):
+            if error > self.limit and got.draws(node, self.limit):
+                got.values[node], self.settled, self.drawn[node.name] = expected, True, None
+                continue
+            if error > self.limit and self._tied(node, got.values, expected):
                 got.values[node], self.settled, error = expected, True, 0.0
             self.compared += 1
             if error > self.limit:
@@ -726,7 +743,11 @@ def _labels(value: Value, leaf: torch.Tensor) -> list[Label | None]:
 
 
 def _at(label: Label, dim: int, shape: Sequence[int]) -> Label:
-    """A label at other sizes: where units repeat along a dimension (a batch of rows), they go on doing so."""
+    """A label at other sizes: where units repeat along a dimension (a batch of rows), they go on doing so.
+
+    Raises:
+        _UnknownUnits: where the example does not show how they repeat.
+    """
     ids = label.ids
     for place, axis in enumerate((*label.over, dim)):
         size = ids.shape[place]
@@ -737,10 +758,13 @@ def _at(label: Label, dim: int, shape: Sequence[int]) -> Label:
         outer = next(
             n for n in range(1, size + 1) if size % n == 0 and (moved == np.roll(moved, n, -1)).all()
         )
-        if inner > 1:  # each unit several times, one after the other
-            ids = np.repeat(ids.take(range(0, size, inner), place), shape[axis] // (size // inner), place)
+        units = size // inner
+        if inner > 1 and shape[axis] % units == 0:  # each unit several times, one after the other
+            ids = np.repeat(ids.take(range(0, size, inner), place), shape[axis] // units, place)
+        elif outer < size and shape[axis] % outer == 0:
+            ids = np.concatenate([ids.take(range(outer), place)] * (shape[axis] // outer), place)
         else:
-            ids = ids.take(np.arange(shape[axis]) % outer, place)
+            raise _UnknownUnits
     return label if ids is label.ids else replace(label, ids=ids)
 
 
@@ -781,7 +805,7 @@ class _Stepper:
         return node
 
     def draws(self, node: fx.Node, limit: float) -> bool:
-        """Whether what the node that was run last gives is drawn at random, as many numbers as it is wide."""
+        """Whether the node that was run last gives something else with another seed."""
         outcomes = []
         for seed in (0, 1):
             with torch.random.fork_rng():

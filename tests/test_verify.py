@@ -222,6 +222,16 @@ def test_heights_and_widths_are_compared(model: nn.Module) -> None:
     fxprune.verify(model, result, plan, x, more_inputs=[torch.randn(3, 3, 9, 11)])
 
 
+def test_what_one_image_does_not_tell_is_not_compared() -> None:
+    """Of one image nobody sees whether channels or images come first where they share a dimension."""
+    x = torch.randn(1, 3, 8, 8)
+    model = Dynamic(False).eval()
+    plan, result = pruned(model, x)
+    verdict = fxprune.verify(model, result, plan, x)
+    assert verdict.inputs == 1
+    assert "not compared: at other sizes" in str(verdict)
+
+
 def test_a_height_of_the_example_alone_is_found() -> None:
     x = torch.randn(2, 3, 8, 8)
     model = Upsampled().eval()
@@ -254,3 +264,19 @@ def test_networks_with_complex_weights_are_compared() -> None:
     plan, result = pruned(model, torch.randn(2, 3, 16))
     assert result.weight.shape == (4, 4, 3)
     assert fxprune.verify(model, result, plan, torch.randn(2, 3, 16)).exact
+
+
+class AlwaysNoisy(Net):
+    def between(self, x: Tensor, h: Tensor) -> Tensor:
+        return h * torch.rand_like(h)
+
+
+def test_random_numbers_are_not_compared_and_named() -> None:
+    """What follows is, and so are the weights."""
+    model = AlwaysNoisy().eval()
+    plan, result = pruned(model, X)
+    assert "rand_like: random numbers" in str(fxprune.verify(model, result, plan, X))
+    with torch.no_grad():
+        result.b.weight[0, 0] += 1
+    with pytest.raises(VerificationError):
+        fxprune.verify(model, result, plan, X)
