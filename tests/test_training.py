@@ -366,3 +366,11 @@ def test_masked_models_narrow_however_they_are_captured() -> None:
         assert same(plan.apply(twin), pruned) < 1e-12
         rungs.add(fxprune.analyze(model, x).captured.rung)
     assert rungs == {"regions", "torch.export"}
+
+
+def test_the_former_name_names_the_new_one() -> None:
+    plan = fxprune.plan(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.randn(2, 4))
+    with pytest.raises(AttributeError, match="apply_state_dict"):
+        _ = plan.narrow_state_dict  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="no attribute 'aply'"):
+        _ = plan.aply  # type: ignore[attr-defined]

@@ -224,6 +224,13 @@ class PruningPlan:
 
         return masks(self, model)
 
+    if not TYPE_CHECKING:  # which is to miss other names
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "narrow_state_dict":
+                raise AttributeError("PruningPlan.narrow_state_dict is called apply_state_dict now.")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def apply_state_dict(
         self, state: Mapping[str, Any], model: nn.Module | CouplingGraph | None = None
     ) -> dict[str, Any]:
