@@ -2,8 +2,8 @@
 
 Both are read backwards from what they return and from what they write; calls whose results nobody uses do
 not count. A constant of one graph may stand where the other computes a tensor of sizes alone: so it is where
-a model keeps what it made for the sizes of its last call. It is the same if the values are. And one may
-expand a tensor that has its size already where the other has a single entry.
+a model keeps what it made for the sizes of its last call. It is the same if the values are. The second graph
+may also hold an ``expand`` that the first one lacks, as long as it changes no size.
 """
 
 from __future__ import annotations

@@ -718,15 +718,14 @@ class _ShapeTracer(_Tracer):
             plain: Any = map_aggregate((args, kwargs), lambda a: a)
             return target(*mutable(plain[0]), **mutable(plain[1]))
         if kind == "call_method" and target == "new_full" and self._fills_with_tensor(args, kwargs):
-            return (
-                args[0].new_zeros(args[1], **kwargs) + args[2]
-            )  # on shapes alone it has no number to fill in
+            # On shapes alone the tensor has no number that could be filled in.
+            return args[0].new_zeros(args[1], **kwargs) + args[2]
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         self.values[proxy.node] = self._evaluate(proxy.node)
         return proxy
 
     def _fills_with_tensor(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Whether floating-point numbers are to be one number, that of a tensor."""
+        """Whether new floating-point numbers are to be those of a tensor with a single one."""
         given = (*args[::2], kwargs.get("dtype", torch.float32))
         values = [self.values.get(a.node) if isinstance(a, fx.Proxy) else a for a in given]
         types = [v.dtype if isinstance(v, torch.Tensor) else v for v in values]

@@ -750,7 +750,7 @@ class Coupler:
         return labels
 
     def _kept(self, labels: list[Label | None], label: Label | None, dim: int) -> bool:
-        """Pass the label of a dimension on that a reshape leaves as it is; False where it takes more."""
+        """Pass on the label of a dimension that a reshape leaves alone; False if that is not enough."""
         assert label is not None
         if label.over:
             return False
