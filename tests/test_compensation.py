@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import fxprune
 from fxprune.compensation import Compensation
-from fxprune.compensation.choice import _Consumer, _order
+from fxprune.compensation.choice import _Consumer, _order, _Read
 from fxprune.compensation.moments import evened, inputs, matrix, outputs, write
 from fxprune.compensation.walk import Runner, quiet
 from fxprune.errors import CalibrationError, PlanError, SelectionError, VerificationError
@@ -346,21 +346,26 @@ def test_of_two_copies_one_goes() -> None:
     assert divergence(model, pruned, torch.randn(16, 3, 12, 12)) < 1e-6
 
 
-def test_an_error_is_what_is_left_after_a_new_fit() -> None:
-    """The errors of the order are those of least squares without the units that went."""
+@pytest.mark.parametrize("together", [True, False])
+def test_an_error_is_what_is_left_after_a_new_fit(together: bool) -> None:
+    """The errors of the order are those of least squares without the units that went, of all consumers."""
     torch.manual_seed(0)
     x = torch.randn(500, 9, dtype=torch.float64) @ torch.randn(9, 9, dtype=torch.float64)
-    weight = torch.randn(4, 9, dtype=torch.float64)
+    sums = F.pad(x, (0, 1), value=1.0).mT @ F.pad(x, (0, 1), value=1.0)
+    weights = [torch.randn(outputs, 9, dtype=torch.float64) for outputs in (4, 2)]
     units = np.repeat(np.arange(3), 3)
     site: Any = None
-    consumer = _Consumer(site, units, weight, None, x.mT @ x / 500, None)
+    one = _Read.of(sums, False)
+    reads = [one, one] if together else [one, _Read.of(sums, False)]
+    consumers = [_Consumer(site, units, w, read, None) for w, read in zip(weights, reads, strict=True)]
     group: Any = SimpleNamespace(size=3)
-    order, added = _order(group, [consumer], np.zeros(3))
-    y = x @ weight.mT
+    order, added = _order(group, consumers, np.zeros(3))
     for count in (1, 2):
         kept = [entry for entry in range(9) if units[entry] not in order[:count]]
-        fitted = x[:, kept] @ torch.linalg.lstsq(x[:, kept], y).solution
-        error = float((y - fitted).square().sum() / y.square().sum())
+        error = 0.0
+        for y in (x @ weight.mT for weight in weights):
+            fitted = x[:, kept] @ torch.linalg.lstsq(x[:, kept], y).solution
+            error += float((y - fitted).square().sum() / y.square().sum())
         assert sum(added[:count]) == pytest.approx(error, rel=0.1)
 
 

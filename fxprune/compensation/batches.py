@@ -24,7 +24,8 @@ inputs."""
 Values = dict[fx.Node, Any]
 
 _IN_MEMORY = 1 << 29
-"""Bytes of values that are kept in memory; more go to a temporary folder."""
+"""Bytes of values that are kept in memory; on a GPU a quarter of what is free. More go to a temporary
+folder."""
 
 
 def read(program: Program, batches: Iterable[Any], pick: Pick | None, device: Any) -> Iterator[list[Any]]:
@@ -59,13 +60,21 @@ def read(program: Program, batches: Iterable[Any], pick: Pick | None, device: An
         )
 
 
+def _room(values: list[Any]) -> int:
+    """Bytes that may be kept where the first of these tensors is."""
+    device = next((value.device for value in values if isinstance(value, torch.Tensor)), None)
+    if device is None or device.type != "cuda":
+        return _IN_MEMORY
+    return max(_IN_MEMORY, torch.cuda.mem_get_info(device)[0] // 4)
+
+
 class Kept(AbstractContextManager["Kept"]):
     """The values of both networks for each batch; in a temporary folder where they are many."""
 
     def __init__(self) -> None:
         self._held: list[Any] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._bytes = 0
+        self._most = 0
 
     def __exit__(self, *error: Any) -> None:
         self._held.clear()
@@ -89,8 +98,8 @@ class Kept(AbstractContextManager["Kept"]):
                 for leaf in leaves
                 if isinstance(leaf, torch.Tensor)
             }
-            self._bytes = sum(storages.values()) * len(self)  # batches are alike
-            if self._bytes <= _IN_MEMORY:
+            self._most = self._most or _room(leaves)
+            if sum(storages.values()) * len(self) <= self._most:  # batches are alike
                 self._held[number] = values
                 return
             self._folder = tempfile.TemporaryDirectory(prefix="fxprune-")

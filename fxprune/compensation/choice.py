@@ -57,7 +57,39 @@ _STEPS = 64
 """A group is given up in about so many steps at least."""
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """Second moments of what one or more consumers read.
+
+    Attributes:
+        mean: ``(n,)``.
+        second: about the mean, if that can be made up for, and with a ridge; ``(n, n)``.
+        factor: its Cholesky factor.
+    """
+
+    mean: torch.Tensor
+    second: torch.Tensor
+    factor: torch.Tensor
+
+    @classmethod
+    def of(cls, sums: torch.Tensor, centred: bool) -> _Read:
+        """From sums of ``u u'``, a one being the last entry of ``u``."""
+        n = sums.shape[0] - 1
+        count = float(sums[n, n])
+        mean, plain = sums[:n, n] / count, sums[:n, :n] / count
+        if centred:
+            plain = plain - mean[:, None] * mean[None, :]
+        floor = plain.diagonal().mean().clamp(min=1e-20)
+        one = torch.eye(n, dtype=plain.dtype)
+        ridge, failed = _RIDGE, True
+        while failed:  # rounding may leave moments of a low rank with eigenvalues below zero
+            second = plain + ridge * floor * one
+            factor, info = torch.linalg.cholesky_ex(second)
+            ridge, failed = 10 * ridge, bool(info)
+        return cls(mean, second, factor)
+
+
+@dataclass(frozen=True, eq=False)
 class _Consumer:
     """A product that reads the channels of a group.
 
@@ -65,75 +97,87 @@ class _Consumer:
         site: where.
         units: the unit of each entry that it reads, -1 for none; ``(n,)``.
         weight: ``(outputs, n)``.
-        mean: mean of what is read, ``(n,)``; None where nothing can take up a shift.
-        second: second moments, about the mean if there is one, ``(n, n)``.
-        shift: names of the tensors that take up a shift, with its sign.
+        read: moments of what it reads.
+        shift: name of the tensor that takes up a shift of the mean, with its sign; None where nothing can.
     """
 
     site: Site
     units: Ids
     weight: torch.Tensor
-    mean: torch.Tensor | None
-    second: torch.Tensor
+    read: _Read
     shift: tuple[str, int] | None
 
-    def __post_init__(self) -> None:
-        floor = self.second.diagonal().mean().clamp(min=1e-20)
-        one = torch.eye(self.second.shape[0], dtype=self.second.dtype)
-        ridge, failed = _RIDGE, True
-        while failed:  # rounding may leave moments of a low rank with eigenvalues below zero
-            second = self.second + ridge * floor * one
-            factor, info = torch.linalg.cholesky_ex(second)
-            ridge, failed = 10 * ridge, bool(info)
-        self.second = second
-        self.gram = self.weight.mT @ self.weight  # of the weights no more is needed, however many outputs
-        self.share = 1 / max(float((self.gram * self.second).sum()), 1e-30)
-        self.inverse = torch.cholesky_inverse(factor)
-        self.left = torch.ones(len(self.inverse), dtype=torch.bool)
-        order = np.argsort(self.units, kind="stable")
-        self.entries = {
-            int(unit): torch.from_numpy(own)
-            for unit, own in zip(
-                *_runs(self.units[order], order),
-                strict=True,
-            )
-            if unit >= 0
-        }
+    def solved(self, gone: Ids) -> torch.Tensor:
+        """The best weights without these units, zero at theirs, ``(outputs, n)``."""
+        dead = torch.from_numpy(np.isin(self.units, gone))
+        alive = ~dead
+        second = self.read.second
+        change = torch.linalg.solve(second[alive][:, alive], second[alive][:, dead] @ self.weight[:, dead].mT)
+        new = torch.zeros_like(self.weight)
+        new[:, alive] = self.weight[:, alive] + change.mT
+        return new
 
-    def errors(self, units: list[int]) -> torch.Tensor:
-        """The error that each unit adds if it goes next, as a share of the outputs' mean square."""
-        found = torch.zeros(len(units), dtype=torch.float64)
-        by_size: dict[int, list[int]] = {}
-        for place, unit in enumerate(units):
-            if unit in self.entries:
-                by_size.setdefault(len(self.entries[unit]), []).append(place)
-        for size, own_places in by_size.items():
-            index = torch.stack([self.entries[units[place]] for place in own_places])
-            if size == 1:
-                index = index[:, 0]
-                errors = self.gram.diagonal()[index] / self.inverse.diagonal()[index]
+
+class _Elimination:
+    """Units go one after the other, and consumers that read the same make up for them.
+
+    Args:
+        consumers: with the same moments and units. Of their weights no more than ``W' W`` is needed, and
+            those of all of them add up.
+        size: number of units of the group.
+    """
+
+    def __init__(self, consumers: list[_Consumer], size: int) -> None:
+        read, units = consumers[0].read, consumers[0].units
+        self.size = size
+        self.gram = torch.zeros_like(read.second)
+        for consumer in consumers:
+            gram = consumer.weight.mT @ consumer.weight
+            self.gram += gram / max(float((gram * read.second).sum()), 1e-30)  # errors are shares
+        self.inverse = torch.cholesky_inverse(read.factor)
+        self.left = torch.ones(len(units), dtype=torch.bool)
+        order = np.argsort(units, kind="stable")
+        by_count: dict[int, list[tuple[int, Ids]]] = {}
+        for unit, at in zip(*_runs(units[order], order), strict=True):
+            if unit >= 0:
+                by_count.setdefault(at.size, []).append((unit, at))
+        self.entries = [
+            (torch.tensor([unit for unit, _ in found]), torch.from_numpy(np.stack([at for _, at in found])))
+            for found in by_count.values()
+        ]
+        """Units, and the entries of each, ``(units, entries)``; all with equally many."""
+
+    def errors(self) -> torch.Tensor:
+        """The error that each unit adds if it goes next, as a share of the outputs' square; ``(size,)``."""
+        found = torch.zeros(self.size, dtype=torch.float64)
+        for units, index in self.entries:
+            if index.shape[1] == 1:
+                at = index[:, 0]
+                found[units] = self.gram.diagonal()[at] / self.inverse.diagonal()[at]
             else:
                 rows, columns = index[:, :, None], index[:, None, :]
                 solved = torch.linalg.solve(self.inverse[rows, columns], self.gram[rows, columns])
-                errors = solved.diagonal(dim1=1, dim2=2).sum(1)
-            found[own_places] = errors.double()
-        return found * self.share
+                found[units] = solved.diagonal(dim1=1, dim2=2).sum(1)
+        return found
 
-    def remove(self, units: list[int]) -> None:
+    def remove(self, gone_units: torch.Tensor) -> None:
         """The others make up for these units."""
-        own = [self.entries.pop(unit) for unit in units if unit in self.entries]
-        if not own:
+        entries, self.entries = self.entries, []
+        going = []
+        for units, index in entries:
+            goes = torch.isin(units, gone_units)
+            going.append(index[goes].flatten())
+            self.entries.append((units[~goes], index[~goes]))
+        gone = torch.cat(going)
+        if not len(gone):
             return
-        gone = torch.cat(own)
         across, part = self.inverse[:, gone], self.gram[:, gone]
         solved = torch.linalg.solve(across[gone], across.mT)
         # The weights become W - W[:, gone] @ solved, and what is left of H likewise.
         self.inverse.addmm_(across, solved, alpha=-1)
         self.gram.addmm_(part, solved, alpha=-1)
         self.gram.addmm_(solved.mT, part[gone] @ solved - part.mT)
-        left = torch.ones(len(self.inverse), dtype=torch.bool)
-        left[gone] = False
-        self.left &= left
+        self.left[gone] = False
         if 4 * int(self.left.sum()) < 3 * len(self.left):  # the work grows with the square of what is there
             self._forget()
 
@@ -142,19 +186,8 @@ class _Consumer:
         new = torch.cumsum(self.left, 0) - 1
         self.inverse = self.inverse[self.left][:, self.left]
         self.gram = self.gram[self.left][:, self.left]
-        self.entries = {unit: new[own] for unit, own in self.entries.items()}
+        self.entries = [(units, new[index]) for units, index in self.entries]
         self.left = self.left[self.left]
-
-    def solved(self, gone: Ids) -> torch.Tensor:
-        """The best weights without these units, zero at theirs, ``(outputs, n)``."""
-        dead = torch.from_numpy(np.isin(self.units, gone))
-        alive = ~dead
-        change = torch.linalg.solve(
-            self.second[alive][:, alive], self.second[alive][:, dead] @ self.weight[:, dead].mT
-        )
-        new = torch.zeros_like(self.weight)
-        new[:, alive] = self.weight[:, alive] + change.mT
-        return new
 
 
 def _runs(values: Ids, items: Ids) -> tuple[list[int], list[Ids]]:
@@ -221,23 +254,23 @@ def _order(group: Group, consumers: list[_Consumer], weights: Scores) -> tuple[I
         order = np.argsort(weights, kind="stable")
         squares = weights[order] ** 2
         return order, squares / max(float(squares.sum()), 1e-300)
-    alive = list(range(group.size))
-    order_list: list[int] = []
-    added: list[float] = []
-    while alive:
-        errors = torch.zeros(len(alive), dtype=torch.float64)
-        for consumer in consumers:
-            errors += consumer.errors(alive)
+    alike: dict[tuple[int, bytes], list[_Consumer]] = {}
+    for consumer in consumers:
+        alike.setdefault((id(consumer.read), consumer.units.tobytes()), []).append(consumer)
+    eliminations = [_Elimination(own, group.size) for own in alike.values()]
+    alive = torch.arange(group.size)
+    gone: list[torch.Tensor] = []
+    added: list[torch.Tensor] = []
+    while len(alive):
+        errors = sum((elimination.errors() for elimination in eliminations), torch.zeros(()))[alive]
         count = max(1, min(len(alive) // 8, group.size // _STEPS))
         lowest = torch.argsort(errors, stable=True)[:count]
-        gone = [alive[place] for place in lowest.tolist()]
-        order_list += gone
-        added += errors[lowest].clamp(min=0).tolist()
-        for consumer in consumers:
-            consumer.remove(gone)
-        taken = set(gone)
-        alive = [unit for unit in alive if unit not in taken]
-    return np.array(order_list, dtype=np.int64), np.array(added)
+        gone.append(alive[lowest])
+        added.append(errors[lowest].clamp(min=0))
+        for elimination in eliminations:
+            elimination.remove(gone[-1])
+        alive = alive[~torch.isin(alive, gone[-1])]
+    return torch.cat(gone).numpy(), torch.cat(added).double().numpy()
 
 
 class _Worth:
@@ -333,10 +366,10 @@ class _Worth:
             weight = writable(originals[consumer.site.name])
             new = consumer.solved(gone)
             write(consumer.site, weight, new.to(weight)[None] - matrix(consumer.site, weight))
-            if consumer.shift is not None and consumer.mean is not None:
+            if consumer.shift is not None:
                 name, sign = consumer.shift
                 shifted = writable(originals[name])
-                shifted += (sign * ((consumer.weight - new) @ consumer.mean)).to(shifted)
+                shifted += (sign * ((consumer.weight - new) @ consumer.read.mean)).to(shifted)
         found = {}
         for name, tensor in originals.items():
             if id(tensor) in changed:
@@ -380,6 +413,7 @@ class _Seen:
     sites: dict[Any, Site]
     biases: dict[Any, str]
     probes: list[Any] = field(default_factory=list)
+    reads: dict[Any, list[tuple[torch.Tensor, _Read]]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -397,24 +431,28 @@ class _Seen:
         found = cls(graph, {}, {}, {})
         generator = torch.Generator().manual_seed(seed)
         samples = numbers = 0
+        last: tuple[Any, torch.Tensor, torch.Tensor] | None = None  # what was read, and its moments
 
         def step(batch: Any, sums: Sums) -> None:
-            nonlocal samples, numbers
+            nonlocal samples, numbers, last
 
             def see(site: Site, x: torch.Tensor, y: torch.Tensor, bias: Any) -> None:
                 if site.name not in wanted or site.groups > 1 or site.batched:
                     return
                 key = (site.name, tuple((part.start, part.stop) for part in site.region))
-                at = places(site, y, _POSITIONS, generator)
-                u = inputs(site, x, at)[0]
-                if u.shape[0] > _ENTRIES:
-                    return
-                weights = evened(u[None])
+                nonlocal last
+                alike = _memory(x), site.window, site.channel, site.shape[2:]
+                if last is None or last[0] != alike:
+                    at = places(site, y, _POSITIONS, generator)
+                    u = inputs(site, x, at)[0]
+                    if u.shape[0] > _ENTRIES:
+                        return
+                    u = torch.cat([u, u.new_ones(1, u.shape[1])]) * evened(u[None])
+                    last = alike, x, (u @ u.mT).double()  # as long as it is held, its memory is no other's
+                square = last[2]
                 found.sites[key] = site
                 if bias is not None and bias.untyped_storage().data_ptr() in memory:
                     found.biases[key] = memory[bias.untyped_storage().data_ptr()]
-                u = torch.cat([u, u.new_ones(1, u.shape[1])]) * weights
-                square = (u @ u.mT).double()
                 sums[key] = sums[key] + square if key in sums else square
 
             given = batch if pick is None else pick(batch)
@@ -430,6 +468,7 @@ class _Seen:
                     leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
                 ]
                 samples += leaves[0].shape[0] if leaves and leaves[0].dim() else 1
+            last = None
 
         found.sums, _ = collect("Reconstruction", model, data, step, seed, gradients=False)
         return found
@@ -450,20 +489,25 @@ class _Seen:
             (key,) = keys
             site = self.sites[key]
             weight = matrix(site, member.tensor.detach())[0].double().cpu()
-            sums = self.sums[key].double().cpu()
             n = weight.shape[1]
-            if sums.shape[0] != n + 1:
+            if self.sums[key].shape[0] != n + 1:
                 return []
             part = site.region[site.inner]
             units = member.units[part.start : part.stop]
-            units = np.repeat(units, n // units.size)
-            count = float(sums[n, n])
-            mean, second = sums[:n, n] / count, sums[:n, :n] / count
             shift = self._shift(key, member)
-            if shift is not None:
-                second = second - mean[:, None] * mean[None, :]
-            found.append(_Consumer(site, units, weight, mean if shift is not None else None, second, shift))
+            read = self._read(key, shift is not None)
+            found.append(_Consumer(site, np.repeat(units, n // units.size), weight, read, shift))
         return found
+
+    def _read(self, key: Any, centred: bool) -> _Read:
+        """The moments of what a product reads, one object for all that read the same."""
+        sums = self.sums[key].double().cpu()
+        alike = self.reads.setdefault((centred, *sums.shape, float(sums.sum())), [])
+        for other, read in alike:
+            if torch.equal(other, sums):
+                return read
+        alike.append((sums, _Read.of(sums, centred)))
+        return alike[-1][1]
 
     def _shift(self, key: Any, member: Member) -> tuple[str, int] | None:
         """The bias, or the running mean of the batch normalisation that follows, and the sign of a shift."""
@@ -478,6 +522,12 @@ class _Seen:
             if name in self.graph.captured.program.tensors:
                 return name, -1
         return None
+
+
+def _memory(x: torch.Tensor) -> tuple[Any, ...]:
+    """What tells a tensor's values from all others' while it is alive."""
+    version = object() if x.is_inference() else x._version
+    return x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride(), version
 
 
 def _running_mean(node: fx.Node) -> str:

@@ -10,7 +10,7 @@ goes into the layer's own bias, or into the running mean of the batch normalisat
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,20 +87,28 @@ class Layers:
 
     def run(self, state: Kept) -> list[LayerEntry]:
         """Go through the network once; ``state`` holds both networks' inputs for each batch."""
-        at_dense = at_narrow = 0
+        self._at = (0, 0)
         for name, what in progress(self._stages(state.get(0)[1]), "layers"):
-            to_dense, to_narrow = self.dense.place[name], self.narrow.place[name]
-            for number in range(len(state)):
-                wanted, own = state.get(number)
-                self.dense.run(wanted, at_dense, to_dense)
-                self.narrow.run(own, at_narrow, to_narrow)
-                state.put(number, (wanted, own))
-            at_dense, at_narrow = to_dense, to_narrow
+            reached = self._reached(state, name)
             if name in self.norms:
-                self._statistics(state, name, what)
+                self._statistics(reached, name, what)
             else:
-                self._solve(state, name, what)
+                self._solve(reached, len(state), name, what)
+            for _ in reached:  # where nothing can be done, they come here nevertheless
+                pass
         return self.entries
+
+    def _reached(self, state: Kept, name: str) -> Iterator[tuple[Values, Values]]:
+        """Both networks' values for each batch, when it has come to a node, which is not run yet."""
+        start, stop = self._at, (self.dense.place[name], self.narrow.place[name])
+        for number in range(len(state)):
+            wanted, own = state.get(number)
+            if start != stop:
+                self.dense.run(wanted, start[0], stop[0])
+                self.narrow.run(own, start[1], stop[1])
+                state.put(number, (wanted, own))
+            yield wanted, own
+        self._at = stop
 
     # -- what there is to do --------------------------------------------------------------------
 
@@ -187,9 +195,9 @@ class Layers:
 
     # -- least squares --------------------------------------------------------------------------
 
-    def _solve(self, state: Kept, node: str, name: str) -> None:
+    def _solve(self, reached: Iterator[tuple[Values, Values]], batches: int, node: str, name: str) -> None:
         """Change the weights of the product with the parameter ``name``."""
-        found = self._parts(state, node, name)
+        found = self._parts(reached, batches, node, name)
         if isinstance(found, str):
             self._skip(name, found)
             return
@@ -210,12 +218,12 @@ class Layers:
             elif norm is not None:
                 norm.mean.sub_(shift.to(norm.mean))
 
-    def _parts(self, state: Kept, node: str, name: str) -> str | list[_Part]:
+    def _parts(
+        self, reached: Iterator[tuple[Values, Values]], batches: int, node: str, name: str
+    ) -> str | list[_Part]:
         """What was seen over all batches of each used part of a parameter; or why there is nothing."""
         parts: dict[Any, _Part] = {}
-        batches = len(state)
-        for number in range(batches):
-            wanted, own = state.get(number)
+        for number, (wanted, own) in enumerate(reached):
             got = self._calls(self.narrow, own, node, name)
             aims = self._calls(self.dense, wanted, node, name)
             if len(got) != len(aims):
@@ -302,13 +310,13 @@ class Layers:
 
     # -- statistics -----------------------------------------------------------------------------
 
-    def _statistics(self, state: Kept, node: str, name: str) -> None:
+    def _statistics(self, reached: Iterator[tuple[Values, Values]], node: str, name: str) -> None:
         """Measure the mean and the variance of what a batch normalisation reads, over all batches."""
         parts: Sequence[Any] = []
         count = 0
         shift: torch.Tensor | None = None
-        for number in range(len(state)):
-            (norm,) = self.narrow.look(dict(state.get(number)[1]), self.narrow.place[node]).norms
+        for _, own in reached:
+            (norm,) = self.narrow.look(dict(own), self.narrow.place[node]).norms
             x = norm.input.double().movedim(1, 0).flatten(1)
             shift = x.mean(1) if shift is None else shift  # sums of squares are those about a mean
             x = x - shift[:, None]

@@ -95,6 +95,7 @@ class Runner:
         self.nodes = list(module.graph.nodes)
         self.place = {node.name: number for number, node in enumerate(self.nodes)}
         self._interpreter = _Interpreter(module, garbage_collect_values=False)
+        self._looking = _Look(module)
         self._last: list[list[fx.Node]] = [[] for _ in self.nodes]
         for number, node in enumerate(self.nodes):
             last = max((self.place[user.name] for user in node.users), default=number)
@@ -129,10 +130,9 @@ class Runner:
 
     def look(self, values: Values, number: int) -> Seen:
         """What one node does, on these values, which stay as they are; its output is in them afterwards."""
-        looking = _Look(self.module)
-        with looking:
+        with self._looking:
             self.run(values, number, number + 1, free=False)
-        found, looking.found = looking.found, Seen()  # the mode lives in a cycle, which is to hold no tensors
+        found, self._looking.found = self._looking.found, Seen()  # nothing is to be held here
         return found
 
 

@@ -135,6 +135,7 @@ class Products(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.see = see
         self.sources: dict[int, list[_Source]] = {}
+        self.copies: set[int] = set()
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         for name, parameter in model.named_parameters():
             dims = tuple((d, 0) for d in range(parameter.dim()))
@@ -155,6 +156,9 @@ class Products(TorchDispatchMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self.stack.close()
         self._settle()
+        for key in self.copies:
+            self.sources[key] = [source for source in self.sources[key] if source.keep is None]
+        self.copies.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._settle()
@@ -191,6 +195,8 @@ class Products(TorchDispatchMode):
         )
         key = tensor.untyped_storage()._cdata
         self.sources.setdefault(key, []).append(_Source(name, int(tensor.storage_offset()), axes, keep))
+        if keep is not None:
+            self.copies.add(key)
 
     def _part(self, tensor: Any) -> _Part | None:
         if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
