@@ -33,13 +33,14 @@ from .capture.numbers import (
     places,
     unmarked,
 )
-from .capture.twin import Twin
+from .capture.twin import Twin, twin_on_meta
 from .coupling.units import Value
 from .errors import CaptureError, ExampleInputsError, FxpruneError
 from .graph_module import clone_module
-from .inputs import meta_like, to_meta
+from .inputs import to_meta
 from .nodes import describe_source, operator_name
 from .origins import keep_config
+from .other_ways import numbers_of_other_ways
 from .passes import Narrowing, Rewritten
 from .passes.check import Violation, check
 from .passes.modules import narrowed_attributes
@@ -140,17 +141,12 @@ class Generation:
         )
 
     def _run(self, model: nn.Module) -> list[Any]:
-        twin = Twin(model, _on_meta).model.eval()
+        twin = twin_on_meta(model).eval()
         with torch.no_grad():
             outputs = as_one(twin, self.kwargs)(*self.args, **self.kwargs)
         tensors, structure = flatten(outputs)
         found = zip(structure.leaves, tensors, strict=True)
         return [(str(leaf), tuple(tensor.shape)) for leaf, tensor in found if not leaf.inside]
-
-
-def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    new = meta_like(tensor)
-    return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
 
 
 def build(model: nn.Module, program: Program, attributes: Mapping[Place, int]) -> nn.Module:
@@ -391,12 +387,14 @@ def rewrite_in_class(
     if hopeless:
         return InOwnClass(rewritten.program, narrowing, tuple(hopeless), model, {})
     known: list[Comparison] = []
+    ways: dict[Place, int] | None = None
     empty = _empty(rewritten.program, before)
     while True:
         literal = captured.rung.startswith("symbolic")
         attributes, unmet = solve(model, before, rewritten.program, narrowing, literal, known)
         if unmet:
             return InOwnClass(rewritten.program, narrowing, tuple(unmet), model, attributes)
+        attributes = {**(ways or {}), **attributes}
         candidate = build(model, empty, attributes)
         asked = mark(candidate)
         try:
@@ -406,6 +404,9 @@ def rewrite_in_class(
             if answers:
                 known += answers
                 continue
+            if ways:
+                ways = {}
+                continue
             found = _blamed(before, narrowing, error)
             return InOwnClass(rewritten.program, narrowing, tuple(found), model, attributes)
         after = replace(after, free_outputs=before.free_outputs)
@@ -413,6 +414,13 @@ def rewrite_in_class(
         answers = _other_answers(questions, asked, known) if found else []
         if answers:
             known += answers
+            continue
+        if not found and ways is None:
+            ways = numbers_of_other_ways(model, build(model, empty, attributes), args, kwargs)
+            if ways:
+                continue
+        elif found and ways:  # without them it was right
+            ways = {}
             continue
         return InOwnClass(rewritten.program, narrowing, tuple(found), model, attributes)
 

@@ -19,6 +19,7 @@ NEEDS = {
     "save_and_load": "torch",
     "several_calls": "torch",
     "timm_models": "timm",
+    "ultralytics_yolo": "ultralytics",
 }
 
 
@@ -27,7 +28,10 @@ def test_every_guide_is_run() -> None:
 
 
 @pytest.mark.parametrize("guide", NEEDS)
-def test_guide(guide: str) -> None:
-    """The script runs through."""
+def test_guide(guide: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The script runs through, and downloads nothing."""
+    monkeypatch.setenv("YOLO_OFFLINE", "true")
+    monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))
+    (tmp_path / "Arial.ttf").touch()  # the font that ultralytics would fetch for plots
     pytest.importorskip(NEEDS[guide], reason=f"the guide needs {NEEDS[guide]}")
     runpy.run_path(str(GUIDES / f"{guide}.py"), run_name="__main__")

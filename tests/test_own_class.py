@@ -193,6 +193,36 @@ def test_convolutions_and_their_numbers() -> None:
     assert conv(torch.randn(3, 3, 16, 16)).shape == (3, 5, 12, 12), "other sizes go on working"
 
 
+class TwoWays(nn.Module):
+    """An exporter would take the other way, which reads what forward does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.half, self.kind = 16, 16
+        self.wide, self.out = nn.Conv2d(4, 32, 1), nn.Conv2d(32, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.wide(x).chunk(2, 1)
+        return self.out(torch.cat([first, first * second], 1))
+
+    def forward_split(self, x: Tensor) -> Tensor:
+        first, second = self.wide(x).split((self.half, self.half), 1)
+        return self.out(torch.cat([first, first * second], 1))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.wide(x) * self.kind
+
+
+def test_other_ways_through_a_module_go_on() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), TwoWays(), nn.Conv2d(4, 3, 1)).eval()
+    x = torch.randn(1, 3, 4, 4)
+    narrow = fxprune.prune(model, x, 0.5, into="module")
+    block: Any = narrow[1]  # type: ignore[index]
+    assert (block.half, block.kind) == (8, 16)
+    hidden = torch.randn(1, block.wide.in_channels, 4, 4)
+    torch.testing.assert_close(block.forward_split(hidden), block(hidden))
+
+
 def test_control_flow_on_values_stays_that_of_the_class() -> None:
     class Loop(nn.Module):
         def __init__(self) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from ..inputs import meta_like
 from ..program import wrapped
 
 Swap = Callable[[torch.Tensor], torch.Tensor]
@@ -115,6 +116,16 @@ class Twin:
         return new
 
 
+def twin_on_meta(model: nn.Module) -> nn.Module:
+    """A twin of ``model`` that has shapes alone."""
+
+    def shape_of(tensor: torch.Tensor) -> torch.Tensor:
+        new = meta_like(tensor)
+        return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+
+    return Twin(model, shape_of).model
+
+
 class _Through(nn.Module):
     """Stands for a wrapper that compiles a module, or runs it on several devices: runs it."""
 
@@ -205,4 +216,4 @@ class StandIn(torch.Tensor):
         return self.read()
 
 
-__all__ = ["StandIn", "Twin", "holds"]
+__all__ = ["StandIn", "Twin", "holds", "twin_on_meta"]
