@@ -387,7 +387,16 @@ class _Comparison:
                     f"{differs}{type(part).__name__} is no GraphModule, so it cannot be compared with the "
                     f"masked original node by node. Give verify the module that plan.apply(model) returned."
                 )
-            self.worst = max(self.worst, walk.run(part, values))
+            try:
+                self.worst = max(self.worst, walk.run(part, values))
+            except _UnknownUnits:
+                if not whole:
+                    raise
+                shapes = _shapes((args, kwargs))
+                raise VerificationError(
+                    f"the outputs differ from the masked original's by {difference:.1e} (relative), or there "
+                    f"are none, on inputs of the shapes {shapes}."
+                ) from None
             self.compared += walk.compared
             self.drawn |= walk.drawn
         if whole and not walk.settled:

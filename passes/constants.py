@@ -16,12 +16,11 @@ from torch import fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from ..coupling.number_origins import FREE, NUMBERS, NumberOrigins
 from ..coupling.units import Value
 from ..nodes import operator_name
 from ..program import Program
 from .base import Narrowing, Pass, editable
-
-_NUMBERS = (int, float)
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class KeepConstants(Pass):
             if (
                 node.name in had_users
                 and not node.users
-                and isinstance(narrowing.tree(node.name), (*_NUMBERS, tuple))
+                and isinstance(narrowing.tree(node.name), (*NUMBERS, tuple))
             ):
                 graph.erase_node(node)
         return replace(program, graph=graph)
@@ -77,41 +76,32 @@ def _burn_in(node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
 
 def _stale(program: Program, narrowing: Narrowing) -> set[str]:
     """Nodes that are numbers, depend on narrowed sizes, and on no size that varies between runs."""
-    sizes: dict[str, tuple[str, ...]] = {}
+    sizes = origins(narrowing)
     stale: set[str] = set()
     for node in program.graph.nodes:
-        kinds = origins(node, narrowing, sizes)
+        kinds = sizes.of(node)
         if (
             kinds
-            and isinstance(narrowing.tree(node.name), _NUMBERS)
+            and isinstance(narrowing.tree(node.name), NUMBERS)
             and "narrowed" in kinds
-            and "free" not in kinds
+            and FREE not in kinds
         ):
             stale.add(node.name)
     return stale
 
 
-def origins(node: fx.Node, narrowing: Narrowing, known: dict[str, tuple[str, ...]]) -> tuple[str, ...] | None:
-    """What the number (or the shape, entry by entry) that a node computes depends on.
-
-    Each entry is ``"narrowed"``, ``"fixed"`` (a labelled dimension that stays) or ``"free"`` (one that may
-    vary between runs, if only because it holds a batch of rows); None for a node that computes no number.
-    ``known`` remembers the answers.
+def origins(narrowing: Narrowing) -> NumberOrigins:
+    """What numbers depend on: each entry is ``"narrowed"``, ``"fixed"`` (a labelled dimension that stays) or
+    ``"free"`` (one that may vary between runs, if only because it holds a batch of rows).
     """
-    if node.name not in known:
-        result = narrowing.tree(node.name)
-        kinds = _of_shape(node, narrowing)
-        if kinds is None:
-            if not isinstance(result, _NUMBERS) or isinstance(result, bool):
-                return None
-            inputs = node.all_input_nodes
-            of_inputs = [origins(n, narrowing, known) for n in inputs]
-            if operator_name(node) == "getitem" and inputs and of_inputs[0] and isinstance(node.args[1], int):
-                kinds = (of_inputs[0][node.args[1]],)
-            else:
-                kinds = tuple(k for found in of_inputs for k in found or ("free",))
-        known[node.name] = kinds
-    return known[node.name]
+
+    def kind(value: Value, dim: int) -> str:
+        label = value.label(dim)
+        if label is None or (narrowing.narrows(label) and narrowing.repeats(label)):
+            return FREE
+        return "narrowed" if narrowing.narrows(label) else "fixed"
+
+    return NumberOrigins(lambda node: narrowing.tree(node.name), kind)
 
 
 def computed(number: Any, narrowing: Narrowing, known: dict[str, Any]) -> Any:
@@ -166,23 +156,3 @@ def scale(graph: fx.Graph, number: fx.Node, new: int, old: int) -> fx.Node:
     product = graph.call_function(operator.mul, (number, new // factor))
     with graph.inserting_after(product):
         return graph.call_function(operator.floordiv, (product, old // factor))
-
-
-def _of_shape(node: fx.Node, narrowing: Narrowing) -> tuple[str, ...] | None:
-    """What the sizes that a node reads off a tensor depend on."""
-    name = operator_name(node)
-    if name not in ("size", "sym_size", "getattr", "numel", "sym_numel", "len") or not node.args:
-        return None
-    value = narrowing.value(node.args[0])
-    if value is None or (name == "getattr" and node.args[1] != "shape"):
-        return None
-    kinds = []
-    for dim in range(len(value.shape)):
-        label = value.label(dim)
-        free = label is None or (narrowing.narrows(label) and narrowing.repeats(label))
-        kinds.append("free" if free else "narrowed" if narrowing.narrows(label) else "fixed")
-    if name in ("size", "sym_size") and len(node.args) > 1 and isinstance(node.args[1], int):
-        return (kinds[node.args[1]],)
-    if name == "len":
-        return (kinds[0],)
-    return tuple(kinds)

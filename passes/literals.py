@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
+from ..coupling.number_origins import FREE
 from ..coupling.units import Label, Value
 from ..nn import multi_head_attention
 from ..nodes import operator_name
@@ -73,8 +74,8 @@ class _Entry:
 
     def varies(self, narrowing: Narrowing) -> bool:
         """Whether it may be another one in each run."""
-        kinds = origins(self.node, narrowing, {})
-        return kinds is None or kinds[self.place] == "free"
+        kinds = origins(narrowing).of(self.node)
+        return kinds is None or kinds[self.place] == FREE
 
 
 def _number(item: Any, graph: fx.Graph) -> Any:
@@ -132,7 +133,7 @@ def _sizes(old: Sequence[Any], value: Value, narrowing: Narrowing, first: int = 
             continue
         if label is not None and size != -1 and narrowing.narrows(label):
             new[place] = wanted = narrowing.size(value, first + place)
-            if isinstance(size, fx.Node) and "free" in (origins(size, narrowing, {}) or ()):
+            if isinstance(size, fx.Node) and FREE in (origins(narrowing).of(size) or ()):
                 given = computed(size, narrowing, {})  # it may vary between runs, so it stays computed
                 if isinstance(given, int) and given > 0:
                     new[place] = size if given == wanted else _Scaled(size, wanted, given)
@@ -461,9 +462,9 @@ def _assertion(node: fx.Node, narrowing: Narrowing) -> Call | None:
     condition = _argument(node, 0, "condition")
     if not isinstance(condition, fx.Node) or narrowing.tree(condition.name) is not True:
         return None
-    known: dict[str, tuple[str, ...]] = {}
-    kinds = [k for n in condition.all_input_nodes for k in origins(n, narrowing, known) or ("free",)]
-    if "narrowed" not in kinds or "free" in kinds:
+    sizes = origins(narrowing)
+    kinds = [k for n in condition.all_input_nodes for k in sizes.of(n) or (FREE,)]
+    if "narrowed" not in kinds or FREE in kinds:
         return None
     return _with(node, 0, "condition", True)
 

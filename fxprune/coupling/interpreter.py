@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .. import known_shapes
+from ..capture.numbers import numbers
 from ..errors import CaptureError, ExampleInputsError, FxpruneError
 from ..graph_module import clone_module
 from ..inputs import meta_like
@@ -41,6 +43,7 @@ from ..value_dependent import AS_LIST, ON_SHAPES, is_lengths
 from .coupler import Coupler
 from .leaf_calls import call_plain
 from .meta_shapes import SHORTCUTS
+from .number_origins import FREE, NumberOrigins
 from .operator_calls import Follow
 from .permutations import Permutation, find_permutation
 from .registry import CUSTOM, rule_for
@@ -122,6 +125,7 @@ _SMALL = 1 << 12
 """Entries of a tensor that may be computed while analysing."""
 
 OUTPUT = "output of the model"
+BY_SIZE = "how much of it is used is for the sizes of the inputs to say"
 
 
 class _Interpreter(TorchDispatchMode):
@@ -162,6 +166,8 @@ class _Interpreter(TorchDispatchMode):
         self._calls = 0
         self._idle = False  # in a call of the other mode, which costs nothing in this one
         self._composite: set[fx.Node] = set()
+        self._origins = NumberOrigins(self.values.get, _kind)
+        self._varying: set[int] | None = None  # numbers that a node is given, and that sizes decide
         self._modules: dict[str, torch.nn.Module] = {}
         self._groups = _grouped_weights(program) if labels else {}
 
@@ -192,6 +198,8 @@ class _Interpreter(TorchDispatchMode):
         if rule is None:
             self._unknown(func, args, kwargs)
         else:
+            if coupler.operator == "slice" and coupler.node is not None:
+                self._slice(coupler.node, args)
             if (
                 self._literal
                 and rule.family in ("movement", "constants")
@@ -217,6 +225,20 @@ class _Interpreter(TorchDispatchMode):
         if self.follow is not None:
             self.follow(self.coupler.node, func, args, kwargs, out)
         return out
+
+    def _slice(self, node: fx.Node, args: Any) -> None:
+        """Where the sizes of the inputs say which entries a slice takes, all of them stay."""
+        if self._varying is None:
+            given = [n for n in node.all_input_nodes if isinstance(self.values.get(n), int)]
+            self._varying = {self.values[n] for n in given if FREE in (self._origins.of(n) or ())}
+        if not self._varying:
+            return
+        said = {n for n in numbers(node.args, node.kwargs) if isinstance(n, int)} - self._varying
+        value = self.coupler.value(args[0])
+        dim, start, end = (*args[1:4], *(0, None, None)[len(args) - 1 :])
+        bounds = {start, end} - {None, 0, sys.maxsize, value.shape[dim]}
+        if not bounds <= said:
+            self.coupler.freeze_dim(value, dim % len(value.shape), BY_SIZE)
 
     def _shapes_only(self, func: Any, args: Any, kwargs: Any) -> Any:
         try:
@@ -272,7 +294,7 @@ class _Interpreter(TorchDispatchMode):
             else:
                 args = map_arg(node.args, env.__getitem__)
                 kwargs = map_arg(node.kwargs, env.__getitem__)
-                self._numbers, self._calls = [], 0
+                self._numbers, self._calls, self._varying = [], 0, None
                 self._idle = not holds(node.meta.get("only", ()), self.program.skeleton.training)
                 self._literal = node.op != "call_module"  # sizes may stand in the call
                 self.coupler.uses.call = args, kwargs
@@ -650,6 +672,10 @@ def _index(item: Any) -> Any:
         with _disable_current_modes():
             return torch.tensor(item)
     return item
+
+
+def _kind(value: Value, dim: int) -> str:
+    return FREE if value.label(dim) is None else "labelled"
 
 
 _AS_STRIDED = torch.ops.aten.as_strided_.default

@@ -49,11 +49,11 @@ def differing(run: Run, other: Run) -> Iterator[Event]:
     a, b = np.concatenate(mine), np.concatenate(theirs)
     stays = _frozen(run, a)
     freed = _frozen(other, b) & ~stays  # there they stay, here they would go
-    base = other.coupler.units.count
-    ours, others = np.divmod(np.unique(a.astype(np.int64) * base + b), base)
-    twice = (np.bincount(ours) > 1)[a] | (np.bincount(others) > 1)[b] | freed
+    apart = _twice(a, b) | freed
+    for above, there in zip(run.coupler.units.parents(a), other.coupler.units.parents(b), strict=True):
+        apart |= ((above < 0) != (there < 0)) | (_twice(above + 1, there + 1) & (above >= 0))
     bad = np.zeros(run.coupler.units.count, dtype=bool)
-    bad[a[twice & ~stays]] = True
+    bad[a[apart & ~stays]] = True
     for place, (label, there) in labels.items():
         if label is None or (label.ids == FIXED).all():
             continue
@@ -62,10 +62,17 @@ def differing(run: Run, other: Run) -> Iterator[Event]:
             if there is not None:
                 yield Event(label.ids.reshape(-1), label.axis, node, REASON)
             continue
-        roots = run.coupler.units.find(label.ids.reshape(-1))
-        hit = bad[roots]
-        if hit.any():
-            yield Event(label.ids.reshape(-1)[hit], label.axis, node, REASON)
+        ids = label.ids.reshape(-1)
+        if bad[run.coupler.units.find(ids)].any():  # how much of the axis, a third size would say
+            yield Event(ids, label.axis, node, REASON)
+
+
+def _twice(a: Ids, b: Ids) -> Mask:
+    """For each pair whether one of the two has another partner elsewhere."""
+    base = int(b.max(initial=0)) + 1
+    ours, others = np.divmod(np.unique(a.astype(np.int64) * base + b), base)
+    found: Mask = (np.bincount(ours) > 1)[a] | (np.bincount(others) > 1)[b]
+    return found
 
 
 def same_batch(run: Run, inputs: list[Any], other: Run, others: list[Any]) -> bool:

@@ -89,6 +89,11 @@ class Units:
         rows, columns = self._parents[:, self.find(ids)]
         return (rows, columns) if (rows >= 0).all() else None
 
+    def parents(self, ids: Ids) -> Ids:
+        """Rows and columns of these units, two for each; -1 for one that is no cell."""
+        found = self._parents[:, self.find(ids)]
+        return np.where(found >= 0, self.find(np.maximum(found, 0)), -1)
+
     def mark_rows(self, ids: Ids) -> None:
         """Say that these units stand for rows of a rectangle."""
         self._rows[self.find(ids)] = True
