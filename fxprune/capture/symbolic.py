@@ -190,6 +190,7 @@ class _Tracer(fx.Tracer):
         self.given: dict[str, Any] = {}
         self.originals: dict[str, Any] = {}
         self.added: dict[str, nn.Module] = {}  # modules of ours, by path
+        self.unhooked: dict[str, nn.Module] = {}
         self.notes: list[str] = []
         self.modules = dict(named_modules(model))
         named = list(named_tensors(model))
@@ -408,9 +409,13 @@ class _Tracer(fx.Tracer):
         placed, named = self.arguments.by_place(), self.arguments.by_name()
         positional = [self.root, *(self._input(name, given) for name, given in placed.items())]
         keywords = {name: self._input(name, given) for name, given in named.items()}
+        own = vars(self.root).get("forward")  # one that was put in place of its class's
 
-        def call(*values: Any) -> Any:
-            outputs = root_fn(*values, **keywords)
+        def forward(*values: Any, **keywords: Any) -> Any:
+            return own(*values, **keywords) if own is not None else root_fn(self.root, *values, **keywords)
+
+        def call(root: nn.Module, *values: Any) -> Any:
+            outputs = _with_hooks(root, forward, values, keywords)
             self._keep()
             return self._packed(outputs)
 
@@ -477,7 +482,8 @@ class _Tracer(fx.Tracer):
                 ) from None
             return forward(*args, **kwargs)
         if self.is_leaf_module(m, path):
-            return self.create_proxy("call_module", path, args, kwargs)
+            node = partial(self._leaf_node, path)
+            return _with_hooks(m, node, args, kwargs) if hooked(m) else node(*args, **kwargs)
         call = path, len(self.given_to)
         leaves = pytree.tree_leaves((args, kwargs))
         self.given_to[call] = [leaf if isinstance(leaf, LITERALS) else None for leaf in leaves]
@@ -486,6 +492,9 @@ class _Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         finally:
             self.calls.pop()
+
+    def _leaf_node(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        return self.create_proxy("call_module", path, args, kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, TrainingFlag) or module_qualified_name in self.switches or is_leaf(m)
@@ -623,6 +632,11 @@ class _Tracer(fx.Tracer):
         return False
 
     def leaf(self, path: str) -> nn.Module:
+        """A module that is called as one node, without the hooks that the graph holds."""
+        if path not in self.added and hooked(self.modules[path]):
+            if path not in self.unhooked:
+                self.unhooked[path] = _without_hooks(self.modules[path])
+            return self.unhooked[path]
         return self.added[path] if path in self.added else self.modules[path]
 
 
@@ -950,6 +964,8 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether a module is called as one node: those of ``torch.nn`` that do not merely contain, classes that
     inherit all that these compute, and those that were registered (:func:`fxprune.register_module`).
     """
+    if "forward" in vars(module):  # which need not be that of its class
+        return False
     if leaf_for(module) is not None:
         return True
     kind = type(module)
@@ -960,6 +976,53 @@ def is_leaf(module: nn.Module) -> bool:
     kind = own_kind(kind)  # type: ignore[arg-type]  # a class is hashable
     holds = kind is nn.Module or isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
     return kind.__module__.startswith(("torch.nn.", "fxprune.nn")) and not holds
+
+
+def _user_hooks(hooks: Mapping[int, Any]) -> dict[int, Any]:
+    """Those of others than torch, whose own give modules their weights, or observe them."""
+    return {
+        key: hook
+        for key, hook in hooks.items()
+        if not str(getattr(hook, "__module__", "")).startswith("torch.")
+    }
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling a module calls hooks of a user's."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) and bool(
+        _user_hooks({**module._forward_hooks, **module._forward_pre_hooks})
+    )
+
+
+def _with_hooks(
+    module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """``forward(*args, **kwargs)`` with the hooks of ``module`` around it, as ``torch`` calls them."""
+    for key, hook in _user_hooks(module._forward_pre_hooks).items():
+        if key in module._forward_pre_hooks_with_kwargs:
+            changed = hook(module, args, kwargs)
+            args, kwargs = (args, kwargs) if changed is None else changed
+        else:
+            changed = hook(module, args)
+            if changed is not None:
+                args = changed if isinstance(changed, tuple) else (changed,)
+    out = forward(*args, **kwargs)
+    for key, hook in _user_hooks(module._forward_hooks).items():
+        given = (args, kwargs) if key in module._forward_hooks_with_kwargs else (args,)
+        changed = hook(module, *given, out)
+        out = out if changed is None else changed
+    return out
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """The same module, with the same tensors, without hooks of a user's."""
+    new = clone_module(module, lambda _, tensor: tensor, share=True)
+    for table in ("_forward_hooks", "_forward_pre_hooks"):
+        mine = _user_hooks(getattr(module, table))
+        new.__dict__[table] = OrderedDict(
+            (k, hook) for k, hook in getattr(module, table).items() if k not in mine
+        )
+    return new
 
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "linspace", "logspace", "eye")

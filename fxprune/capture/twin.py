@@ -6,12 +6,13 @@ has modules, containers and objects of its own, and other tensors.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import enum
 import functools
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
-from types import MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -70,7 +71,39 @@ class Twin:
         if kind is functools.partial:
             call, args, kwargs = (self._of(part) for part in (value.func, value.args, value.keywords))
             return functools.partial(call, *args, **kwargs)
+        if kind is FunctionType:
+            return self._function(value)
         return self._object(value) if holds(value) else value
+
+    def _function(self, value: FunctionType) -> FunctionType:
+        """A function that has, in its closure and among its defaults, what stands for parts of the model."""
+        if _is_foreign(value):
+            return value
+        code, cells = value.__code__, tuple(CellType() for _ in value.__closure__ or ())
+        new = FunctionType(code, value.__globals__, value.__name__, value.__defaults__, cells)
+        self._made[id(value)] = new  # which may call itself
+        pairs: list[tuple[Any, Any]] = []
+
+        def within(held: Any) -> Any:
+            pairs.append((held, self._within(held)))
+            return pairs[-1][1]
+
+        for cell, old in zip(cells, value.__closure__ or (), strict=True):
+            with contextlib.suppress(ValueError):  # of an empty one
+                cell.cell_contents = within(old.cell_contents)
+        new.__defaults__ = value.__defaults__ and tuple(map(within, value.__defaults__))
+        named = value.__kwdefaults__
+        new.__kwdefaults__ = named and {name: within(held) for name, held in named.items()}
+        if all(made is held or made is new for held, made in pairs):
+            self._made[id(value)] = value
+            return value
+        new.__dict__.update(value.__dict__)
+        return new
+
+    def _within(self, value: Any) -> Any:
+        """What stands for something that a function holds; objects that are not the model's stay."""
+        held = isinstance(value, (nn.Module, torch.Tensor)) or type(value) in _HELD
+        return self._of(value) if held or id(value) in self._made else value
 
     def _object(self, value: Any) -> Any:
         inner = wrapped(value) if isinstance(value, nn.Module) else None
@@ -140,13 +173,17 @@ class _Through(nn.Module):
         return module(*args, **kwargs)
 
 
+def _is_foreign(kind: Any) -> bool:
+    """Whether a class or function is of a package whose objects are taken as they are."""
+    return (kind.__module__ or "").partition(".")[0] in _FOREIGN
+
+
 def holds(value: Any) -> bool:
     """Whether ``value`` is a container, or an object of a user's class, into which a forward may write."""
     kind = type(value)
     if kind in _CONTAINERS:
         return True
-    foreign = kind.__module__.partition(".")[0] in _FOREIGN
-    return not foreign and hasattr(value, "__dict__") and not isinstance(value, _IMMUTABLE)
+    return not _is_foreign(kind) and hasattr(value, "__dict__") and not isinstance(value, _IMMUTABLE)
 
 
 _IMMUTABLE = (type, enum.Enum, nn.Module, int)
@@ -155,6 +192,7 @@ _CONTAINERS: dict[type, Callable[[Twin, Any], Any]] = {
     **dict.fromkeys([dict, OrderedDict, defaultdict], Twin._mapping),
     **dict.fromkeys([list, deque, set], Twin._sequence),
 }
+_HELD = frozenset([*_CONTAINERS, tuple, MethodType, FunctionType, functools.partial])
 
 
 _FACTS = frozenset(
