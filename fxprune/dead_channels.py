@@ -3,14 +3,16 @@
 A channel is dead where everything that makes it is zero (masks of ``torch.nn.utils.prune``, training with a
 penalty on whole channels): it is the same number for every input. Where that number is zero at all layers
 that read the channel, nothing changes when it goes. Where it is another (a bias, the shift of a batch
-normalisation that a ReLU lets through), what it adds to a linear layer or to a convolution without padding
-goes into that layer's bias, or into the running mean behind it; where a layer can take up nothing, the
-channel stays, and a note says why.
+normalisation that a ReLU lets through), what it adds to a layer is looked at: where that is the same at all
+places and for all inputs, it goes into the layer's bias, or into the running mean behind it; where it is not
+(a convolution adds less beside padding), or the layer can take up nothing, the channel stays, and a note says
+why.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
+from torch.fx.operator_schemas import get_signature_for_torch_op
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
@@ -29,14 +32,19 @@ from .coupling.groups import Group, Member
 from .coupling.roles import Use
 from .errors import VerificationError
 from .inputs import normalize
+from .nodes import operator_name
 from .origins import remember
+from .passes import rewrite
+from .planning.plan import PruningPlan
 
-__all__ = ["lossless"]
+__all__ = ["lossless", "without_dead_channels"]
 
 _RUNS = 3
 """How many random inputs are looked at, beside the given ones."""
 _SAME = 1e-6
 """Differences up to this share of the largest entry are rounding."""
+_EXACT = 1e-9
+"""The same in double precision."""
 _ALLOWED = 1e-4
 """Largest relative difference of the result, in the precision of the model."""
 
@@ -62,27 +70,52 @@ def lossless(model: nn.Module, example_inputs: Any) -> nn.Module:
     twin = _copied(model).eval()
     graph = analyze(twin, example_inputs, fill_outputs=())
     args, kwargs = normalize(example_inputs)
-    search = _Search(graph, twin, args, kwargs)
+    made, pruned, _ = without_dead_channels(graph, args, kwargs)
+    remember(pruned, model, [made])
+    return pruned.train(model.training)
+
+
+def without_dead_channels(
+    graph: CouplingGraph, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[PruningPlan, nn.Module, dict[str, set[str]]]:
+    """The plan, the narrower network, and which tensors took up something of which groups.
+
+    Args:
+        graph: the analysis of a network in evaluation mode.
+        args: real positional inputs.
+        kwargs: real keyword inputs.
+
+    Raises:
+        VerificationError: as :func:`lossless`.
+    """
+    search = _Search(graph, args, kwargs)
     removed = {group.name: gone for group in graph.groups if (gone := search.removable(group))}
     made = plan(graph, 0.0).with_removed(removed)
     while wrong := {problem.group for problem in made.check(graph) if problem.group in made.removed}:
         search.notes += [f"dead channels of {name} stay, as rows would lose unequal shares" for name in wrong]
         made = made.without(*wrong)
+    while violations := (rewritten := rewrite(graph, made.removed)).violations:
+        first = violations[0]
+        wrong = search.around(first.node) & made.removed.keys() or set(made.removed)
+        search.notes += [f"dead channels of {name} stay: node {first.node}: {first.reason}" for name in wrong]
+        made = made.without(*wrong)
     notes = tuple(dict.fromkeys(search.notes))
     made = replace(made, notes=(*made.notes, *notes), settings={"lossless": True}, costs={})
-    filled = _copied(twin)
-    search.fold(filled, made.removed)
-    pruned = made.apply(filled)
+    folded = search.folded(made.removed)
+    pruned = rewritten.materialize(folded)
     with torch.no_grad():
-        wanted, got = twin(*args, **kwargs), pruned(*args, **kwargs)
+        wanted, got = (
+            module(*pytree.tree_map_only(Tensor, Tensor.clone, args), **kwargs)
+            for module in (search.module, pruned)
+        )
     worst = _difference(wanted, got)
     if not worst <= _ALLOWED:
         raise VerificationError(
             f"the network without its dead channels differs from the original by {worst:.1e}, allowed is "
             f"{_ALLOWED:.0e}. Please report this; fxprune.prune is not concerned."
         )
-    remember(pruned, model, [made])
-    return pruned.train(model.training)
+    taken = {name: {f.group.name for f in search.folds if f.tensor == name} for name in folded}
+    return made, pruned, taken
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -91,34 +124,70 @@ def _copied(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(t): t.detach().clone() for t in tensors if not t.is_leaf})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Fold:
     """What removed channels add to a layer: the sum goes into ``tensor``, times ``sign``."""
 
-    group: str
+    group: Group
     tensor: str
     sign: int
-    added: Tensor
-    """``(units, outputs)``: what each unit adds."""
+    reading: _Reading
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """How a product reads the channels of a group.
+
+    Attributes:
+        use: the product.
+        dims: the dimensions of what it reads that hold the channels, rows first.
+        units: the unit of each index of these, -1 for none.
+    """
+
+    use: Use
+    dims: tuple[int, ...]
+    units: NDArray[np.int64]
+
+    @property
+    def made(self) -> int:
+        """The dimension of the result with the channels that the product makes."""
+        return self.dims[-1] if self.use.operator == "convolution" else -1
+
+    def channels(self, value: Tensor) -> Tensor:
+        """What is read, ``(indices, places)``."""
+        others = [d for d in range(value.dim()) if d not in self.dims]
+        return value.permute(*self.dims, *others).reshape(self.units.size, -1)
+
+    def alone(self, value: Tensor, units: Mask) -> Tensor:
+        """As ``value``, with these units as they are there and zeros for all else."""
+        here = np.where(self.units >= 0, units[self.units], False)
+        at = [slice(None) if d in self.dims else slice(1) for d in range(value.dim())]
+        shape = [value.shape[d] if d in self.dims else 1 for d in range(value.dim())]
+        mask = torch.from_numpy(np.ascontiguousarray(here.transpose(np.argsort(self.dims))))
+        constant = value[tuple(at)] * mask.reshape(shape).to(value.device)
+        return constant.expand(value.shape).double()
 
 
 @dataclass
 class _Search:
     graph: CouplingGraph
-    model: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     folds: list[_Fold] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        program = self.graph.captured.program
-        self.nodes = list(program.graph.nodes)
+        captured = self.graph.captured
+        self.program = captured.program
+        self.nodes = list(self.program.graph.nodes)
         self.values = self.graph.run.values
-        self.wanted = {use.input for group in self.graph.groups for _, use in _consumers(group)} - {None}
-        self.seen = self._observe() if not self.graph.captured.regions else {}
-        if self.graph.captured.regions:
+        self.module = self.program.result(captured.class_name).eval()
+        self.read: dict[str, list[tuple[Any, Any]]] = {}
+        """By node the arguments of each call."""
+        if captured.regions:
             self.notes.append("the model was captured in parts; its dead channels are not looked for")
+        else:
+            self._observe()
 
     def removable(self, group: Group) -> list[int]:
         """Positions in ``group`` of the units that may go; notes why dead ones stay."""
@@ -132,29 +201,27 @@ class _Search:
             self._stay(group, int(np.logical_and.reduce([*zero.values()]).sum()), group.inexact_because)
             return []
         constant = self._constant(group, zero)
-        dead: Mask = np.ones(group.size, dtype=bool)
+        gone: Mask = np.ones(group.size, dtype=bool)
         for _, use in _consumers(group):
-            if use.input is None:
-                self._stay(group, int(dead.sum()), f"what {use.node.name} reads arises inside of it")
+            given = self._given(use)
+            if given is None:
+                self._stay(group, int(gone.sum()), f"what {use.node.name} reads arises inside of it")
                 return []
-            dead &= constant.get(use.input, np.zeros(group.size, dtype=bool))
-        gone = dead.copy()
+            gone &= constant.get(given, np.zeros(group.size, dtype=bool))
         folds: list[_Fold] = []
         for member, use in _consumers(group):
-            value = self._values_of(group, member, use)
-            if value is None:
-                self._stay(group, int(gone.sum()), f"{use.node.name} reads them in another order")
+            reading = self._reading(group, member, use) if gone.any() else None
+            if reading is None:
+                self._stay(group, int(gone.sum()), f"how {use.node.name} reads them is not seen")
                 return []
-            steady, carried = value
-            if not steady[gone].all():
-                self._stay(group, int((gone & ~steady).sum()), f"at {use.node.name} they depend on the place")
+            steady, carried = self._carried(group, reading)
+            self._stay(group, int((gone & ~steady).sum()), f"at {use.node.name} they depend on the place")
             gone &= steady
-            nonzero = gone & carried
-            if nonzero.any():
-                fold, reason = self._fold(group, member, use)
+            if (gone & carried).any():
+                fold, reason = self._fold(group, reading, gone & carried)
                 if fold is None:
-                    self._stay(group, int(nonzero.sum()), reason)
-                    gone &= ~nonzero
+                    self._stay(group, int((gone & carried).sum()), reason)
+                    gone &= ~carried
                 else:
                     folds.append(fold)
         if gone.all():
@@ -163,66 +230,75 @@ class _Search:
         self.folds += folds
         return [int(unit) for unit in np.flatnonzero(gone)]
 
-    def fold(self, model: nn.Module, removed: Mapping[str, Sequence[int]]) -> None:
-        """Put what the removed units add into the layers of ``model`` that read them, in place."""
-        named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        with torch.no_grad():
-            for fold in self.folds:
-                gone = list(removed.get(fold.group, ()))
-                if gone:
-                    tensor = named[fold.tensor]
-                    tensor += (fold.sign * fold.added[gone].sum(0)).to(tensor.dtype)
+    def folded(self, removed: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """The tensors that take up what the removed units add, by name, with that in them."""
+        found: dict[str, Tensor] = {}
+        for fold in self.folds:
+            gone = list(removed.get(fold.group.name, ()))
+            if gone:
+                units: Mask = np.zeros(fold.group.size, dtype=bool)
+                units[gone] = True
+                added, _ = self._added(fold.reading, units)
+                tensor = found.setdefault(fold.tensor, _like(self.program.tensors[fold.tensor]))
+                with torch.no_grad():
+                    tensor += (fold.sign * added).to(tensor)
+        return found
+
+    def around(self, name: str) -> set[str]:
+        """The groups whose channels the node ``name`` carries, or reads."""
+        near = [n for node in self.nodes if node.name == name for n in (node, *node.all_input_nodes)]
+        owned = {group.name: {int(c) for c in group.units} for group in self.graph.groups}
+        return {group for group, own in owned.items() if any(self._carries(node, own) for node in near)}
 
     def _stay(self, group: Group, count: int, reason: str) -> None:
         if count:
             self.notes.append(f"{count} dead channels of {group.name} stay: {reason}")
 
-    def _observe(self) -> dict[fx.Node, list[Tensor]]:
-        """What the consumers read, for the given inputs and for random ones."""
-        program = self.graph.captured.program
-        module = program.module()
+    def _observe(self) -> None:
+        """Note what the consumers read, for the given inputs and for random ones."""
+        uses = [use for group in self.graph.groups for _, use in _consumers(group)]
+        self.read = {use.node.name: [] for use in uses}
         generator = torch.Generator().manual_seed(0)
-        seen: dict[fx.Node, list[Tensor]] = {node: [] for node in self.wanted if node is not None}
-        by_name = {node.name: node for node in seen}
 
         def random(leaf: Any) -> Any:
             if isinstance(leaf, Tensor) and leaf.is_floating_point():
                 return (3 * torch.randn(leaf.shape, generator=generator)).to(leaf)
             return leaf
 
+        own = {id(tensor) for tensor in self.program.tensors.values()}
+        read = self.read
+
+        def copied(leaf: Any) -> Any:
+            return leaf.detach().clone() if isinstance(leaf, Tensor) and id(leaf) not in own else leaf
+
         class Watch(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:
-                result = super().run_node(n)
-                if n.name in by_name and isinstance(result, Tensor):
-                    seen[by_name[n.name]].append(result.detach().clone())
-                return result
+                if n.name in read:
+                    read[n.name].append(pytree.tree_map(copied, self.fetch_args_kwargs_from_env(n)))
+                return super().run_node(n)
 
-        inputs = program.bind(self.args, self.kwargs)
+        self.runner = Watch(self.module)
+        inputs = self.program.bind(self.args, self.kwargs)
         with torch.no_grad():
             for number in range(_RUNS + 1):
                 given = inputs if not number else pytree.tree_map(random, inputs)
-                Watch(module).run(*pytree.tree_map_only(Tensor, Tensor.clone, given))
-        return seen
+                given = pytree.tree_map(copied, given)
+                self.runner.run(*given)
 
     def _zero(self, group: Group, member: Member) -> Mask:
         """The units whose entries in a weight that makes them are all zero."""
-        tensor = _effective(self.model, member)
-        if tensor is None or member.units.ndim != 1 or tensor.shape != member.tensor.shape:
+        tensor = _effective(self.module, member)
+        if tensor is None or tensor.shape != member.tensor.shape:
             return np.zeros(group.size, dtype=bool)
-        axis = member.axis.dim
-        rest = [d for d in range(tensor.dim()) if d != axis]
-        empty = (
-            (tensor == 0).all(dim=rest)
-            if len(rest) == 1
-            else (tensor == 0).movedim(axis, 0).flatten(1).all(1)
-        )
+        dims = [*member.over, member.axis.dim]
+        rest = [d for d in range(tensor.dim()) if d not in dims]
+        empty = (tensor == 0).permute(*dims, *rest).reshape(member.units.size, -1).all(1).tolist()
         found: Mask = np.ones(group.size, dtype=bool)
         present = np.zeros(group.size, dtype=bool)
-        units = member.units
-        for index, unit in enumerate(units.tolist()):
+        for index, unit in enumerate(member.units.reshape(-1).tolist()):
             if unit >= 0:
                 present[unit] = True
-                found[unit] &= bool(empty[index])
+                found[unit] &= empty[index]
         return found & present
 
     def _constant(self, group: Group, zero: Mapping[fx.Node, Mask]) -> dict[fx.Node, Mask]:
@@ -254,80 +330,178 @@ class _Search:
         values = list(tree_values(self.values.get(node)))
         return node.op == "get_attr" or (bool(values) and all(value.fixed for value in values)) or not values
 
-    def _values_of(self, group: Group, member: Member, use: Use) -> tuple[Mask, Mask] | None:
-        """For each unit whether it is the same number wherever it is read, and whether that is not zero."""
-        channels = self._channels(member, use)
-        if channels is None:
+    def _given(self, use: Use) -> fx.Node | None:
+        """The node whose value a product reads: of a convolution, what it pads itself counts as read."""
+        node = use.node
+        if use.argument is None and node.op == "call_module" and node.args:
+            layer, given = self.module.get_submodule(str(node.target)), node.args[0]
+            return given if isinstance(layer, _ConvNd) and isinstance(given, fx.Node) else None
+        return use.input
+
+    def _reading(self, group: Group, member: Member, use: Use) -> _Reading | None:
+        """How a product reads the channels; None where that cannot be seen."""
+        values = list(tree_values(self.values.get(self._given(use))))
+        if len(values) != 1 or _part(member, use):
             return None
+        place = {int(unit): i for i, unit in enumerate(group.units)}
+        found = []
+        for dim in range(len(values[0].shape)):
+            label = values[0].label(dim)
+            if label is None:
+                continue
+            classes = self.graph.classes(label.ids.reshape(-1))
+            units = np.array([place.get(int(c), -1) for c in classes], dtype=np.int64)
+            if (units >= 0).any():
+                found.append(_Reading(use, (*label.over, dim), units.reshape(label.ids.shape)))
+        return found[0] if len(found) == 1 else None
+
+    def _seen(self, use: Use) -> Iterator[tuple[Any, Any, Tensor]]:
+        """Arguments of each call of a product, and what of them it reads."""
+        for args, kwargs in self.read.get(use.node.name, ()):
+            first, *rest = use.argument or (0,)
+            value = args[first] if isinstance(first, int) else kwargs[first]
+            for step in rest:
+                value = value[step]
+            yield args, kwargs, value
+
+    def _carried(self, group: Group, reading: _Reading) -> tuple[Mask, Mask]:
+        """For each unit whether it is the same number wherever it is read, and whether that is not zero."""
+        rows = [reading.channels(value) for _, _, value in self._seen(reading.use)]
+        channels = torch.cat(rows, 1)
         steady, carried = np.ones(group.size, dtype=bool), np.zeros(group.size, dtype=bool)
         scale = max(float(channels.abs().max()), 1e-30)
-        first = channels[:, :1]
-        same = ((channels - first).abs() <= _SAME * scale).all(1)
-        zero = (channels == 0).all(1)
-        for index, unit in enumerate(member.units.tolist()):
+        same = ((channels - channels[:, :1]).abs() <= _SAME * scale).all(1).tolist()
+        zero = (channels == 0).all(1).tolist()
+        for index, unit in enumerate(reading.units.reshape(-1).tolist()):
             if unit >= 0:
-                steady[unit] &= bool(same[index])
-                carried[unit] |= not bool(zero[index])
+                steady[unit] &= same[index]
+                carried[unit] |= not zero[index]
         return steady, carried
 
-    def _channels(self, member: Member, use: Use) -> Tensor | None:
-        """What is read: ``(indices of the axis, places)``; None where that cannot be seen."""
-        if use.input is None or _part(member, use) or member.units.ndim != 1 or not use.dims:
-            return None
-        rows = []
-        for seen in self.seen.get(use.input, ()):
-            order = [*use.dims, *(d for d in range(seen.dim()) if d not in use.dims)]
-            rows.append(seen.permute(order).flatten(len(use.dims)).flatten(0, len(use.dims) - 1))
-        found = torch.cat(rows, 1) if rows else None
-        return found if found is not None and len(found) == len(member.units) else None
+    def _added(self, reading: _Reading, units: Mask, factors: float = 0.0) -> tuple[Tensor, float]:
+        """What these units add to a layer: a mean for each channel that it makes, and how far they deviate.
 
-    def _fold(self, group: Group, member: Member, use: Use) -> tuple[_Fold | None, str]:
-        """What the units add to the layer at ``use``, and where that goes; or why it cannot go anywhere."""
-        name = use.node.name
-        weight = _effective(self.model, member)
-        channels = self._channels(member, use)
-        layer = self._layer(use.node)
-        if layer is None or weight is None or channels is None:
-            return None, f"they are not zero at {name}, which is no layer with a bias"
-        if isinstance(layer, _ConvNd):
-            if layer.transposed or layer.groups > 1 or any(_padding(layer)):
-                what = "pads" if any(_padding(layer)) else "is grouped or transposed"
-                return (
-                    None,
-                    f"they are not zero at {name}, which {what}, so that they add to each place differently",
-                )
-            per_channel = weight.flatten(2).sum(2).T
-        elif isinstance(layer, nn.Linear):
-            per_channel = weight.T
-        else:
-            return None, f"they are not zero at {name}, which is no linear layer and no convolution"
-        target, sign = self._takes_up(use.node, layer)
+        Args:
+            reading: how the layer reads them.
+            units: which.
+            factors: how far the factors are from one that they get: with any, nothing cancels by chance.
+        """
+        node = reading.use.node
+        args, kwargs, value = next(self._seen(reading.use))
+        alone = reading.alone(value, units)
+        if factors:
+            shape = [size if d in reading.dims else 1 for d, size in enumerate(value.shape)]
+            random = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            alone = alone * (1 + factors * random.to(alone.device))
+
+        def run(given: Tensor) -> Tensor:
+            def double(leaf: Any) -> Any:
+                if leaf is value:
+                    return given
+                return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+            own = pytree.tree_map(double, (args, kwargs))
+            if node.op == "call_module":
+                layer = _copied(self.module.get_submodule(str(node.target))).double()
+                result: Tensor = layer(*own[0], **own[1])
+            else:
+                result = getattr(self.runner, node.op)(node.target, *own)
+            return result
+
+        with torch.no_grad():
+            difference = run(alone) - run(torch.zeros_like(alone))
+        added = difference.movedim(reading.made, 0).flatten(1)
+        mean = added.mean(1)
+        return mean, float((added - mean[:, None]).abs().max())
+
+    def _fold(self, group: Group, reading: _Reading, units: Mask) -> tuple[_Fold | None, str]:
+        """Where what the units add to a layer can go; or why it cannot go anywhere."""
+        use = reading.use
+        if use.operator not in ("convolution", "linear", "addmm", "mm"):
+            return None, f"they are not zero at {use.at}, which is no linear layer and no convolution"
+        target, sign = self._takes_up(use.node, reading)
         if not target:
-            return None, f"they are not zero at {name}, which has no bias that could take up what they add"
-        added = torch.zeros(group.size, per_channel.shape[1], dtype=torch.float64)
-        for index, unit in enumerate(member.units.tolist()):
-            if unit >= 0:
-                added[unit] += channels[index, 0].double() * per_channel[index].double()
-        return _Fold(group.name, target, sign, added), ""
+            return None, f"they are not zero at {use.at}, which has no bias that could take up what they add"
+        mean, deviation = self._added(reading, units, 0.5)
+        if mean.shape != self.program.tensors[target].shape or deviation > _EXACT * float(mean.abs().max()):
+            return None, (
+                f"they are not zero at {use.at}, and what they add there differs from place to place (beside "
+                f"padding, say)"
+            )
+        return _Fold(group, target, sign, reading), ""
 
-    def _layer(self, node: fx.Node) -> nn.Module | None:
-        if node.op != "call_module":
-            return None
-        return self.model.get_submodule(str(node.target))
+    def _takes_up(self, node: fx.Node, reading: _Reading) -> tuple[str, int]:
+        """The tensor to which a constant may be added, and with which sign; an empty name for none."""
+        bias = self._own(node, "bias")
+        if bias:
+            return bias, 1
+        behind, values = list(node.users), list(tree_values(self.values.get(node)))
+        across = len(values) == 1 and reading.made % len(values[0].shape) == 1  # what it normalises
+        mean = self._own(behind[0], "running_mean") if len(behind) == 1 and across else ""
+        return mean, -1
 
-    def _takes_up(self, node: fx.Node, layer: nn.Module) -> tuple[str, int]:
-        """The tensor to which a constant may be added, and with which sign."""
-        calls = [n for n in self.nodes if n.op == "call_module" and n.target == node.target]
-        if len(calls) > 1:
-            return "", 0
-        if getattr(layer, "bias", None) is not None:
-            return f"{node.target}.bias", 1
-        behind = [self._layer(user) for user in node.users]
-        if len(behind) == 1 and isinstance(behind[0], _BatchNorm) and behind[0].running_mean is not None:
-            (user,) = node.users
-            if sum(n.op == "call_module" and n.target == user.target for n in self.nodes) == 1:
-                return f"{user.target}.running_mean", -1
-        return "", 0
+    def _own(self, node: fx.Node, what: str) -> str:
+        """The tensor ``bias`` of a layer, or the ``running_mean`` of a normalisation, that no other uses."""
+        found: Any = None
+        if node.op == "call_module":
+            layer = self.module.get_submodule(str(node.target))
+            kinds = (_ConvNd, nn.Linear) if what == "bias" else (_BatchNorm,)
+            calls = [n for n in self.nodes if n.op == "call_module" and n.target == node.target]
+            if isinstance(layer, kinds) and len(calls) == 1 and getattr(layer, what, None) is not None:
+                found = f"{node.target}.{what}"
+        elif node.op == "call_function":
+            layers = _LAYERS if what == "bias" else ("batch_norm", "_native_batch_norm_legit_no_training")
+            given = _argument(node, what) if operator_name(node) in layers else None
+            if isinstance(given, fx.Node) and given.op == "get_attr" and len(given.users) == 1:
+                found = str(given.target)
+        tensor = self.program.tensors.get(found)
+        if tensor is None or (what == "running_mean" and trains(node)):
+            return ""
+        readers = [
+            n for n in self.nodes if n.op == "get_attr" and self.program.tensors.get(n.target) is tensor
+        ]
+        names = [name for name, other in self.program.tensors.items() if other is tensor]
+        return str(found) if len(names) == 1 and len(readers) <= 1 else ""
+
+
+_LAYERS = (
+    "linear",
+    "addmm",
+    "convolution",
+    *(f"conv{kind}{d}d" for kind in ("", "_transpose") for d in "123"),
+)
+
+
+def trains(node: fx.Node) -> bool:
+    """Whether a function is called as in training: it draws random numbers, or measures its input."""
+    return node.op == "call_function" and _argument(node, "training") is True
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """The argument of a function that has this name; None if there is none."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    if operator_name(node) == "addmm" and name == "bias":
+        return node.args[0] if len(node.args) == 3 and not node.kwargs else None
+    for signature in get_signature_for_torch_op(node.target) or _signature(node.target):
+        names = list(signature.parameters)
+        if name in names and names.index(name) < len(node.args):
+            return node.args[names.index(name)]
+    return None
+
+
+def _signature(target: Any) -> list[inspect.Signature]:
+    """Of a function that is written in Python."""
+    try:
+        return [inspect.signature(target)] if inspect.isfunction(target) else []
+    except ValueError:
+        return []
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """A copy; a parameter where it is one."""
+    copied = tensor.detach().clone()
+    return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
 
 
 def _consumers(group: Group) -> Iterator[tuple[Member, Use]]:
@@ -358,11 +532,6 @@ def _effective(model: nn.Module, member: Member) -> Tensor | None:
     except (AttributeError, TypeError):
         return None
     return found.detach() if isinstance(found, Tensor) else None
-
-
-def _padding(layer: _ConvNd) -> tuple[int, ...]:
-    padding: Any = layer.padding
-    return (int(padding != "valid"),) if isinstance(padding, str) else tuple(padding)
 
 
 def _balanced(group: Group, gone: Mask) -> Mask:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..coupling.graph import CouplingGraph
 from ..program import Program
@@ -15,7 +15,7 @@ from .constants import KeepConstants
 from .literals import RewriteLiterals
 from .modules import UpdateModules
 from .movements import FillOutputs, NarrowConstants, PickFromTables, SelectMovements
-from .parameters import NarrowParameters
+from .parameters import NarrowParameters, narrow
 
 PIPELINE: tuple[Pass, ...] = (
     UpdateModules(),
@@ -37,15 +37,24 @@ class Rewritten:
     narrowing: Narrowing
     violations: tuple[Violation, ...]
 
-    def materialize(self) -> nn.Module:
-        """The module with the real, narrowed weights."""
-        return self.narrowed().result(self.narrowing.graph.captured.class_name)
+    def materialize(self, instead: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """The module with the real, narrowed weights.
 
-    def narrowed(self) -> Program:
-        """The program with the real, narrowed weights."""
-        narrowed = NarrowParameters()(self.narrowing.graph.captured.program, self.narrowing)
+        Args:
+            instead: tensors of the original that others take the place of, by name and of the same shape.
+        """
+        return self.narrowed(instead).result(self.narrowing.graph.captured.class_name)
+
+    def narrowed(self, instead: Mapping[str, Tensor] | None = None) -> Program:
+        """The program with the real, narrowed weights; ``instead`` as for :meth:`materialize`."""
+        original, graph = self.narrowing.graph.captured.program, self.narrowing.graph
+        narrowed = NarrowParameters()(original, self.narrowing)
+        others = {
+            name: narrow(tensor, graph.labels(original.tensors[name]), self.narrowing)
+            for name, tensor in (instead or {}).items()
+        }
         extras = {**self.program.extras, **narrowed.extras}
-        return replace(self.program, tensors=narrowed.tensors, extras=extras)
+        return replace(self.program, tensors={**narrowed.tensors, **others}, extras=extras)
 
 
 Between = Callable[[Pass, Program, Program], None]

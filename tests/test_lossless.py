@@ -68,7 +68,7 @@ def test_convolutions(padding: int, bias: bool, masks: bool) -> None:
     assert 0 < int((dead & (shift > 0)).sum()) < int(dead.sum())  # of both kinds there are some
     assert pruned.get_parameter("b.weight").shape[1] == kept
     notes = " ".join(pruned.meta["fxprune"].notes)
-    assert ("which pads" in notes) == bool(padding)
+    assert ("beside padding" in notes) == bool(padding)
 
 
 class Block(nn.Module):
@@ -140,3 +140,73 @@ def test_nothing_dead_and_everything_dead() -> None:
     assert unchanged(model, torch.randn(3, 5)).get_parameter("0.weight").shape == (8, 5)
     nn.init.zeros_(model[0].weight)
     assert unchanged(model.train(), torch.randn(3, 5)).get_parameter("0.weight").shape == (1, 5)
+
+
+class Between(nn.Module):
+    """A convolution, a ReLU that lets half of the shifts through, and a layer that reads it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.a, self.layer, self.head = nn.Conv2d(3, 8, 3), layer, nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.a(x).relu()).relu())
+
+
+@pytest.mark.parametrize(
+    ("layer", "left"),
+    [
+        (nn.Conv2d(8, 8, 3, groups=4), 4),  # each of its groups loses one of its two channels
+        (nn.ConvTranspose2d(8, 8, 2, stride=2), 4),
+        (nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), 4),
+        (nn.Conv2d(8, 8, 3, padding=1, padding_mode="replicate"), 4),
+    ],
+)
+def test_constants_go_into_any_layer_to_which_they_add_the_same_everywhere(
+    layer: nn.Module, left: int
+) -> None:
+    torch.manual_seed(0)
+    model = Between(layer).eval()
+    with torch.no_grad():
+        if isinstance(
+            layer, nn.ConvTranspose2d
+        ):  # else it adds another amount at each place of a 2 x 2 square
+            layer.weight.copy_(layer.weight.mean((2, 3), keepdim=True).expand_as(layer.weight))
+        model.a.weight[::2] = 0
+        model.a.bias[::2] = 1
+    pruned = unchanged(model, X)
+    assert pruned.get_parameter("a.weight").shape[0] == left, pruned.meta["fxprune"].notes
+
+
+def test_constants_stay_where_they_add_another_amount_at_each_place() -> None:
+    torch.manual_seed(0)
+    model = Between(nn.ConvTranspose2d(8, 8, 3, stride=2)).eval()
+    with torch.no_grad():
+        model.a.weight[::2] = 0
+        model.a.bias[::2] = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    pruned = unchanged(model, X)
+    assert pruned.get_parameter("a.weight").shape[0] == 6
+    assert "2 dead channels of a.weight[0] stay" in " ".join(pruned.meta["fxprune"].notes)
+
+
+def test_layers_that_are_functions_take_up_constants_too() -> None:
+    class Functions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.norm = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6)
+            self.weight, self.bias = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = nn.functional.conv2d(self.a(x).relu(), self.b.weight)
+            x = nn.functional.batch_norm(
+                x, self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias
+            )
+            return nn.functional.linear(x.relu().mean((2, 3)), self.weight, self.bias)
+
+    model = settled(Functions())
+    with torch.no_grad():
+        model.a.weight[::2] = 0
+        model.a.bias[::2] = 1
+        model.b.weight[:3] = 0
+    pruned = unchanged(model, X)
+    assert pruned.get_parameter("b.weight").shape == (3, 4, 1, 1)
