@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 from torch.fx.operator_schemas import get_signature_for_torch_op
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -32,7 +33,7 @@ from .coupling.groups import Group, Member
 from .coupling.roles import Use
 from .errors import VerificationError
 from .inputs import normalize
-from .nodes import operator_name
+from .nodes import mutable, operator_name
 from .origins import remember
 from .passes import rewrite
 from .planning.plan import PruningPlan
@@ -125,33 +126,20 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 @dataclass(frozen=True, eq=False)
-class _Fold:
-    """What removed channels add to a layer: the sum goes into ``tensor``, times ``sign``."""
-
-    group: Group
-    tensor: str
-    sign: int
-    reading: _Reading
-
-
-@dataclass(frozen=True, eq=False)
 class _Reading:
-    """How a product reads the channels of a group.
+    """How a node reads the channels of a group.
 
     Attributes:
-        use: the product.
-        dims: the dimensions of what it reads that hold the channels, rows first.
+        node: the node.
+        given: the node whose value it reads.
+        dims: the dimensions of that value that hold the channels, rows first.
         units: the unit of each index of these, -1 for none.
     """
 
-    use: Use
+    node: fx.Node
+    given: fx.Node
     dims: tuple[int, ...]
     units: NDArray[np.int64]
-
-    @property
-    def made(self) -> int:
-        """The dimension of the result with the channels that the product makes."""
-        return self.dims[-1] if self.use.operator == "convolution" else -1
 
     def channels(self, value: Tensor) -> Tensor:
         """What is read, ``(indices, places)``."""
@@ -159,13 +147,32 @@ class _Reading:
         return value.permute(*self.dims, *others).reshape(self.units.size, -1)
 
     def alone(self, value: Tensor, units: Mask) -> Tensor:
-        """As ``value``, with these units as they are there and zeros for all else."""
+        """As ``value``, with these units as they are at its first place, and zeros for all else."""
         here = np.where(self.units >= 0, units[self.units], False)
         at = [slice(None) if d in self.dims else slice(1) for d in range(value.dim())]
         shape = [value.shape[d] if d in self.dims else 1 for d in range(value.dim())]
         mask = torch.from_numpy(np.ascontiguousarray(here.transpose(np.argsort(self.dims))))
         constant = value[tuple(at)] * mask.reshape(shape).to(value.device)
         return constant.expand(value.shape).double()
+
+
+@dataclass(frozen=True, eq=False)
+class _Fold:
+    """What removed channels add to a layer: the sum goes into ``tensor``, times ``sign``.
+
+    Attributes:
+        group: the group that they are of.
+        reading: how the layer reads them.
+        made: the dimension of its result with the channels that it makes.
+        tensor: what takes it up.
+        sign: 1, or -1 for what is subtracted.
+    """
+
+    group: Group
+    reading: _Reading
+    made: int
+    tensor: str
+    sign: int
 
 
 @dataclass
@@ -182,8 +189,9 @@ class _Search:
         self.nodes = list(self.program.graph.nodes)
         self.values = self.graph.run.values
         self.module = self.program.result(captured.class_name).eval()
-        self.read: dict[str, list[tuple[Any, Any]]] = {}
-        """By node the arguments of each call."""
+        self.seen: dict[str, list[dict[str, Any]]] = {}
+        """By node, for each run, what the nodes gave that it reads, by their names."""
+        self.carried = self._carried()
         if captured.regions:
             self.notes.append("the model was captured in parts; its dead channels are not looked for")
         else:
@@ -201,26 +209,38 @@ class _Search:
             self._stay(group, int(np.logical_and.reduce([*zero.values()]).sum()), group.inexact_because)
             return []
         constant = self._constant(group, zero)
-        gone: Mask = np.ones(group.size, dtype=bool)
-        for _, use in _consumers(group):
+        gone: Mask = np.logical_or.reduce([*zero.values()])
+        readings = []
+        for member, use in _consumers(group):
             given = self._given(use)
             if given is None:
-                self._stay(group, int(gone.sum()), f"what {use.node.name} reads arises inside of it")
+                self._stay(group, int(gone.sum()), f"what {use.at} reads arises inside of it")
                 return []
-            gone &= constant.get(given, np.zeros(group.size, dtype=bool))
-        folds: list[_Fold] = []
-        for member, use in _consumers(group):
-            reading = self._reading(group, member, use) if gone.any() else None
+            gone &= constant.get(given, _none(group))
+            reading = self._reading(group, use.node, given) if not _part(member, use) else None
             if reading is None:
-                self._stay(group, int(gone.sum()), f"how {use.node.name} reads them is not seen")
+                self._stay(group, int(gone.sum()), f"how {use.at} reads them is not seen")
                 return []
-            steady, carried = self._carried(group, reading)
-            self._stay(group, int((gone & ~steady).sum()), f"at {use.node.name} they depend on the place")
+            readings.append((use, reading))
+        ends = self._ends(group)
+        for node, inputs in ends.items():
+            zeros = [constant.get(given, _none(group)) & self._zeros(group, node, given) for given in inputs]
+            every = np.logical_or if operator_name(node) in _PRODUCTS else np.logical_and
+            here = every.reduce(zeros)
+            self._stay(group, int((gone & ~here).sum()), f"they are not zero at {node.name}")
+            gone &= here
+        if not readings and not ends:
+            self._stay(group, int(gone.sum()), "no node of the graph shows what reads them")
+            return []
+        folds: list[_Fold] = []
+        for use, reading in readings:
+            steady, carried = self._read(group, reading)
+            self._stay(group, int((gone & ~steady).sum()), f"at {use.at} they depend on the place")
             gone &= steady
             if (gone & carried).any():
-                fold, reason = self._fold(group, reading, gone & carried)
+                fold, reason = self._fold(group, use, reading, gone & carried)
                 if fold is None:
-                    self._stay(group, int((gone & carried).sum()), reason)
+                    self._stay(group, int((gone & carried).sum()), f"they are not zero at {use.at}, {reason}")
                     gone &= ~carried
                 else:
                     folds.append(fold)
@@ -238,7 +258,7 @@ class _Search:
             if gone:
                 units: Mask = np.zeros(fold.group.size, dtype=bool)
                 units[gone] = True
-                added, _ = self._added(fold.reading, units)
+                added, _ = self._added(fold.reading, fold.made, units)
                 tensor = found.setdefault(fold.tensor, _like(self.program.tensors[fold.tensor]))
                 with torch.no_grad():
                     tensor += (fold.sign * added).to(tensor)
@@ -247,8 +267,7 @@ class _Search:
     def around(self, name: str) -> set[str]:
         """The groups whose channels the node ``name`` carries, or reads."""
         near = [n for node in self.nodes if node.name == name for n in (node, *node.all_input_nodes)]
-        owned = {group.name: {int(c) for c in group.units} for group in self.graph.groups}
-        return {group for group, own in owned.items() if any(self._carries(node, own) for node in near)}
+        return set().union(*(self.carried[n] for n in near))
 
     def _stay(self, group: Group, count: int, reason: str) -> None:
         if count:
@@ -256,8 +275,11 @@ class _Search:
 
     def _observe(self) -> None:
         """Note what the consumers read, for the given inputs and for random ones."""
-        uses = [use for group in self.graph.groups for _, use in _consumers(group)]
-        self.read = {use.node.name: [] for use in uses}
+        wanted = {use.node for group in self.graph.groups for _, use in _consumers(group)}
+        wanted |= {node for group in self.graph.groups for node in self._ends(group)}
+        wanted |= {node for node in self.nodes if operator_name(node) in (*_PRODUCTS, _ATTENTION)}
+        self.seen |= {node.name: [] for node in wanted}
+        seen = self.seen
         generator = torch.Generator().manual_seed(0)
 
         def random(leaf: Any) -> Any:
@@ -266,18 +288,19 @@ class _Search:
             return leaf
 
         own = {id(tensor) for tensor in self.program.tensors.values()}
-        read = self.read
 
         def copied(leaf: Any) -> Any:
             return leaf.detach().clone() if isinstance(leaf, Tensor) and id(leaf) not in own else leaf
 
         class Watch(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:
-                if n.name in read:
-                    read[n.name].append(pytree.tree_map(copied, self.fetch_args_kwargs_from_env(n)))
+                if n.name in seen:
+                    inputs = {node.name: self.env[node] for node in n.all_input_nodes}
+                    seen[n.name].append(pytree.tree_map(copied, inputs))
                 return super().run_node(n)
 
         self.runner = Watch(self.module)
+        self.running = {node.name: node for node in self.runner.graph.nodes}
         inputs = self.program.bind(self.args, self.kwargs)
         with torch.no_grad():
             for number in range(_RUNS + 1):
@@ -289,12 +312,12 @@ class _Search:
         """The units whose entries in a weight that makes them are all zero."""
         tensor = _effective(self.module, member)
         if tensor is None or tensor.shape != member.tensor.shape:
-            return np.zeros(group.size, dtype=bool)
+            return _none(group)
         dims = [*member.over, member.axis.dim]
         rest = [d for d in range(tensor.dim()) if d not in dims]
         empty = (tensor == 0).permute(*dims, *rest).reshape(member.units.size, -1).all(1).tolist()
         found: Mask = np.ones(group.size, dtype=bool)
-        present = np.zeros(group.size, dtype=bool)
+        present = _none(group)
         for index, unit in enumerate(member.units.reshape(-1).tolist()):
             if unit >= 0:
                 present[unit] = True
@@ -303,28 +326,57 @@ class _Search:
 
     def _constant(self, group: Group, zero: Mapping[fx.Node, Mask]) -> dict[fx.Node, Mask]:
         """For each node that carries the group's channels the units that are the same for all inputs."""
-        own = {int(c) for c in group.units}
         found: dict[fx.Node, Mask] = {}
         for node in self.nodes:
-            if not self._carries(node, own):
+            if group.name not in self.carried[node]:
                 continue
-            made = zero.get(node, np.zeros(group.size, dtype=bool))
+            made = zero.get(node, _none(group))
             inputs = [n for n in node.all_input_nodes if not self._fixed(n)]
-            carrying = [n for n in inputs if self._carries(n, own)]
-            if carrying and (len(carrying) == len(inputs) or node.target in (torch.cat, torch.concat)):
-                made = made | np.logical_and.reduce([found[n] for n in carrying if n in found])
+            carrying = {n: found[n] for n in inputs if n in found}
+            name = operator_name(node)
+            if carrying and (len(carrying) == len(inputs) or name in ("cat", "concat")):
+                made = made | np.logical_and.reduce([*carrying.values()])
+            elif carrying and name in (*_PRODUCTS, _ATTENTION):  # zero times anything
+                zeros = [mask & self._zeros(group, node, n) for n, mask in carrying.items()]
+                every = np.logical_and if name == _ATTENTION else np.logical_or
+                made = made | every.reduce(zeros)
             found[node] = made
         return found
 
-    def _carries(self, node: fx.Node, own: set[int]) -> bool:
-        for value in tree_values(self.values.get(node)):
-            if value.state is not None:
+    def _carried(self) -> dict[fx.Node, set[str]]:
+        """For each node the groups whose channels its value has."""
+        owner = {int(unit): group.name for group in self.graph.groups for unit in group.units}
+        known: dict[int, set[str]] = {}
+        found: dict[fx.Node, set[str]] = {}
+        for node in self.nodes:
+            own = found[node] = set()
+            for value in tree_values(self.values.get(node)):
+                labels = [value.label(d) for d in range(len(value.shape))] if value.state is None else []
+                for label in filter(None, labels):
+                    if id(label.ids) not in known:
+                        classes = set(self.graph.classes(label.ids.reshape(-1)).tolist())
+                        known[id(label.ids)] = {owner[c] for c in classes if c in owner}
+                    own |= known[id(label.ids)]
+        return found
+
+    def _ends(self, group: Group) -> dict[fx.Node, list[fx.Node]]:
+        """The nodes at which channels of the group end in another way than in a weight, and what they read.
+
+        Sums over channels, and products of two values (queries and keys).
+        """
+        consumers = {(use.node, self._given(use)) for _, use in _consumers(group)}
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.nodes:
+            if group.name in self.carried[node] or not list(tree_values(self.values.get(node))):
                 continue
-            for dim in range(len(value.shape)):
-                label = value.label(dim)
-                if label is not None and own & set(self.graph.classes(label.ids.reshape(-1)).tolist()):
-                    return True
-        return False
+            for given in node.all_input_nodes:
+                if (
+                    group.name in self.carried[given]
+                    and (node, given) not in consumers
+                    and operator_name(node) not in _PARTS
+                ):
+                    found.setdefault(node, []).append(given)
+        return found
 
     def _fixed(self, node: fx.Node) -> bool:
         values = list(tree_values(self.values.get(node)))
@@ -338,10 +390,11 @@ class _Search:
             return given if isinstance(layer, _ConvNd) and isinstance(given, fx.Node) else None
         return use.input
 
-    def _reading(self, group: Group, member: Member, use: Use) -> _Reading | None:
-        """How a product reads the channels; None where that cannot be seen."""
-        values = list(tree_values(self.values.get(self._given(use))))
-        if len(values) != 1 or _part(member, use):
+    def _reading(self, group: Group, node: fx.Node, given: fx.Node) -> _Reading | None:
+        """How a node reads the channels; None where that cannot be seen."""
+        values = list(tree_values(self.values.get(given)))
+        runs = self.seen.get(node.name, [])
+        if len(values) != 1 or not runs or any(given.name not in run for run in runs):
             return None
         place = {int(unit): i for i, unit in enumerate(group.units)}
         found = []
@@ -352,23 +405,22 @@ class _Search:
             classes = self.graph.classes(label.ids.reshape(-1))
             units = np.array([place.get(int(c), -1) for c in classes], dtype=np.int64)
             if (units >= 0).any():
-                found.append(_Reading(use, (*label.over, dim), units.reshape(label.ids.shape)))
+                found.append(_Reading(node, given, (*label.over, dim), units.reshape(label.ids.shape)))
         return found[0] if len(found) == 1 else None
 
-    def _seen(self, use: Use) -> Iterator[tuple[Any, Any, Tensor]]:
-        """Arguments of each call of a product, and what of them it reads."""
-        for args, kwargs in self.read.get(use.node.name, ()):
-            first, *rest = use.argument or (0,)
-            value = args[first] if isinstance(first, int) else kwargs[first]
-            for step in rest:
-                value = value[step]
-            yield args, kwargs, value
+    def _zeros(self, group: Group, node: fx.Node, given: fx.Node) -> Mask:
+        """The units that were zero in every run where ``node`` reads them."""
+        reading = self._reading(group, node, given)
+        if reading is None:
+            return _none(group)
+        steady, carried = self._read(group, reading)
+        return steady & ~carried
 
-    def _carried(self, group: Group, reading: _Reading) -> tuple[Mask, Mask]:
+    def _read(self, group: Group, reading: _Reading) -> tuple[Mask, Mask]:
         """For each unit whether it is the same number wherever it is read, and whether that is not zero."""
-        rows = [reading.channels(value) for _, _, value in self._seen(reading.use)]
+        rows = [reading.channels(values[reading.given.name]) for values in self.seen[reading.node.name]]
         channels = torch.cat(rows, 1)
-        steady, carried = np.ones(group.size, dtype=bool), np.zeros(group.size, dtype=bool)
+        steady, carried = np.ones(group.size, dtype=bool), _none(group)
         scale = max(float(channels.abs().max()), 1e-30)
         same = ((channels - channels[:, :1]).abs() <= _SAME * scale).all(1).tolist()
         zero = (channels == 0).all(1).tolist()
@@ -378,65 +430,62 @@ class _Search:
                 carried[unit] |= not zero[index]
         return steady, carried
 
-    def _added(self, reading: _Reading, units: Mask, factors: float = 0.0) -> tuple[Tensor, float]:
+    def _added(self, reading: _Reading, made: int, units: Mask, factors: float = 0.0) -> tuple[Tensor, float]:
         """What these units add to a layer: a mean for each channel that it makes, and how far they deviate.
 
         Args:
             reading: how the layer reads them.
+            made: see :class:`_Fold`.
             units: which.
             factors: how far the factors are from one that they get: with any, nothing cancels by chance.
         """
-        node = reading.use.node
-        args, kwargs, value = next(self._seen(reading.use))
-        alone = reading.alone(value, units)
+        node = self.running[reading.node.name]
+        values = self.seen[node.name][0]
+        alone = reading.alone(values[reading.given.name], units)
         if factors:
-            shape = [size if d in reading.dims else 1 for d, size in enumerate(value.shape)]
+            shape = [size if d in reading.dims else 1 for d, size in enumerate(alone.shape)]
             random = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
             alone = alone * (1 + factors * random.to(alone.device))
 
-        def run(given: Tensor) -> Tensor:
-            def double(leaf: Any) -> Any:
-                if leaf is value:
-                    return given
-                return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+        def double(leaf: Any) -> Any:
+            return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
-            own = pytree.tree_map(double, (args, kwargs))
+        def run(given: Tensor) -> Tensor:
+            own = {**pytree.tree_map(double, values), reading.given.name: given}
+            args, kwargs = mutable(map_arg((node.args, node.kwargs), lambda n: own[n.name]))
             if node.op == "call_module":
                 layer = _copied(self.module.get_submodule(str(node.target))).double()
-                result: Tensor = layer(*own[0], **own[1])
+                result: Tensor = layer(*args, **kwargs)
             else:
-                result = getattr(self.runner, node.op)(node.target, *own)
+                result = getattr(self.runner, node.op)(node.target, args, kwargs)
             return result
 
         with torch.no_grad():
             difference = run(alone) - run(torch.zeros_like(alone))
-        added = difference.movedim(reading.made, 0).flatten(1)
+        added = difference.movedim(made, 0).flatten(1)
         mean = added.mean(1)
         return mean, float((added - mean[:, None]).abs().max())
 
-    def _fold(self, group: Group, reading: _Reading, units: Mask) -> tuple[_Fold | None, str]:
+    def _fold(self, group: Group, use: Use, reading: _Reading, units: Mask) -> tuple[_Fold | None, str]:
         """Where what the units add to a layer can go; or why it cannot go anywhere."""
-        use = reading.use
         if use.operator not in ("convolution", "linear", "addmm", "mm"):
-            return None, f"they are not zero at {use.at}, which is no linear layer and no convolution"
-        target, sign = self._takes_up(use.node, reading)
+            return None, "which is no linear layer and no convolution"
+        made = reading.dims[-1] if use.operator == "convolution" else -1
+        target, sign = self._takes_up(use.node, made)
         if not target:
-            return None, f"they are not zero at {use.at}, which has no bias that could take up what they add"
-        mean, deviation = self._added(reading, units, 0.5)
+            return None, "which has no bias that could take up what they add"
+        mean, deviation = self._added(reading, made, units, 0.5)
         if mean.shape != self.program.tensors[target].shape or deviation > _EXACT * float(mean.abs().max()):
-            return None, (
-                f"they are not zero at {use.at}, and what they add there differs from place to place (beside "
-                f"padding, say)"
-            )
-        return _Fold(group, target, sign, reading), ""
+            return None, "and what they add there differs from place to place (beside padding, say)"
+        return _Fold(group, reading, made, target, sign), ""
 
-    def _takes_up(self, node: fx.Node, reading: _Reading) -> tuple[str, int]:
+    def _takes_up(self, node: fx.Node, made: int) -> tuple[str, int]:
         """The tensor to which a constant may be added, and with which sign; an empty name for none."""
         bias = self._own(node, "bias")
         if bias:
             return bias, 1
         behind, values = list(node.users), list(tree_values(self.values.get(node)))
-        across = len(values) == 1 and reading.made % len(values[0].shape) == 1  # what it normalises
+        across = len(values) == 1 and made % len(values[0].shape) == 1  # what it normalises
         mean = self._own(behind[0], "running_mean") if len(behind) == 1 and across else ""
         return mean, -1
 
@@ -464,6 +513,20 @@ class _Search:
         return str(found) if len(names) == 1 and len(readers) <= 1 else ""
 
 
+_PRODUCTS = ("mul", "multiply", "matmul", "bmm", "einsum")
+_ATTENTION = "scaled_dot_product_attention"
+_PARTS = (
+    "getitem",
+    "chunk",
+    "split",
+    "split_with_sizes",
+    "tensor_split",
+    "unbind",
+    "select",
+    "slice",
+    "narrow",
+)
+"""What takes some of the channels, and leaves the others to other nodes."""
 _LAYERS = (
     "linear",
     "addmm",
@@ -479,11 +542,12 @@ def trains(node: fx.Node) -> bool:
 
 def _argument(node: fx.Node, name: str) -> Any:
     """The argument of a function that has this name; None if there is none."""
+    target: Any = node.target
     if name in node.kwargs:
         return node.kwargs[name]
     if operator_name(node) == "addmm" and name == "bias":
         return node.args[0] if len(node.args) == 3 and not node.kwargs else None
-    for signature in get_signature_for_torch_op(node.target) or _signature(node.target):
+    for signature in get_signature_for_torch_op(target) or _signature(target):
         names = list(signature.parameters)
         if name in names and names.index(name) < len(node.args):
             return node.args[names.index(name)]
@@ -496,6 +560,10 @@ def _signature(target: Any) -> list[inspect.Signature]:
         return [inspect.signature(target)] if inspect.isfunction(target) else []
     except ValueError:
         return []
+
+
+def _none(group: Group) -> Mask:
+    return np.zeros(group.size, dtype=bool)
 
 
 def _like(tensor: Tensor) -> Tensor:

@@ -210,3 +210,33 @@ def test_layers_that_are_functions_take_up_constants_too() -> None:
         model.b.weight[:3] = 0
     pruned = unchanged(model, X)
     assert pruned.get_parameter("b.weight").shape == (3, 4, 1, 1)
+
+
+def test_heads_lose_channels_that_are_zero() -> None:
+    """Queries and keys end in a product with each other, and no weight reads them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), Block(), nn.Linear(8, 3)).eval()
+    with torch.no_grad():
+        for row in (0, 4, 8, 12, 17, 22):  # of queries, keys and values, 8 rows each: two heads of 4
+            model[1].qkv.weight[row] = 0
+            model[1].qkv.bias[row] = 0
+        model[1].qkv.weight[1] = 0  # a query that is zero but for its bias
+    pruned = unchanged(model, torch.randn(2, 7, 5))
+    assert pruned.get_parameter("1.qkv.weight").shape[0] == 24 - 6
+    assert pruned.get_parameter("1.out.weight").shape[1] == 6
+
+
+def test_channels_that_are_summed_up_go_only_where_they_are_zero() -> None:
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(5, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x).relu().sum(-1)
+
+    model = Sums().eval()
+    with torch.no_grad():
+        model.a.weight[:4] = 0
+        model.a.bias[:4] = torch.tensor([-1.0, 0.0, 1.0, 2.0])
+    assert unchanged(model, torch.randn(3, 5)).get_parameter("a.weight").shape[0] == 6

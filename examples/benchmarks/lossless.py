@@ -1,0 +1,174 @@
+"""Set channels of ten CNNs and two transformers to zero, remove them with fxprune.lossless, and compare.
+
+    python examples/benchmarks/lossless.py                 # all networks, in both ways
+    python examples/benchmarks/lossless.py resnet18 bert   # some
+
+Two ways of zeroing 30 to 60 % of the channels (another share for each network):
+
+- *whole*: all that makes a channel (weights, biases, scales and shifts), as training with a penalty on whole
+  channels leaves it. Every channel so zeroed should go.
+- *trained*: ``torch.nn.utils.prune.ln_structured`` on every convolution (of transformers, on the first layer
+  of each feed-forward part), followed by 20 steps of training. Shifts of batch normalisations stay and are
+  trained; what they let through into a convolution that pads cannot be taken up, and in a residual stream a
+  channel is dead only where all layers that add to it were given the same mask. ``zeroed`` counts the
+  channels whose producers are all zero; a depthwise filter alone that is zero makes its channel dead, too,
+  so that more may go.
+
+Random weights, with statistics of batch normalisations as after training. Times are medians of 15 forward
+passes of the batch on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import prune as masks
+
+import fxprune
+
+CNNS = (
+    "resnet18", "resnet50", "vgg11_bn", "mobilenet_v2", "mobilenet_v3_small", "densenet121",
+    "efficientnet_b0", "regnet_y_400mf", "squeezenet1_1", "mnasnet0_5",
+)  # fmt: skip
+TRANSFORMERS = ("vit", "bert")
+SHARES = (0.3, 0.45, 0.6)
+
+
+def network(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """A network and a batch."""
+    if name == "vit":
+        from torchvision.models import VisionTransformer
+
+        return VisionTransformer(64, 8, 6, 6, 192, 768, num_classes=10), torch.randn(4, 3, 64, 64)
+    if name == "bert":
+        from transformers import BertConfig, BertForSequenceClassification
+
+        config = BertConfig(
+            hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6,
+            vocab_size=500,
+        )  # fmt: skip
+        return BertForSequenceClassification(config), torch.randint(0, 500, (4, 48))
+    from torchvision import models
+
+    return models.get_model(name, num_classes=10, weights=None), torch.randn(4, 3, 96, 96)
+
+
+def settled(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    """In evaluation mode, with measured statistics, shifts of both signs, and a head that is not zero."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias, std=0.3)
+            module.momentum = None
+    if x.is_floating_point():
+        with torch.no_grad():
+            model.train()
+            for _ in range(2):
+                model(torch.randn_like(x))
+    return model.eval()
+
+
+def whole(model: nn.Module, x: torch.Tensor, share: float) -> tuple[nn.Module, int]:
+    """All that makes a channel at zero."""
+    plan = fxprune.plan(model, x, share, "random", where=lambda group: group.exact)
+    zeroed = copy.deepcopy(model)
+    zeroed.load_state_dict(plan.mask(model).state_dict())
+    return zeroed, sum(len(units) for units in plan.removed.values())
+
+
+def trained(model: nn.Module, x: torch.Tensor, share: float) -> tuple[nn.Module, int]:
+    """Masks on the filters of convolutions or feed-forward layers, and a little training."""
+    model = copy.deepcopy(model)
+    layers = {
+        path: module
+        for path, module in model.named_modules()
+        if (isinstance(module, nn.Conv2d) and module.out_channels > 16 and "conv_proj" not in path)
+        or path.endswith(("mlp.0", "intermediate.dense"))
+    }
+    for module in layers.values():
+        masks.ln_structured(module, "weight", share, n=2, dim=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    target = torch.arange(len(x)) % 2
+    model.train()
+    for _ in range(20):
+        found: Any = model(x)
+        loss = nn.functional.cross_entropy(getattr(found, "logits", found), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for module in layers.values():
+        masks.remove(module, "weight")
+    model.eval()
+    return model, zeroed_units(model, x)
+
+
+def zeroed_units(model: nn.Module, x: torch.Tensor) -> int:
+    """Units of which every weight that makes them is zero."""
+    count = 0
+    for group in fxprune.analyze(model, x):
+        alive: set[int] = set()
+        seen: set[int] = set()
+        for member in group.producers:
+            axis = member.axis.dim
+            filled = member.tensor.detach().movedim(axis, 0).flatten(1).ne(0).any(1).tolist()
+            units = member.units.reshape(-1, member.units.shape[-1])[0].tolist()
+            seen |= {unit for unit in units if unit >= 0}
+            alive |= {unit for unit, full in zip(units, filled, strict=True) if full}
+        count += len(seen - alive)
+    return count
+
+
+def seconds(model: nn.Module, x: torch.Tensor) -> float:
+    times = []
+    with torch.no_grad():
+        for _ in range(16):
+            start = time.perf_counter()
+            model(x)
+            times.append(time.perf_counter() - start)
+    return sorted(times[1:])[len(times) // 2]
+
+
+def line(name: str, how: Callable[..., tuple[nn.Module, int]], share: float, notes: bool) -> str:
+    torch.manual_seed(0)
+    model, x = network(name)
+    zeroed, count = how(settled(model, x), x, share)
+    smaller = fxprune.lossless(zeroed, x)
+    plan = smaller.meta["fxprune"]
+    removed = sum(len(units) for units in plan.removed.values())
+    other = torch.randn_like(x) if x.is_floating_point() else x.flip(1)
+    with torch.no_grad():
+        wanted, got = (torch.as_tensor(getattr(y := m(other), "logits", y)) for m in (zeroed, smaller))
+    difference = float((wanted - got).abs().max() / wanted.abs().max())
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (zeroed, smaller))
+    slow, fast = seconds(zeroed, x), seconds(smaller, x)
+    if notes:
+        print("\n".join(note for note in plan.notes if "dead" in note))
+    return (
+        f"| {name} | {how.__name__} | {share:.0%} | {count} | {removed} | {difference:.0e} "
+        f"| {before / 1e6:.2f} M -> {after / 1e6:.2f} M | {1000 * slow:.0f} -> {1000 * fast:.0f} ms |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("networks", nargs="*", help=f"of {', '.join((*CNNS, *TRANSFORMERS))}")
+    parser.add_argument("--notes", action="store_true", help="say which dead channels stay, and why")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print("| network | zeroed how | share | zeroed | removed | difference | parameters | forward |")
+    print("|---|---|---|---|---|---|---|---|")
+    for number, name in enumerate(options.networks or (*CNNS, *TRANSFORMERS)):
+        for how in (whole, trained):
+            print(line(name, how, SHARES[number % len(SHARES)], options.notes), flush=True)
+
+
+if __name__ == "__main__":
+    main()
