@@ -103,7 +103,7 @@ class Values:
             if not todo:
                 for part in node.graph.nodes:
                     first = part.args[0] if part.args else None
-                    if part in needed or part.target in CHECKS or not writes(part):
+                    if part in needed or part not in self._seen or part.target in CHECKS or not writes(part):
                         continue
                     while isinstance(first, fx.Node) and first not in needed:
                         first = first.args[0] if first.args else None

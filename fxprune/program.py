@@ -7,7 +7,7 @@ and weights are touched once, when the final module is assembled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,6 +145,8 @@ class Program:
         free_outputs: names of outputs (see :class:`~fxprune.trees.Leaf`) that may become narrower.
         reads_values: values of the example inputs were read to make the graph, not only their shapes.
         seen: what nodes are on shapes alone, while it is kept: until it is known which sizes are free.
+        again: says whether the model makes the same calls for other inputs, ``again(args, kwargs)``, while it
+            is kept; in doubt, no. None where the rung cannot tell.
     """
 
     graph: fx.Graph
@@ -156,6 +158,9 @@ class Program:
     free_outputs: tuple[str, ...] = ()
     reads_values: bool = False
     seen: Mapping[fx.Node, Any] = field(default_factory=dict, repr=False, compare=False)
+    again: Callable[[tuple[Any, ...], dict[str, Any]], bool] | None = field(
+        default=None, repr=False, compare=False
+    )
 
     def placeholders(self) -> list[fx.Node]:
         return [node for node in self.graph.nodes if node.op == "placeholder"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -115,14 +115,25 @@ _ALIASING = (nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn
 _SIZES = frozenset(["size", "dim", "numel", "item", "len", "nelement", "stride", "ndimension", "tolist"])
 
 
-def write_in_place(graph: fx.Graph, module: Callable[[str], nn.Module]) -> None:
+def write_in_place(
+    graph: fx.Graph, augmented: Mapping[fx.Node, str], module: Callable[[str], nn.Module]
+) -> list[fx.Node]:
     """Turn ``y = y + z`` that was ``y += z`` into ``y.add_(z)`` where somebody else sees the memory of ``y``.
 
     torch.fx takes the one for the other; they differ where ``y`` is a view, or has another name.
+
+    Args:
+        graph: changed in place.
+        augmented: the operator for each node that was such an assignment, in the order of the graph.
+        module: gives the graph's modules by path.
+
+    Returns:
+        The nodes that were changed.
     """
+    if not augmented:
+        return []
     nodes = list(graph.nodes)
-    if not any("augmented" in node.meta for node in nodes):
-        return
+    changed = []
     order = {node: place for place, node in enumerate(nodes)}
 
     def aliases(node: fx.Node) -> fx.Node | None:
@@ -152,11 +163,12 @@ def write_in_place(graph: fx.Graph, module: Callable[[str], nn.Module]) -> None:
             family.update(near)
         return False
 
-    for node in nodes:
-        operator_name = node.meta.pop("augmented", None)
+    for node, operator_name in augmented.items():
         first = node.args[0] if node.args else None
-        if operator_name and isinstance(first, fx.Node) and not _is_number(first) and seen(first, node):
+        if isinstance(first, fx.Node) and not _is_number(first) and seen(first, node):
             node.op, node.target = "call_method", _IN_PLACE.get(operator_name, f"{operator_name}_")
+            changed.append(node)
+    return changed
 
 
 def _is_number(node: fx.Node) -> bool:

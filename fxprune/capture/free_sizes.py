@@ -40,8 +40,15 @@ def look(
     for change in [*sizes.changes(tree), *alone]:
         if not sizes.asks_more(change, known):
             continue
+        inputs = sizes.resized(tree, change)
+        if program.again is not None and program.again(*inputs):
+            free.append(change)
+            known = {**change, **known}
+            if _settled(kinds, known):
+                break
+            continue
         try:
-            other = trace(model, *sizes.resized(tree, change))
+            other = trace(model, *inputs)
         except Exception as error:  # noqa: BLE001  the model takes no such size, or is not captured there
             reason = f"the model does not run at another ({_short(error)})"
         else:
@@ -60,11 +67,11 @@ def look(
         for kind in change.keys() - known.keys():
             because[kind] = reason
     if apart and not compare(program, trace(model, args, kwargs)).same:
-        return replace(program, seen={}), tuple(free)  # no two traces are alike
+        return replace(program, seen={}, again=None), tuple(free)  # no two traces are alike
     bounds = steps(kinds, known)
     if bounds:
         pin(program.graph, Arguments.of(model, args, kwargs).all(), bounds, because)
-    return replace(program, seen={}), tuple(free)
+    return replace(program, seen={}, again=None), tuple(free)
 
 
 def steps(kinds: Collection[str], known: Change) -> dict[str, int]:

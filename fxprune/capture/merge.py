@@ -74,6 +74,30 @@ def merge(now: Trace, then: Trace) -> tuple[fx.Graph, tuple[dict[fx.Node, Any], 
     return merger.graph, merger.env
 
 
+def same_in_both(now: Trace) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """As :func:`merge`, of a trace that is the same in the other mode."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    states: dict[Any, fx.Node] = {}
+
+    def new(node: fx.Node) -> fx.Node:
+        if node.op != "get_attr":
+            return env[node]
+        if node.target not in states:
+            states[node.target] = state = graph.get_attr(str(node.target))
+            state.meta = _meta(node)
+        return states[node.target]
+
+    for node in now.graph.nodes:
+        if node.op == "output":
+            graph.output(map_arg(node.args[0], new))
+        elif node.op != "get_attr":
+            args, kwargs = map_arg((node.args, node.kwargs), new)
+            env[node] = graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
+            env[node].meta = _meta(node)
+    return graph, env
+
+
 class _Merger:
     def __init__(self, now: Trace, then: Trace) -> None:
         self.traces = (now, then)
@@ -93,8 +117,8 @@ class _Merger:
         now, trace = self.traces[0], self.traces[side]
         names = {}
         tables: list[tuple[Any, Any, Callable[[Any, Any], bool]]] = [
-            (now.added, trace.added, _same_module),
-            (now.constants, trace.constants, _same_constant),
+            (now.added, trace.added, same_module),
+            (now.constants, trace.constants, same_constant),
         ]
         for present, own, same in tables if side else ():
             for name, value in list(own.items()):
@@ -240,15 +264,17 @@ def _meta(node: fx.Node) -> dict[str, Any]:
     return {key: value for key, value in node.meta.items() if key != "calls"}
 
 
-def _same_module(a: nn.Module, b: nn.Module) -> bool:
+def same_module(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two modules of ours do the same."""
     if isinstance(a, Pack) and isinstance(b, Pack):
         return a.structure == b.structure and a.state == b.state
     return type(a) is type(b) and getattr(a, "function", None) is getattr(b, "function", None)
 
 
-def _same_constant(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_constant(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are one, or hold the same values, as far as these are known."""
     return a is b or (a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
                       and a.device.type != "meta" and torch.equal(a, b))  # fmt: skip
 
 
-__all__ = ["Trace", "merge"]
+__all__ = ["Trace", "merge", "same_constant", "same_in_both", "same_module"]

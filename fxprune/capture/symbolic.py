@@ -21,7 +21,8 @@ import operator
 import os
 import sys
 from collections import ChainMap, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from types import FrameType, FunctionType
 from typing import Any
@@ -48,8 +49,9 @@ from ..value_dependent import AS_LIST, ON_SHAPES, OnShapes, kept_whole
 from . import patches, traced_sizes
 from .arguments import LITERALS, Arguments, packing
 from .effects import AUGMENTED, Kept, not_kept, write_in_place
-from .merge import Call, Trace, merge
+from .merge import Call, Trace, merge, same_in_both
 from .numbers import note_question, settle
+from .recording import Following, PartedError, Recording
 from .twin import StandIn, Twin
 
 _SKIPPED = (
@@ -99,6 +101,13 @@ def function_name(target: Any) -> str | None:
     ):
         return None
     return f"{module}.{target.__qualname__}"
+
+
+def _unmark(nodes: Iterable[fx.Node]) -> None:
+    """Leave the mark of ``torch.fx.wrap`` on calls of Python functions alone."""
+    for node in nodes:
+        if "is_wrapped" in node.meta and function_name(node.target) is None:
+            del node.meta["is_wrapped"]
 
 
 def check_value(value: Any, expected: Any, name: str) -> None:
@@ -155,8 +164,9 @@ def _augmented(name: str) -> Callable[[Any, Any], Any]:
     function = getattr(operator, name)
 
     def assign(proxy: fx.Proxy, other: Any) -> Any:
-        result = proxy.tracer.create_proxy("call_function", function, (proxy, other), {})
-        result.node.meta["augmented"] = name
+        tracer: Any = proxy.tracer
+        result = tracer.create_proxy("call_function", function, (proxy, other), {})
+        tracer.recording.augmented[result.node] = name
         return result
 
     return assign
@@ -206,6 +216,11 @@ class _Tracer(fx.Tracer):
         self.under_no_grad: dict[fx.Node, bool] = {}  # whether a node there may have a gradient all the same
         self.stops: dict[fx.Node, fx.Node] = {}
         self.merged: dict[fx.Node, Any] = {}  # what nodes of the graph for both modes are on shapes alone
+        self.recording = Recording(
+            added=self.added, constants=self.constants, asked=self.asked, given=self.given_to
+        )
+        self.following: Following | None = None  # nodes of another trace, in place of new ones
+        self.edited = False  # whether nodes are not as they were made
 
     def program(self) -> Program:
         """Trace, and collect what the graph refers to.
@@ -225,17 +240,26 @@ class _Tracer(fx.Tracer):
         users = {user.target for node in lists for user in node.users}
         if not self.lists_as_values and not self.pins and users - {rnn.pack_padded_sequence}:
             raise CaptureError("a list of numbers among the inputs is used as more than lengths")
+        both: tuple[Recording, ...] | None = (self.recording,)
         if self.asked:
             other = self._again(flipped=True)
-            try:
-                other._traced()
-            except CaptureError as error:
-                reason: CaptureError | None = error
-            else:
-                reason = None
+            other.knows(self.recording.steady(self.seen()))
+            same = other.makes(self.recording)
+            reason: CaptureError | None = None
+            if not same:
+                other = self._again(flipped=True)
+                try:
+                    other._traced()
+                except CaptureError as error:
+                    reason = error
             if switches := (self._new_switches() | other._new_switches()):
                 return self._again(switches=switches).program()
-            graph = self._in_both_modes(graph, other, reason)
+            both = (self.recording, self.recording if same else other.recording)
+            if same:
+                graph = self._as_in_both_modes(other)
+            else:
+                graph = self._in_both_modes(graph, other, reason)
+                both = None if graph is self.recorded else both
         for node in graph.nodes:
             node.meta.pop("calls", None)
         return Program(
@@ -247,7 +271,48 @@ class _Tracer(fx.Tracer):
             notes=tuple(self.notes),
             reads_values=self.reads_values,
             seen=self.merged or self.seen(),
+            again=partial(self._makes_again, both) if self.pins and both is not None else None,
         )
+
+    def makes(self, recording: Recording) -> bool:
+        """Whether the model, as this tracer runs it, makes the calls of another trace; in doubt, no."""
+        if not recording.complete:
+            return False
+        self.following = Following(recording)
+        try:
+            patches.within(self._patches(), self._run)
+        except (PartedError, Exception):  # noqa: BLE001  whatever a user's forward raises on symbolic values
+            return False
+        finally:
+            _unmark(node for node, _ in recording.calls)
+        return self.following.is_done() and recording.same_tables(self.recording)
+
+    def _makes_again(
+        self, recordings: tuple[Recording, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether the model makes the recorded calls for other inputs, too.
+
+        Args:
+            recordings: of the mode that it is in, and of the other one where its code asked for it.
+            args: its positional inputs.
+            kwargs: its keyword inputs.
+        """
+        one = recordings[0] is recordings[-1]  # then it makes no difference who asked
+        arguments = Arguments.of(self.model, args, kwargs)
+        values: Mapping[fx.Node, Any] = {}
+        for flipped, recording in zip((False, True), recordings, strict=False):
+            tracer = self._again(flipped=flipped, arguments=arguments)
+            tracer.knows(values)
+            if not tracer.makes(recording) or tracer._new_switches():
+                return False
+            asks_alike = tracer.asked == recording.asked and tracer.given_to == recording.given
+            if (tracer.asked and len(recordings) == 1) or not (one or asks_alike):
+                return False
+            values = recording.steady(tracer.seen()) if one else {}
+        return True
+
+    def knows(self, values: Mapping[fx.Node, Any]) -> None:
+        """What nodes of the trace that is followed are on shapes alone, as far as that is known."""
 
     def seen(self) -> Mapping[fx.Node, Any]:
         """What nodes are on shapes alone, where that is known."""
@@ -261,12 +326,11 @@ class _Tracer(fx.Tracer):
             raise
         except Exception as error:  # whatever a user's forward raises on symbolic values
             raise CaptureError(f"{blame(error)}{type(error).__name__}: {error}") from error
-        write_in_place(graph, self.leaf)
+        self.edited |= bool(write_in_place(graph, self.recording.augmented, self.leaf))
         settle(graph)
         graph._tracer_cls = None  # a copy must not try to make a tracer of ours from nothing
+        _unmark(graph.nodes)
         for node in graph.nodes:
-            if function_name(node.target) is None:
-                node.meta.pop("is_wrapped", None)
             if node.target is rnn.pack_padded_sequence and any(
                 isinstance(a, list) for a in (*node.args, *node.kwargs.values())
             ):
@@ -275,6 +339,12 @@ class _Tracer(fx.Tracer):
                     "example; compute them as a tensor"
                 )
         self.recorded = graph
+        self.recording = replace(
+            self.recording,
+            added=dict(self.added),
+            constants=dict(self.constants),
+            complete=not self.edited,
+        )
         return graph
 
     def _run(self) -> fx.Graph:
@@ -381,6 +451,14 @@ class _Tracer(fx.Tracer):
             old = tracer.seen()
             self.merged |= {new: old[node] for node, new in nodes.items() if node in old}
         return merged
+
+    def _as_in_both_modes(self, other: _Tracer) -> fx.Graph:
+        """The graph of this trace, for both modes: those of the ``other`` are the same calls."""
+        self.notes += [note for note in other.notes if note not in self.notes]
+        graph, stands_for = same_in_both(self._trace())
+        old = self.seen()
+        self.merged |= {new: old[node] for node, new in stands_for.items() if node in old}
+        return graph
 
     def _trace(self) -> Trace:
         flags = {path: module.training != self.flipped for path, module in self.modules.items()}
@@ -574,6 +652,7 @@ class _Tracer(fx.Tracer):
                     copy = self.graph.call_method("clone", (read,))
                 read.replace_all_uses_with(copy, lambda user, copy=copy: user is not copy)
                 self.evaluated(copy)
+                self.edited = True
             self.create_proxy(
                 "call_function", keep, (self.create_proxy("get_attr", known, (), {}), value), {}
             )
@@ -594,7 +673,7 @@ class _Tracer(fx.Tracer):
     def _stopped(self, node: fx.Node) -> fx.Node:
         """``node`` without a gradient."""
         if node not in self.stops:
-            self.stops[node] = new = super().create_node("call_function", stop_gradient, (node,), {})
+            self.stops[node] = new = self._node("call_function", stop_gradient, (node,), {})
             self.under_no_grad[new] = False
             self.evaluated(new)
         return self.stops[node]
@@ -616,15 +695,25 @@ class _Tracer(fx.Tracer):
         args, kwargs = self._without_gradient(kind, target, (args, kwargs))
         if kwargs:
             args, kwargs = by_position(kind, target, args, kwargs, self.leaf)
-        node = super().create_node(kind, target, args, kwargs, *rest, **options)
+        node = self._node(kind, target, args, kwargs, *rest, **options)
         if not torch.is_grad_enabled() and kind not in ("placeholder", "get_attr"):
             self.under_no_grad[node] = kind == "call_module"
+        if self.following is not None:
+            return node
         node.meta["calls"] = tuple(self.calls)
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and _is_skipped(frame.f_code.co_filename):
             frame = frame.f_back
         if frame is not None and node.op not in ("placeholder", "output"):
             node.meta["source"] = (frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+        return node
+
+    def _node(self, *call: Any, **options: Any) -> fx.Node:
+        """A new node; or that of the trace that is followed, which has to be of the same call."""
+        if self.following is not None:
+            return self.following.node(call[:4])
+        node = super().create_node(*call, **options)
+        self.recording.calls.append((node, call[:4]))
         return node
 
     def wants_factory(self) -> bool:
@@ -716,6 +805,7 @@ class _ShapeTracer(_Tracer):
         self.known = Values(self.values, self._source)
         self.counts: set[fx.Node] = set()  # lists whose length is checked
         self.others: dict[fx.Node, Any] = {}  # what nodes are where masks select less, if that differs
+        self.before: Mapping[fx.Node, Any] = {}  # what nodes of the trace that is followed are
         self.device = next((tensor.device for tensor in self.tensors.values()), torch.device("cpu"))
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -726,6 +816,9 @@ class _ShapeTracer(_Tracer):
 
     def seen(self) -> Mapping[fx.Node, Any]:
         return self.values
+
+    def knows(self, values: Mapping[fx.Node, Any]) -> None:
+        self.before = values
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
         if kind == "call_function" and function_name(target) in self.dissolve:
@@ -845,6 +938,8 @@ class _ShapeTracer(_Tracer):
         return forward(*args, **kwargs) if self.evaluating else super().call_module(m, forward, args, kwargs)
 
     def _evaluate(self, node: fx.Node) -> Any:
+        if node in self.before:
+            return self.before[node]
         if node.op == "placeholder":
             return self.given[str(node.target)]
         if node.op == "get_attr":
@@ -900,8 +995,10 @@ class _ShapeTracer(_Tracer):
                 return None
             raise
         kind: Any = node.target
-        node.meta["number"] = getattr(tensor, kind)() if node.op == "call_method" else kind(tensor)
-        return node.meta["number"]
+        number = getattr(tensor, kind)() if node.op == "call_method" else kind(tensor)
+        if self.following is None:
+            node.meta["number"] = number
+        return number
 
     def _meta_call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """What a node gives on shapes alone."""
