@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +22,54 @@ if TYPE_CHECKING:
     from .program import Program
 
 _REGISTRIES = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "_forward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Switch:
+    """What ``train(mode)`` of a module does that has one of its own.
+
+    Attributes:
+        flags: the flag of each module below, and of it itself, by path from there.
+        more: what else it does; empty for nothing.
+    """
+
+    flags: Mapping[str, bool]
+    more: str = ""
+
+
+Switches = Mapping[bool, Switch]
+
+
+def _switch(module: nn.Module, mode: bool, switches: Switches | None) -> None:
+    """Give ``module``, and what is below it, the flags that the original's ``train(mode)`` gives.
+
+    Raises:
+        ModeError: where that does more than setting flags.
+    """
+    if switches is None:
+        return
+    if switches[mode].more:
+        name = "train()" if mode else "eval()"
+        raise ModeError(
+            f"the model's own {name} does more than setting flags ({switches[mode].more}), which the result "
+            f"does not do. Next: put the model into this mode, then prune it."
+        )
+    for path, flag in switches[mode].flags.items():
+        with contextlib.suppress(AttributeError):  # within a leaf that was replaced
+            module.get_submodule(path).training = flag
+
+
+class Container(nn.Module):
+    """Stands for a module whose class has a ``train()`` of its own, and whose forward is in the graph."""
+
+    def __init__(self, switches: Switches) -> None:
+        super().__init__()
+        self.switches = switches
+
+    def train(self, mode: bool = True) -> Container:
+        super().train(mode)
+        _switch(self, mode, self.switches)
+        return self
 
 
 _GENERATED = ("_code", "_lineno_map", "_prologue_start")
@@ -90,6 +140,7 @@ class OwnedModule(fx.GraphModule):
         for registry in _REGISTRIES:
             module.__dict__[registry] = root.__dict__[registry]
         module.training = root.training
+        module.__dict__["_switches"] = root.__dict__.get("_switches")
         outputs = [node.args for node in graph.nodes if node.op == "output"]
         classes = {type(part) for part in _parts(outputs) if hasattr(part, "_fields")}
         if classes and type(graph._codegen) is CodeGen:
@@ -110,8 +161,19 @@ class OwnedModule(fx.GraphModule):
         """The graph; where it differs from mode to mode, the one that holds the calls of both."""
         return self._graph
 
+    def train(self, mode: bool = True) -> OwnedModule:
+        before = [(inner, inner.training) for inner in self.modules()]
+        try:
+            super().train(mode)
+            _switch(self, mode, self.__dict__.get("_switches"))
+        except ModeError:
+            for inner, flag in before:
+                inner.training = flag
+            raise
+        return self
+
     def __reduce__(self) -> tuple[Any, ...]:
-        own = {registry: self.__dict__[registry] for registry in _REGISTRIES}
+        own = {registry: self.__dict__[registry] for registry in (*_REGISTRIES, "_switches")}
         return _unpickle, (record(self.whole), own, self.meta, self.training, type(self).__name__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OwnedModule:
@@ -123,6 +185,7 @@ class OwnedModule(fx.GraphModule):
             if child is not None:
                 root._modules[name] = _clone(child, "", lambda _, t: copy.deepcopy(t, memo), False, modules)
         root.training = self.training
+        root.__dict__["_switches"] = self.__dict__.get("_switches")
         new = OwnedModule.of(root, copy.deepcopy(self.whole), type(self).__name__)
         new.meta = copy.copy(self.meta)
         memo[id(self)] = new
@@ -285,6 +348,7 @@ def assemble(program: Program) -> nn.Module:
     skeleton = program.skeleton
     root = nn.Module()
     root.training = skeleton.training.get("", False)
+    root.__dict__["_switches"] = skeleton.switches.get("")
     built: dict[str, nn.Module] = {"": root}
     inside_leaf: set[str] = set()
 
@@ -295,7 +359,7 @@ def assemble(program: Program) -> nn.Module:
 
     def container(path: str) -> nn.Module:
         if path not in built:
-            module = nn.Module()
+            module = Container(skeleton.switches[path]) if path in skeleton.switches else nn.Module()
             module.training = skeleton.training.get(path, root.training)
             place(path, module)
         return built[path]

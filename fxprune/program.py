@@ -18,7 +18,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from .graph_module import OwnedModule, assemble
+from .graph_module import OwnedModule, Switch, assemble
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,14 @@ class Skeleton:
         aliases: path of a module -> path under which the same module object was first seen.
         buffers: names of buffers -> whether they belong to the state dict.
         names: every name of every parameter and buffer, in the order of the original's state dict.
+        switches: what a ``train()`` of their own does in modules, by path and mode.
     """
 
     training: Mapping[str, bool]
     aliases: Mapping[str, str]
     buffers: Mapping[str, bool]
     names: tuple[str, ...]
+    switches: Mapping[str, Mapping[bool, Switch]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> Skeleton:
@@ -116,6 +118,12 @@ def wrapped(model: nn.Module) -> str | None:
         return "module"
     kinds = {(kind.__module__, kind.__qualname__) for kind in type(model).__mro__}
     return "_orig_mod" if ("torch._dynamo.eval_frame", "OptimizedModule") in kinds else None
+
+
+def own_train(module: nn.Module) -> bool:
+    """Whether the class of a module, or the module itself, has a ``train()`` of its own."""
+    home = getattr(type(module).train, "__module__", "")
+    return "train" in vars(module) or not home.startswith("torch.")
 
 
 def computed_tensors(model: nn.Module) -> Iterator[str]:

@@ -21,7 +21,7 @@ from .capture.twin import Twin
 from .errors import FxpruneError, ModeError, VerificationError
 from .nn import assign
 from .nodes import describe_source, mutable, writes
-from .program import Program
+from .program import Program, own_train
 from .trees import flatten
 
 MODES = {False: "evaluation", True: "training"}
@@ -125,7 +125,8 @@ def _apart(wanted: Outcome, got: Outcome) -> tuple[float, str]:
 
 def _twin(model: nn.Module, piece: Program, training: bool) -> nn.Module:
     """A copy of the model whose forward may write anywhere; parameters are shared where none is written."""
-    shared = {id(p) for p in model.parameters()} if not writes_parameters(piece) else set()
+    written = writes_parameters(piece) or any(map(own_train, model.modules()))  # which may merge weights
+    shared = set() if written else {id(p) for p in model.parameters()}
 
     def own(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) in shared:

@@ -22,7 +22,7 @@ Rows are appended to ``rows.jsonl`` as they come; models that have a row are not
     pip install -e '.[zoo]'
     python examples/benchmarks/zoo.py torchvision timm transformers diffusers     # hours
     python examples/benchmarks/zoo.py timm --models vit_tiny_patch16_224
-    python examples/benchmarks/zoo.py --table COVERAGE                # COVERAGE.md and COVERAGE.csv
+    python examples/benchmarks/zoo.py --table COVERAGE    # into COVERAGE.md and COVERAGE.csv; other rows stay
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ import datetime
 import importlib
 import importlib.util
 import json
-import math
 import platform
 import re
 import subprocess
@@ -553,7 +552,7 @@ def shortfall(graph: Any, plan: Any, kept: float) -> str:
         for entry in graph.frozen:
             if entry.axis.dim > 1:
                 continue  # a kernel's extent, not a width
-            size = math.prod(graph.states[entry.axis.name].shape)
+            size = graph.captured.program.tensors[entry.axis.name].numel()  # no node may use it
             reason = f"frozen: {entry.reason}"
             shares[reason] = shares.get(reason, 0) + size
         idle = {id(t): t.numel() for t in graph.captured.program.tensors.values()}
@@ -700,6 +699,26 @@ HEADER = ("model", "input", "rung", "ran", "exact", "modes", "sizes", "batch", "
           "seconds", "peak MB", "reason")  # fmt: skip
 
 
+def written_rows(stem: Path) -> dict[tuple[str, str], Row]:
+    """The rows of a table that was written before; columns that it did not have yet are empty."""
+    path = stem.with_suffix(".csv")
+    if not path.exists():
+        return {}
+    rows = {}
+    with path.open(newline="") as file:
+        for found in csv.DictReader(file):
+            given: dict[str, Any] = {name: found.get(name) or "" for name in (f.name for f in fields(Row))}
+            given["ran"] = given["ran"] == "True"
+            given["params"] = int(given["params"] or 0)
+            for name in NUMBERS:
+                given[name] = float(given[name]) if given[name] else None
+            rows[given["zoo"], given["model"]] = Row(**given)
+    return rows
+
+
+NUMBERS = ("kept_params", "kept_freed", "kept_macs", "kept_exact", "seconds", "peak_mb")
+
+
 def cells(row: Row) -> list[str]:
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
@@ -777,7 +796,12 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=600, help="limit for each process (default: 600)")
     parser.add_argument("--memory", type=float, default=15, help="gigabytes for each process (default: 15)")
-    parser.add_argument("--table", type=Path, metavar="STEM", help="write STEM.md and STEM.csv from the rows")
+    parser.add_argument(
+        "--table",
+        type=Path,
+        metavar="STEM",
+        help="put the rows into STEM.md and STEM.csv, whose other rows stay",
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -802,10 +826,11 @@ def main() -> None:
             with (options.folder / "rows.jsonl").open("a") as file:
                 file.write(json.dumps(asdict(row)) + "\n")
             print(f"{zoo}: {' | '.join(cells(row))}", flush=True)
-    rows = list(read_rows(options.folder).values())
+    rows = read_rows(options.folder)
     if options.table is not None:
-        write_table(rows, options.table)
-    print(summary(rows))
+        rows = {**written_rows(options.table), **rows}
+        write_table(list(rows.values()), options.table)
+    print(summary(list(rows.values())))
 
 
 if __name__ == "__main__":

@@ -21,11 +21,12 @@ from .. import sizes
 from ..calls import as_one
 from ..errors import CaptureError, ExampleInputsError
 from ..inputs import to_meta
-from ..program import Program, computed_tensors, named_tensors, unwrapped
+from ..program import Program, computed_tensors, named_tensors, own_train, unwrapped
 from ..region_program import RegionProgram
 from ..sizes import Change, Trial
 from . import dynamo, exported, free_sizes, patches, regions, symbolic
 from .composites import dissolve as dissolve_composites
+from .train_methods import switches
 
 __all__ = ["Captured", "capture", "recapture"]
 
@@ -182,7 +183,7 @@ def recapture(
         program: Program = regions.again(model, captured.regions, whole)
     else:
         trace = rungs[captured.rung]
-        program = trace(model, args, kwargs)
+        program = _with_switches(trace(model, args, kwargs), model)
         if captured.trials or sizes.guarded(captured.program.graph):  # it was looked at with other sizes
             program, _ = _free_sizes(captured.rung, trace, model, program, args, kwargs)
     dissolve_composites(program.graph, program.tensors)
@@ -205,7 +206,7 @@ def _climb(
     refusals: list[tuple[str, CaptureError | ExampleInputsError]] = []
     for rung, trace in rungs.items():
         try:
-            program = trace(model, args, kwargs)
+            program = _with_switches(trace(model, args, kwargs), model)
             free: tuple[Change, ...] = ()
             if other_sizes:
                 program, free = _free_sizes(rung, trace, model, program, args, kwargs)
@@ -234,6 +235,20 @@ def _climb(
         f"Next: capture the part that can be (prune model.backbone, say), or move the control flow that "
         f"depends on tensor values out of forward."
     ) from refusals[-1][1]
+
+
+def _with_switches(program: Program, model: nn.Module) -> Program:
+    """The program with what the model does in ``train()`` methods of its own."""
+    if isinstance(program, RegionProgram):  # whose modules keep their classes
+        return program
+    inner = unwrapped(model)
+    found = switches(inner) if any(map(own_train, inner.modules())) else {}
+    more = sorted({switch.more for by_mode in found.values() for switch in by_mode.values() if switch.more})
+    notes = program.notes
+    if more:
+        said = "a train() of the model's own does more than setting flags"
+        notes = (f"{said} ({more[0]}): the result refuses the mode for which it does", *notes)
+    return replace(program, skeleton=replace(program.skeleton, switches=found), notes=notes)
 
 
 def _free_sizes(

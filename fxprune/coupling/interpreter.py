@@ -235,10 +235,9 @@ class _Interpreter(TorchDispatchMode):
             return
         said = {n for n in numbers(node.args, node.kwargs) if isinstance(n, int)} - self._varying
         value = self.coupler.value(args[0])
-        dim, start, end = (*args[1:4], *(0, None, None)[len(args) - 1 :])
-        bounds = {start, end} - {None, 0, sys.maxsize, value.shape[dim]}
-        if not bounds <= said:
-            self.coupler.freeze_dim(value, dim % len(value.shape), BY_SIZE)
+        dim = (args[1] if len(args) > 1 else 0) % len(value.shape)
+        if not set(args[2:4]) - {None, 0, sys.maxsize, value.shape[dim]} <= said:
+            self.coupler.freeze_dim(value, dim, BY_SIZE)
 
     def _shapes_only(self, func: Any, args: Any, kwargs: Any) -> Any:
         try:
