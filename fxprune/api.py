@@ -30,6 +30,7 @@ from .origins import remember
 from .own_class import Generation, holds, line_notes, marked_copy, rewrite_in_class
 from .passes import Rewritten, rewrite
 from .passes.check import Violation
+from .passes.remove_branches import unknown, without_branches
 from .planning.budget import Budget
 from .planning.latency import Meter
 from .planning.patterns import nearest
@@ -314,18 +315,20 @@ def graph_of(made: PruningPlan, given: nn.Module | CouplingGraph) -> CouplingGra
     _check_architecture(made, model)
     known = given if isinstance(given, CouplingGraph) else analysis_of(made, model)
     if known is not None and _serves(known, made):
+        known = without_branches(known, made.branches)
         return known.hold(set(made.held)) if made.held != known.held else known
     args, kwargs = restore_inputs(in_dtype_of(model, made.inputs))
     regions = {path: in_dtype_of(model, region) for path, region in made.regions.items()}
     dissolved = frozenset(made.dissolved)
     free, zeros = tuple(made.free_outputs), tuple(made.fill_outputs)
-    graph = _analyze(model, args, kwargs, dissolved, regions, free, zeros)
+    graph = without_branches(_analyze(model, args, kwargs, dissolved, regions, free, zeros), made.branches)
     return graph.hold(set(made.held)) if made.held else graph
 
 
 def _serves(graph: CouplingGraph, made: PruningPlan) -> bool:
     """Whether a plan can be read as one for this analysis, with further nodes held."""
     program, dissolved = graph.captured.program, set(made.dissolved)
+    nodes = graph.whole.captured.program.graph.nodes
     unopened = dissolved - graph.source.dissolved
     return (
         set(graph.held) <= set(made.held)
@@ -333,7 +336,7 @@ def _serves(graph: CouplingGraph, made: PruningPlan) -> bool:
         and tuple(graph.fill_outputs) == tuple(made.fill_outputs)
         and graph.captured.regions == made.regions
         and graph.source.dissolved <= dissolved
-        and not (unopened and any(_function(graph, node.name) in unopened for node in program.graph.nodes))
+        and not (unopened and any(_function(graph, node.name) in unopened for node in nodes))
     )
 
 
@@ -384,12 +387,14 @@ def _plan(
         )
     graph, dissolved = analyzed.loose(), analyzed.source.dissolved
     graph = graph.hold({WHOLE_ROWS}) if selection.uniform else graph
+    graph = without_branches(graph, _branches(selection, own, graph))
     generating, note = Generation.of(model, args, kwargs) if own.marked is not None else (None, "")
     notes = [note] if note else []
     # With its parameters as its own, a graph can be run for gradients and activations.
-    owner = graph.captured.program.module() if takes_tensors(model) else model
+    owner = graph.whole.captured.program.module() if takes_tensors(model) else model
     meter = _meter(owner, args, kwargs, selection.budget)
-    scores = score(graph, importance, seed, owner)
+    without = graph.captured.program.module().train(model.training) if graph.removed_branches else owner
+    scores = score(graph, importance, seed, without)
     for _ in range(_ATTEMPTS):
         selected = select(graph, selection, scores, owner, meter)
         rewritten = rewrite(graph, selected.removed)
@@ -436,8 +441,9 @@ def _plan(
                 notes.append(f"could not trace into {', '.join(sorted(whole))}: {refusal}")
                 opened = None
             if opened is not None:
+                opened = without_branches(opened, graph.removed_branches)
                 graph, dissolved = opened.hold(set(graph.held)) if graph.held else opened, dissolved | whole
-                scores = score(graph, importance, seed, owner, scores)
+                scores = score(graph, importance, seed, without, scores)
                 continue
         first = rewritten.violations[0]
         notes.append(f"held node {first.node}, which could not be rewritten: {first.reason}")
@@ -460,7 +466,8 @@ def _plan(
     made = PruningPlan(
         model=graph.captured.class_name,
         inputs=describe_inputs(args, kwargs, graph.captured.program.reads_values),
-        shapes=graph.tensor_names(),
+        shapes=graph.whole.tensor_names(),
+        branches=graph.removed_branches,
         sizes={group.name: group.size for group in graph.groups},
         removed=selected.removed,
         held=graph.held,
@@ -477,6 +484,20 @@ def _plan(
         },
     )
     return made, graph, rewritten
+
+
+def _branches(selection: Selection, own: _OwnClass, graph: CouplingGraph) -> tuple[str, ...]:
+    """Names of the residual branches to remove."""
+    names = selection.branches
+    for name in names:
+        if name not in graph.branches:
+            raise SelectionError(f"branches: {unknown(graph, name)}")
+    if names and own.marked is not None:
+        raise SelectionError(
+            'residual branches are removed from a graph; with into="module" the code of the model adds them. '
+            'Leave branches out, or give into="graph".'
+        )
+    return tuple(names)
 
 
 def _unsaid(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], found: Rewritten) -> str:

@@ -37,7 +37,17 @@ def masks(plan: PruningPlan, model: nn.Module | CouplingGraph) -> dict[str, Tens
         alive = masked(tensor, narrowing)
         if alive is not None:
             found[name] = alive.to(tensor.device, copy=True)
+    for name, tensor in _gone(narrowing).items():
+        if isinstance(tensor, nn.Parameter):
+            found[name] = torch.zeros_like(tensor, dtype=torch.bool)
     return found
+
+
+def _gone(narrowing: Narrowing) -> dict[str, Tensor]:
+    """The tensors of residual branches that go as a whole."""
+    left = narrowing.graph.captured.program.tensors
+    tensors = narrowing.graph.whole.captured.program.tensors
+    return {name: tensor for name, tensor in tensors.items() if name not in left}
 
 
 def mask(plan: PruningPlan, given: nn.Module | CouplingGraph) -> nn.Module:
@@ -105,7 +115,7 @@ def apply_state_dict(
             "meta device does."
         )
     narrowing = _narrowing(plan, given)
-    tensors = narrowing.graph.captured.program.tensors
+    tensors, gone = narrowing.graph.whole.captured.program.tensors, _gone(narrowing)
     narrowed: dict[str, Any] = {}
     for name, value in state.items():
         if not isinstance(value, Tensor):
@@ -121,7 +131,8 @@ def apply_state_dict(
                 f"{name!r} has shape {tuple(value.shape)} in the state dict and "
                 f"{tuple(tensors[name].shape)} in the architecture that the plan is for."
             )
-        narrowed[name] = narrow(value, narrowing.graph.labels(tensors[name]), narrowing).detach()
+        if name not in gone:
+            narrowed[name] = narrow(value, narrowing.graph.labels(tensors[name]), narrowing).detach()
     return narrowed
 
 
@@ -138,7 +149,7 @@ def narrow_optimizer(
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), name)
-    targets = dict(pruned.named_parameters(remove_duplicate=False))
+    targets, gone = dict(pruned.named_parameters(remove_duplicate=False)), _gone(narrowing)
     _check_attributes(optimizer)
     state: dict[Tensor, Any] = defaultdict(dict)
     groups = []
@@ -153,6 +164,8 @@ def narrow_optimizer(
                     f"optimiser trains (plan.apply copies: the narrowed model has parameters of its own)."
                 )
             name = names[id(parameter)]
+            if name in gone:
+                continue
             wanted = narrowed_shape(parameter.shape, narrowing.graph.labels(parameter), narrowing)
             target = targets.get(name)
             if target is None or tuple(target.shape) != wanted:

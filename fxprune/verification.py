@@ -231,7 +231,7 @@ def _verify(
         )
         return replace(verdict, error=max(verdict.error, error))
     graph = graph_for(plan, given)
-    program = graph.captured.program
+    program = graph.whole.captured.program
     args, kwargs = normalize(example_inputs, several=True)
     model, pruned = as_one(model, kwargs), as_one(pruned, kwargs)
     calls = real_inputs(model, program, args, kwargs)
@@ -273,7 +273,8 @@ def _verify(
     if comparison.drawn:
         notes.append(f"{', '.join(comparison.drawn)}: random numbers, as many as there are channels")
     if comparison.inexact or comparison.drawn:
-        _compare_weights(program, pruned, comparison.narrowing)  # the skipped nodes' own weights, too
+        # the skipped nodes' own weights, too
+        _compare_weights(graph.captured.program, pruned, comparison.narrowing)
     modes = ("evaluation", "training") if trained else ("evaluation",)
     return Verdict(
         comparison.worst,
@@ -305,8 +306,8 @@ class _Comparison:
         self, graph: CouplingGraph, narrowing: Narrowing, pruned: nn.Module, dtype: torch.dtype, limit: float
     ) -> None:
         self.graph, self.narrowing, self.limit, self.dtype = graph, narrowing, limit, dtype
-        self.program = graph.captured.program
-        self.pieces = self.program.pieces()
+        self.program = graph.whole.captured.program
+        self.pieces = graph.captured.program.pieces()
         self.originals = {
             path: (piece, _without_dropout(piece.module()))
             for path, piece in _masked(self.program, narrowing, dtype).pieces().items()
@@ -486,6 +487,7 @@ def _cast(tree: Any, dtype: torch.dtype) -> Any:
 def _masked(program: Program, narrowing: Narrowing, dtype: torch.dtype) -> Program:
     """The original network with removed parameter entries set to zero."""
     made: dict[int, torch.Tensor] = {}
+    left = {id(tensor) for tensor in narrowing.graph.captured.program.tensors.values()}
     tensors = {}
     extras = {name: _cast(tensor, dtype) for name, tensor in program.extras.items()}
     for name, tensor in program.tensors.items():
@@ -493,7 +495,9 @@ def _masked(program: Program, narrowing: Narrowing, dtype: torch.dtype) -> Progr
             new = _cast(tensor, dtype)
             if isinstance(tensor, nn.Parameter):
                 alive = masked(tensor, narrowing)
-                if alive is not None:
+                if id(tensor) not in left:  # of a residual branch that goes as a whole
+                    new.zero_()
+                elif alive is not None:
                     new.masked_fill_(~alive.to(new.device), 0)
                 new = nn.Parameter(new, requires_grad=False)
             made[id(tensor)] = new
@@ -743,7 +747,17 @@ class _Walk:
         if node.op != "output":
             return self.narrowing.tree(node.name)
         (results,) = (n.args[0] for n in self.original.graph.nodes if n.op == "output")
-        return map_arg(results, lambda n: self.narrowing.tree(n.name))
+        graph = self.narrowing.graph
+        gone = [graph.whole.branches[name] for name in graph.removed_branches]
+        streams = {branch.addition: branch.stream for branch in gone}
+
+        def tree(returned: fx.Node) -> Any:
+            name = returned.name
+            while name in streams:  # without the branch, the sum is the stream
+                name = streams[name]
+            return self.narrowing.tree(name)
+
+        return map_arg(results, tree)
 
     def _narrowed(self, node: fx.Node, reference: Any) -> Any:
         values = iter(pytree.tree_leaves(self._tree(node)))

@@ -77,7 +77,7 @@ def compensated(
     device = next((t.device for t in program.tensors.values()), torch.device("cpu"))
     rewritten = rewrite(graph, removed)
     narrow = rewritten.materialize()
-    dense = _alike(private(program), narrow).module().eval()
+    dense = _alike(private(graph.whole.captured.program), narrow).module().eval()
     target = dict(named_tensors(module))
     for name, tensor in named_tensors(narrow):
         tensor.detach().copy_(target[name])

@@ -27,6 +27,7 @@ from ..repeats import joined, starred
 from ..sizes import Change, InputSizes
 from ..trees import Leaf
 from . import pickling
+from .branches import Branch, Branches, find_branches
 from .coupler import Coupler
 from .grouping import form_groups
 from .groups import Group, Grouping, RowSet
@@ -157,8 +158,17 @@ class CouplingGraph:
     Iterating gives the groups. Made by :func:`fxprune.analyze`. It can be pickled, with the model.
     """
 
-    def __init__(self, captured: Captured, source: Source, held: tuple[str, ...] = ()) -> None:
-        """``held``: see :meth:`hold`."""
+    def __init__(
+        self,
+        captured: Captured,
+        source: Source,
+        held: tuple[str, ...] = (),
+        before: CouplingGraph | None = None,
+        removed_branches: tuple[str, ...] = (),
+    ) -> None:
+        """``held``: see :meth:`hold`; ``before``: see :attr:`whole`."""
+        self._before = before
+        self.removed_branches = removed_branches
         self.captured = captured
         self.source = source
         self.held = held
@@ -219,6 +229,7 @@ class CouplingGraph:
         """
         other = object.__new__(CouplingGraph)
         other.captured, other._run, other.source = self.captured, self._run, self.source
+        other._before, other.removed_branches = self._before, self.removed_branches
         other.other_sizes, other._refusals = self.other_sizes, self._refusals
         other.held = tuple(sorted({*self.held, *names}))
         if WHOLE_ROWS in names:
@@ -300,7 +311,8 @@ class CouplingGraph:
         return self._with(fill(program, names)) if names else self
 
     def _with(self, program: Program) -> CouplingGraph:
-        return CouplingGraph(replace(self.captured, program=program), self.source, self.held)
+        captured = replace(self.captured, program=program)
+        return CouplingGraph(captured, self.source, self.held, self._before, self.removed_branches)
 
     def keep(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CouplingGraph:
         """The same analysis, which keeps ``model`` and the inputs alive that it was made of."""
@@ -310,7 +322,9 @@ class CouplingGraph:
         """The same analysis, which does not keep the model alive, nor its inputs."""
         source = self.source
         args, kwargs = to_meta(source.args), to_meta(source.kwargs)
-        return self._shell(Source(weakref.ref(self.model), args, kwargs, source.dissolved))
+        loose = self._shell(Source(weakref.ref(self.model), args, kwargs, source.dissolved))
+        loose._before = self._before.loose() if self._before is not None else None
+        return loose
 
     def __reduce__(self) -> tuple[Any, ...]:
         source = self.source
@@ -320,6 +334,8 @@ class CouplingGraph:
             "other_sizes": (self.other_sizes, self._refusals),
             "run": self._run,
             "source": (source.model(), source.args, source.kwargs, source.dissolved),
+            "before": self._before,
+            "removed_branches": self.removed_branches,
         }
         return _unpickled, (pickling.dumps(state),)
 
@@ -344,7 +360,26 @@ class CouplingGraph:
             raise PlanError("the model that was analysed is gone; analyse it again.")
         return model
 
+    @property
+    def whole(self) -> CouplingGraph:
+        """The analysis of the network with all of its residual branches; this one where none is removed."""
+        return self if self._before is None else self._before
+
     # -- what users read ------------------------------------------------------------------------
+
+    @cached_property
+    def branches(self) -> Mapping[str, Branch]:
+        """By name the residual branches that can be removed as a whole: ``f`` in ``y = x + f(x)``."""
+        return self._branches.found
+
+    @cached_property
+    def kept_additions(self) -> Mapping[str, str]:
+        """By node, additions of something that is made of what it is added to, and why it cannot go."""
+        return self._branches.refused
+
+    @cached_property
+    def _branches(self) -> Branches:
+        return find_branches(self)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -639,6 +674,7 @@ def _unpickled(data: bytes) -> CouplingGraph:
     graph.other_sizes, graph._refusals = state["other_sizes"]
     model, *rest = state["source"]
     graph.source = Source(lambda: model, *rest)
+    graph._before, graph.removed_branches = state["before"], state["removed_branches"]
     graph._regroup()
     return graph
 

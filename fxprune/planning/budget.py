@@ -81,6 +81,14 @@ class _Limit:
     now: float
 
 
+def _measured(costs: CostModel, metric: str) -> Callable[[Ids], float]:
+    """What a network costs, by the sizes that are left."""
+    if metric == "size_mb":
+        return lambda sizes: costs.bytes(sizes) / 1e6
+    found: Callable[[Ids], float] = getattr(costs, metric)
+    return found
+
+
 class Search:
     """Finds how many steps to take, of a given order of steps, so that a budget is met.
 
@@ -137,15 +145,10 @@ class Search:
         return chosen, {limit.name: limit.cost(sizes) for limit in limits}
 
     def _limits(self, budget: Budget) -> list[_Limit]:
-        full = self.costs.sizes(np.ones(self.costs.prunable.size, dtype=bool))
+        whole = self.costs.whole
+        full = whole.sizes(np.ones(whole.prunable.size, dtype=bool))
         limits = []
         cost: Callable[[Ids], float]
-        costs: dict[str, Callable[[Ids], float]] = {
-            "params": self.costs.params,
-            "macs": self.costs.macs,
-            "activations": self.costs.activations,
-            "size_mb": self._megabytes,
-        }
         for name, value in budget.settings().items():
             if name == "latency":
                 assert self.meter is not None
@@ -154,14 +157,10 @@ class Search:
                 self.meter.least = cost(self._sizes(self._first(self.owner.size)))
                 limits.append(_Limit(name, cost, max(self.meter.aim, self.meter.least), 1.0))
                 continue
-            cost = costs[name]
-            now = cost(full)
+            cost, now = _measured(self.costs, name), _measured(whole, name)(full)
             most = value * now if value <= 1 and name != "size_mb" else value
             limits.append(_Limit(name, cost, most, now))
         return limits
-
-    def _megabytes(self, sizes: Ids) -> float:
-        return self.costs.bytes(sizes) / 1e6
 
     def _first(self, count: int) -> Mask:
         taken = self._taken.copy()

@@ -109,6 +109,11 @@ class CostModel:
         self._narrow = frozenset(self._where)
         self._known: dict[tuple[int, bytes], int] = {}
 
+    @cached_property
+    def whole(self) -> CostModel:
+        """That of the network with all of its residual branches; this one where none is removed."""
+        return self if self.graph.whole is self.graph else CostModel(self.graph.whole)
+
     def _interpret(self) -> Iterable[Call]:
         seen: list[tuple[Any, Any]] = []
 

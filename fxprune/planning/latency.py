@@ -169,7 +169,8 @@ class Latency:
                 works, seconds = (np.array(column) for column in zip(*points, strict=True))
                 self._curves.append((call, works, np.maximum.accumulate(seconds)))
         table.save()
-        self._full = self.seconds(costs.full)
+        before = self if costs.whole is costs else Latency(costs.whole, table, compiled)
+        self._full = before.seconds(before.costs.full)
 
     def __call__(self, sizes: Ids) -> float:
         """Share of the latency that is left."""

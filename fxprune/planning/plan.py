@@ -83,6 +83,9 @@ class PruningPlan:
         shapes: shape of every parameter and buffer: the architecture that the plan is for.
         sizes: number of units of every group, by the group's name.
         removed: positions of the units to remove, by the group's name; groups that stay are left out.
+        branches: names of the residual branches that are removed as a whole (see
+            :attr:`CouplingGraph.branches <fxprune.coupling.graph.CouplingGraph.branches>`); ``sizes`` and
+            ``removed`` are those of the network without them.
         held: names of graph nodes that could not be rewritten; nothing around them is narrowed.
         dissolved: functions that had to be traced into, as ``module.name``.
         free_outputs: names of outputs that may become narrower.
@@ -110,6 +113,7 @@ class PruningPlan:
     free_outputs: tuple[str, ...] = ()
     fill_outputs: tuple[str, ...] = ()
     into: str = "graph"
+    branches: tuple[str, ...] = ()
     costs: Mapping[str, list[int]] = field(default_factory=dict, compare=False)
 
     def apply(self, model: nn.Module | CouplingGraph) -> nn.Module:
@@ -326,9 +330,11 @@ class PruningPlan:
 
     def __repr__(self) -> str:
         gone = sum(len(units) for units in self.removed.values())
+        count = len(self.branches)
+        branches = f", and {count} residual branch{'es' if count > 1 else ''}" if count else ""
         return (
             f"PruningPlan({self.model}: removes {gone} of {sum(self.sizes.values())} units in "
-            f"{len(self.removed)} of {len(self.sizes)} groups)"
+            f"{len(self.removed)} of {len(self.sizes)} groups{branches})"
         )
 
     def __str__(self) -> str:
@@ -356,6 +362,8 @@ class PruningPlan:
         width = max((len(name) for name, _, _ in rows), default=0)
         lines = [repr(self)]
         lines += [f"  {name:<{width}}  {size:>6} -> {size - gone:>6}" for name, size, gone in rows]
+        if self.branches:
+            lines.append(f"  residual branches that go: {', '.join(self.branches)}")
         lines += [f"  note: {note}" for note in self.notes]
         for name, what in (("params", "parameters"), ("macs", "multiply-accumulates")):
             if name in (counts := self.counts()):
@@ -376,7 +384,7 @@ class PruningPlan:
         from .cost_model import CostModel
 
         model = CostModel(graph)
-        before, after = model({}), model(self.removed)
+        before, after = model.whole({}), model(self.removed)
         return {"params": [before.params, after.params], "macs": [before.macs, after.macs]}
 
     def diff(self, other: PruningPlan) -> PlanDiff:

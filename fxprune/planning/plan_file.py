@@ -36,7 +36,7 @@ _LINES = ("shapes", "sizes", "removed")
 """Fields with an entry in a line."""
 _NEEDED = ("model", "inputs", "shapes", "sizes", "removed", "held", "dissolved", "notes")
 """Fields without which a text is no plan; the others came later."""
-_TEXTS = ("held", "dissolved", "notes", "free_outputs", "fill_outputs")
+_TEXTS = ("held", "dissolved", "notes", "free_outputs", "fill_outputs", "branches")
 """Fields that are lists of texts."""
 
 
@@ -45,7 +45,7 @@ def write(plan: PruningPlan) -> str:
     parts = [f'"fxprune_plan": {VERSION}']
     for item in fields(plan):
         value = getattr(plan, item.name)
-        if item.name == "costs" and not value:  # which are only written where they are known
+        if item.name in ("branches", "costs") and not value:  # which are only written where there are any
             continue
         if item.name == "removed":
             value = {name: _ranges(units) for name, units in value.items()}

@@ -66,6 +66,8 @@ class Selection:
         heads: share of whole rows to remove: of the heads of every attention, of the groups of every grouped
             convolution or group norm, ``0 <= heads < 1``; those with the lowest sum of scores go. The rows
             that remain are narrowed as all else; ``ratio=0, heads=0.25`` removes heads only.
+        branches: names of residual branches to remove as a whole, the ``f`` of ``y = x + f(x)``, as
+            ``fxprune.analyze(model, x).branches`` has them; what else goes is decided for what is left.
         free_outputs: as for :func:`fxprune.analyze`.
         fill_outputs: as for :func:`fxprune.analyze`; with ``into="module"`` none, since the code stays.
         into: the form of the result. ``"graph"``: a ``torch.fx.GraphModule``, in which every literal can be
@@ -101,6 +103,7 @@ class Selection:
     round_to: int | Mapping[Pattern, int] | None = None
     budget: Budget | None = None
     heads: float = 0.0
+    branches: Sequence[str] = ()
     free_outputs: str | Sequence[str] = ()
     fill_outputs: str | Sequence[str] = AUTO
     into: Form = "graph"
@@ -116,6 +119,7 @@ class Selection:
         self._check_tables()
         self._check_bounds()
         self._check_rounding()
+        self._check_branches()
         for name in ("free_outputs", "fill_outputs"):
             self._set(name, output_names(name, getattr(self, name)))
         if self.into == "module" and set(self.fill_outputs) - {AUTO}:
@@ -208,6 +212,15 @@ class Selection:
                 )
         if round_to is None and latency is not None:
             self._set("round_to", 8)  # on most devices other widths take as long as the next multiple of 8
+
+    def _check_branches(self) -> None:
+        names: Any = self.branches
+        if isinstance(names, str) or not isinstance(names, (list, tuple, set, frozenset)):
+            raise SelectionError(
+                f"branches takes a list of names, as fxprune.analyze(model, inputs).branches has them; got "
+                f"{names!r}."
+            )
+        self._set("branches", tuple(sorted(names, key=str)))
 
     def shares(self) -> dict[str, float]:
         """All shares that are to go, by the argument that says so."""

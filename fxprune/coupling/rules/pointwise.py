@@ -27,7 +27,7 @@ _ALL = frozenset([
 ])  # fmt: skip
 
 
-def _zero_rule(name: str, args: tuple[Any, ...]) -> ZeroRule:
+def zero_rule(name: str, args: tuple[Any, ...]) -> ZeroRule:
     """How zeros at removed indices pass through the operator called ``name``."""
     name = name.rstrip("_") or name
     scalars = [a for a in args if isinstance(a, (int, float)) and not isinstance(a, bool)]
@@ -57,7 +57,7 @@ def pointwise(c: Coupler, args: tuple[Any, ...], kwargs: dict[str, Any], out: An
     rank = max(result.dim() for result in results if isinstance(result, torch.Tensor))
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
     values = [c.value(tensor) for tensor in tensors]
-    zero = _zero_rule(c.operator, args)
+    zero = zero_rule(c.operator, args)
     if len(values) == 1 and not values[0].fixed and len(values[0].shape) == rank:
         _alone(c, values[0], zero, results)
         return

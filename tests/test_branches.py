@@ -1,0 +1,280 @@
+"""Residual branches: found in the graph, removed as a whole, carried by plans, files and masks."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+from oracle import difference, stir
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxprune
+from fxprune import coupling
+from fxprune.errors import PlanError, SelectionError
+from fxprune.passes import remove_branches
+
+
+class Unit(nn.Module):
+    """A residual unit of one of several kinds."""
+
+    def __init__(self, kind: str, width: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.conv1, self.bn1 = nn.Conv2d(width, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, width, 1), nn.BatchNorm2d(width)
+        self.scale = nn.Parameter(torch.rand(width, 1, 1) + 0.5)
+        self.act, self.drop = nn.ReLU(inplace=True), nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.kind == "act":
+            f += x
+            return self.act(f)
+        if self.kind == "scaled":
+            return torch.add(x, self.scale * f, alpha=0.5)
+        return self.drop(f) * self.scale + x
+
+
+class Nested(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = (
+            nn.Conv2d(width, width, 1),
+            Unit("act", width),
+            nn.Conv2d(width, width, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.last(self.inner(self.first(x)))
+
+
+class Residual(nn.Module):
+    def __init__(self, units: list[nn.Module], width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.units = nn.Sequential(*units)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.units(self.stem(x)).mean((2, 3)))
+
+
+class Block(nn.Module):
+    def __init__(self, post: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.post = nn.LayerNorm(12), nn.LayerNorm(12), post
+        self.qkv, self.proj = nn.Linear(12, 36), nn.Linear(12, 12)
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 3, 4).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.post:
+            x = self.norm1(x + self.attend(x))
+            return self.norm2(x + self.down(F.gelu(self.up(x))))
+        x = x + self.attend(self.norm1(x))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    def __init__(self, post: bool) -> None:
+        super().__init__()
+        self.embed, self.blocks = nn.Linear(5, 12), nn.Sequential(Block(post), Block(post))
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.embed(x)).mean(1))
+
+
+def network(seed: int) -> Residual:
+    torch.manual_seed(seed)
+    chosen = random.Random(seed)
+    units = [
+        Nested(8) if kind == "nested" else Unit(kind, 8)
+        for kind in chosen.choices(["act", "scaled", "plain", "nested"], k=3)
+    ]
+    return stir(Residual(units)).eval()
+
+
+def by_hand(model: nn.Module, graph: fxprune.CouplingGraph, names: Any) -> nn.Module:
+    """The model with everything that the branches own at zero."""
+    masked = copy.deepcopy(model).double()
+    own = dict(masked.named_parameters())
+    with torch.no_grad():
+        for name in names:
+            for tensor in graph.branches[name].tensors:
+                if tensor in own:
+                    own[tensor].zero_()
+    return masked
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_subset_of_branches_leaves_what_zeros_would(seed: int) -> None:
+    model, x = network(seed), torch.randn(2, 3, 6, 6)
+    graph = fxprune.analyze(model, x)
+    assert len(graph.branches) >= 3
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for count in range(1, len(graph.branches) + 1):
+        for names in itertools.combinations(graph.branches, count):
+            pruned = fxprune.prune(graph, 0.0, branches=names)
+            assert not any(name in pruned.state_dict() for n in names for name in graph.branches[n].tensors)
+            masked, narrow = by_hand(model, graph, names), pruned.double()
+            for training in (False, True):
+                masked.train(training)
+                narrow.train(training)
+                for module in [*masked.modules(), *narrow.modules()]:
+                    if isinstance(module, nn.Dropout):
+                        module.eval()
+                wanted, got = masked(x.double()), narrow(x.double())
+                assert difference(got, wanted) < 1e-8
+            got.sum().backward()  # nothing that is needed was written over
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("post", [False, True])
+def test_halves_of_transformer_blocks_go_by_themselves(post: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Transformer(post).eval(), torch.randn(2, 6, 5)
+    graph = fxprune.analyze(model, x)
+    assert len(graph.branches) == 4
+    for names in ([*graph.branches][:1], [*graph.branches][1::2], [*graph.branches]):
+        pruned = fxprune.prune(graph, 0.5, branches=names)
+        plan = pruned.meta["fxprune"]
+        assert plan.branches == tuple(names)
+        assert plan.removed
+        fxprune.verify(model, pruned, plan, x)
+
+
+def test_a_plan_with_branches_is_carried_through(tmp_path: Any) -> None:
+    model, x = network(0), torch.randn(2, 3, 6, 6)
+    graph = fxprune.analyze(model, x)
+    name = next(iter(graph.branches))
+    plan = fxprune.plan(model, x, 0.5, branches=[name])
+    assert plan.branches == (name,)
+    assert name in str(plan)
+    assert "1 residual branch" in repr(plan)
+    before, after = plan.counts()["params"]
+    again = fxprune.PruningPlan.from_json(plan.to_json())
+    assert again == plan
+    assert not plan.diff(again)
+    assert "branches" in str(plan.diff(fxprune.plan(model, x, 0.5)))
+    pruned = again.apply(model)
+    assert before == sum(p.numel() for p in model.parameters())
+    assert after == sum(p.numel() for p in pruned.parameters())
+    fxprune.save(pruned, tmp_path / "pruned.safetensors")
+    loaded = fxprune.load(lambda: Residual(list(network(0).units)), tmp_path / "pruned.safetensors")
+    assert torch.equal(loaded.eval()(x), pruned.eval()(x))
+    assert plan.apply_state_dict(model.state_dict(), model).keys() == pruned.state_dict().keys()
+    masked = plan.mask(model)
+    assert difference(pruned(x), masked(x)) < 1e-4
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model(x).sum().backward()
+    optimizer.step()
+    narrowed = plan.apply_to_optimizer(optimizer, model, plan.apply(model))
+    assert sum(len(g["params"]) for g in narrowed.param_groups) == len([*pruned.parameters()])
+
+
+def test_a_budget_counts_from_the_network_with_all_branches() -> None:
+    model, x = network(0), torch.randn(2, 3, 6, 6)
+    name = next(iter(fxprune.analyze(model, x).branches))
+    pruned = fxprune.prune(model, x, budget=fxprune.Budget(params=0.5), branches=[name])
+    share = sum(p.numel() for p in pruned.parameters()) / sum(p.numel() for p in model.parameters())
+    assert 0.4 < share <= 0.5
+
+
+def test_what_is_left_is_compensated_towards_the_original() -> None:
+    model, x = network(1), torch.randn(2, 3, 6, 6)
+    names = [*fxprune.analyze(model, x).branches][-1:]
+    batches = [torch.randn(8, 3, 6, 6) for _ in range(8)]
+    pruned = fxprune.prune(model, x, 0.0, branches=names, calibrate=batches)
+    found = pruned.meta["compensation"]
+    assert 0 < found.after < found.before
+
+
+class Odd(nn.Module):
+    """What looks like a residual branch, and is none that can go."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.stem = kind, nn.Conv2d(3, 8, 1)
+        self.conv, self.down, self.head = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x)
+        if self.kind == "projection":
+            return self.head(self.down(x) + self.conv(x))
+        if self.kind == "not zero":
+            return self.head(x + torch.sigmoid(self.conv(x)))
+        if self.kind == "no parameters":
+            return self.head(x + torch.relu(x))
+        if self.kind == "broadcast":
+            return self.head(x.mean((2, 3), keepdim=True) + self.conv(x))
+        if self.kind == "shared":
+            return self.head(self.conv(x + self.conv(x)))
+        if self.kind == "written":
+            return self.head(x + self.conv(x.relu_()))
+        inside = self.conv(x)
+        return self.head(x + self.down(inside)), inside
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("projection", ""), ("no parameters", ""), ("shared", ""), ("broadcast", ""),
+        ("not zero", "zero where its parameters are"), ("read", "read elsewhere"),
+    ],
+)  # fmt: skip
+def test_what_cannot_go_is_left_alone(kind: str, reason: str) -> None:
+    graph = fxprune.analyze(Odd(kind).eval(), torch.randn(2, 3, 4, 4))
+    assert not graph.branches
+    assert reason in "".join(graph.kept_additions.values())
+
+
+def test_a_stream_that_is_written_in_place_is_still_the_stream() -> None:
+    model, x = Odd("written").eval(), torch.randn(2, 3, 4, 4)
+    graph = fxprune.analyze(model, x)
+    for name in graph.branches:
+        pruned = fxprune.prune(graph, 0.0, branches=[name])
+        assert difference(pruned.double()(x.double()), by_hand(model, graph, [name])(x.double())) < 1e-8
+
+
+def test_unknown_branches_are_named_with_those_there_are() -> None:
+    model, x = network(0), torch.randn(2, 3, 6, 6)
+    with pytest.raises(SelectionError, match=r"no residual branch 'units.9'.*nearest is 'units.*There are"):
+        fxprune.plan(model, x, 0.5, branches=["units.9"])
+    with pytest.raises(SelectionError, match="takes a list of names"):
+        fxprune.plan(model, x, 0.5, branches="units.0")
+    name = next(iter(fxprune.analyze(model, x).branches))
+    with pytest.raises(SelectionError, match='into="graph"'):
+        fxprune.plan(model, x, 0.5, branches=[name], into="module")
+    plan = fxprune.plan(model, x, 0.5)
+    text = plan.to_json().replace('"free_outputs"', '"branches": ["nowhere"],\n "free_outputs"')
+    with pytest.raises(PlanError, match="no residual branch 'nowhere'"):
+        fxprune.PruningPlan.from_json(text).apply(model)
+
+
+@pytest.mark.parametrize("broken", ["copies", "stream"])
+def test_a_broken_removal_is_noticed(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if broken == "copies":  # the sum is not copied where it is written into
+        monkeypatch.setattr(coupling.branches._Search, "written_later", lambda *_: False)
+    else:  # what is added is kept in place of the stream
+        monkeypatch.setattr(remove_branches, "remove_branches", lambda program, branches: program)
+    torch.manual_seed(0)
+    model, x = stir(Residual([Unit("act", 8), Unit("act", 8)])).eval(), torch.randn(2, 3, 6, 6)
+    graph = fxprune.analyze(model, x)
+    pruned = fxprune.prune(graph, 0.0, branches=[*graph.branches])
+    left = [name for name in pruned.state_dict() if "conv" in name]
+    if broken == "stream":
+        assert left
+        return
+    assert not left
+    loss = pruned.train()(x).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
