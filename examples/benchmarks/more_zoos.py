@@ -32,7 +32,7 @@ def segmentation_make(name: str) -> Made:
 
     if name == "DPT":
         return smp.DPT("tu-vit_tiny_patch16_224", encoder_weights=None).eval(), image(224)
-    return getattr(smp, name)("resnet18", encoder_weights=None).eval(), image(64)
+    return getattr(smp, name)("resnet18", encoder_weights=None).eval(), image(128 if name == "PAN" else 64)
 
 
 # -- MONAI -------------------------------------------------------------------------------------------
@@ -142,12 +142,12 @@ def vit_make(name: str) -> Made:
                 "mlp_dim": 128},
         "LeViT": {"image_size": 64, "num_classes": 10, "dim": (32, 48, 64), "depth": 1, "heads": (2, 3, 4),
                   "mlp_mult": 2},
-        "CrossFormer": {"num_classes": 10, "dim": (16, 32, 64, 64), "depth": (1, 1, 1, 1)},
+        "CrossFormer": {"num_classes": 10, "dim": (32, 64, 64, 64), "depth": (1, 1, 1, 1)},
         "MaxViT": {"num_classes": 10, "dim": 32, "depth": (1, 1), "dim_conv_stem": 16, "dim_head": 16,
                    "window_size": 4},
         "RegionViT": {"dim": (16, 32, 64, 64), "depth": (1, 1, 1, 1), "num_classes": 10},
         "MobileViT": {"image_size": (64, 64), "dims": [32, 40, 48], "num_classes": 10,
-                      "channels": [8, 16, 16, 24, 24, 32, 32, 40, 40, 48, 96]},
+                      "channels": [8, 16, 24, 24, 32, 32, 40, 40, 48, 48, 96]},
     }  # fmt: skip
     sizes = {"LeViT": 64, "CrossFormer": 224, "MaxViT": 64, "RegionViT": 224, "MobileViT": 64, "CvT": 64}
     module, more = VITS[name]
@@ -219,7 +219,7 @@ DIFFUSERS: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, Tensor]]]
     ),
     "unet1d": (
         "UNet1DModel",
-        {"sample_size": 32, "in_channels": 2, "out_channels": 2, "block_out_channels": (16, 32), "extra_in_channels": 16,
+        {"sample_size": 32, "in_channels": 2, "out_channels": 2, "block_out_channels": (16, 32), "extra_in_channels": 32,
          "down_block_types": ("DownBlock1DNoSkip", "DownBlock1D"), "up_block_types": ("UpBlock1D", "UpBlock1DNoSkip")},
         lambda: {"sample": torch.randn(1, 2, 64), "timestep": torch.tensor([3])},
     ),
@@ -307,6 +307,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "RoFormerForMaskedLM": {"embedding_size": 64},
     "SqueezeBertForMaskedLM": {"embedding_size": 64},
     "BigBirdForMaskedLM": {"attention_type": "original_full"},
+    "HeliumForCausalLM": {"head_dim": 16},
     "GemmaForCausalLM": {"head_dim": 16, "num_key_value_heads": 2},
     "Gemma2ForCausalLM": {"head_dim": 16, "num_key_value_heads": 2},
     "Phi3ForCausalLM": {"max_position_embeddings": 64, "original_max_position_embeddings": 64},

@@ -528,14 +528,13 @@ def takes_batches(oracle: Any, model: nn.Module, pruned: nn.Module, inputs: Any)
 
 def follows_modes(oracle: Any, model: nn.Module, pruned: nn.Module, inputs: Any) -> str:
     """The column "modes"; empty where the original does not run in training mode."""
-    modes = [copy.deepcopy(module).train() for module in (model, pruned)]
     with torch.no_grad():
         try:
-            wanted = oracle.call(modes[0], inputs)
+            wanted = oracle.call(copy.deepcopy(model).train(), inputs)
         except Exception:
             return ""
         try:
-            same = oracle.same_structure(wanted, oracle.call(modes[1], inputs))
+            same = oracle.same_structure(wanted, oracle.call(copy.deepcopy(pruned).train(), inputs))
         except fxprune.FxpruneError as error:
             return f"one: {one_line(error)}"[:80]
         except Exception:
@@ -745,7 +744,8 @@ def write_table(rows: Sequence[Row], stem: Path) -> None:
     """``stem.md`` for people, ``stem.csv`` with all fields."""
     script = Path(__file__).resolve().relative_to(ROOT)
     lines = ["# Coverage", "", f"By `{script}`, ratio {RATIO}; the head of that file says what the columns",
-             "mean.", "", setting(), ""]  # fmt: skip
+             "mean. The other file has the date and the versions of each row.", "",
+             f"Last written: {setting()}", ""]  # fmt: skip
     for zoo in ZOOS:
         own = sorted((row for row in rows if row.zoo == zoo), key=lambda row: row.model)
         if own:
