@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from ..calls import as_one
 from ..coupling.graph import CouplingGraph
@@ -34,7 +33,7 @@ from ..nodes import operator_name
 from ..planning.cost_model import CostModel
 from .batches import Pick
 from .moments import evened, inputs, matrix, places, write
-from .outputs import divergence, own, private
+from .outputs import lost, own, private, tensors
 from .walk import Runner, quiet
 
 _ENTRIES = 5000
@@ -48,10 +47,6 @@ _RIDGE = 1e-3
 
 _PROBES, _SAMPLES, _NUMBERS = 4, 64, 1 << 25
 """Outputs are compared on so many batches, or on as many as hold so many samples, or give so many numbers."""
-
-_LEAST_LEFT = 1e-3
-"""Outputs that have nothing to do with the original's differ from them by about their variance, and by no
-more if more goes. So what is lost counts as a share of what is left, which is taken to be this at least."""
 
 _STEPS = 64
 """A group is given up in about so many steps at least."""
@@ -229,7 +224,7 @@ class Reconstruction(Criterion):
         for group in progress(graph.groups, "groups"):
             consumers = seen.consumers(group)
             found[group.name] = _Given(group, consumers, *_order(group, consumers, by_class[group.units]))
-        worth = _Worth(graph, self.cost, seen.probes).of(list(found.values())) if self.cost else {}
+        worth = _Worth(graph, self.cost, seen).of(list(found.values())) if self.cost else {}
         scores: dict[str, Scores] = {}
         for name, given in found.items():
             values = np.empty(given.group.size)
@@ -279,14 +274,15 @@ class _Worth:
     Args:
         graph: the analysis.
         metric: what is saved.
-        probes: inputs of the model, on which the outputs are compared.
+        seen: with inputs of the model, on which the outputs are compared.
     """
 
-    def __init__(self, graph: CouplingGraph, metric: str, probes: list[Any]) -> None:
+    def __init__(self, graph: CouplingGraph, metric: str, seen: _Seen) -> None:
         self.program = private(graph.captured.program)
         self.costs, self.metric = CostModel(graph), metric
         whole = list(self.program.pieces()) == [""]
-        self.probes = probes if whole else []  # parts of a model cannot be run on its inputs
+        self.probes = seen.probes if whole else []  # parts of a model cannot be run on its inputs
+        self.classes = seen.classes
         self.order = {node.name: place for place, node in enumerate(self.program.graph.nodes)}
 
     def of(self, groups: list[_Given]) -> dict[str, float]:
@@ -305,12 +301,11 @@ class _Worth:
             for given, measured in self._measured(groups, halves):
                 first = np.isin(given.order, halves[given.group.name])
                 predicted = float(given.added[first].sum())
-                lost = measured / max(1 - measured, _LEAST_LEFT)  # as a share of what is left
-                found[given.group.name] *= lost / max(predicted, 1e-12)
+                found[given.group.name] *= measured / max(predicted, 1e-12)
         return found
 
     def _measured(self, groups: list[_Given], halves: dict[str, Ids]) -> Iterator[tuple[_Given, float]]:
-        """How far the outputs are off when a group alone gives half of its units."""
+        """What is lost of the outputs when a group alone gives half of its units."""
         dense = Runner(self.program.module().eval())
         end = len(dense.nodes)
         outputs = []
@@ -337,7 +332,7 @@ class _Worth:
                 rest = own(values)
                 other.run(rest, place, end)
                 got.append(rest[other.nodes[-1]])
-            yield given, divergence(outputs, got)
+            yield given, lost(outputs, got, self.classes)
 
     def _first(self, tensors: dict[str, torch.Tensor]) -> int:
         """The place of the first node that reads one of these tensors."""
@@ -406,7 +401,18 @@ def _mask(tensor: torch.Tensor, member: Member, gone: Ids) -> None:
 
 @dataclass(eq=False)
 class _Seen:
-    """What consumers read, added up over the data."""
+    """What consumers read, added up over the data.
+
+    Attributes:
+        graph: the analysis.
+        sums: moments of what each product reads.
+        sites: the products.
+        biases: names of what is added to them.
+        probes: inputs of the model, of the first batches.
+        reads: moments in use, see :meth:`_read`.
+        classes: tensors among the model's outputs that its last product gives, as scores of classes are, by
+            their place, and the dimension in which that product's outputs are.
+    """
 
     graph: CouplingGraph
     sums: Sums
@@ -414,6 +420,7 @@ class _Seen:
     biases: dict[Any, str]
     probes: list[Any] = field(default_factory=list)
     reads: dict[Any, list[tuple[torch.Tensor, _Read]]] = field(default_factory=dict)
+    classes: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -432,15 +439,19 @@ class _Seen:
         generator = torch.Generator().manual_seed(seed)
         samples = numbers = 0
         last: tuple[Any, torch.Tensor, torch.Tensor] | None = None  # what was read, and its moments
+        product: tuple[torch.Tensor, int] | None = (
+            None  # the last output, and its channels
+        )
 
         def step(batch: Any, sums: Sums) -> None:
-            nonlocal samples, numbers, last
+            nonlocal samples, numbers, last, product
 
             def see(site: Site, x: torch.Tensor, y: torch.Tensor, bias: Any) -> None:
+                nonlocal last, product
+                product = y, site.channel
                 if site.name not in wanted or site.groups > 1 or site.batched:
                     return
                 key = (site.name, tuple((part.start, part.stop) for part in site.region))
-                nonlocal last
                 alike = _memory(x), site.window, site.channel, site.shape[2:]
                 if last is None or last[0] != alike:
                     at = places(site, y, _POSITIONS, generator)
@@ -461,14 +472,12 @@ class _Seen:
                 out = as_one(model, kwargs)(*args, **kwargs)
             if len(found.probes) < _PROBES and samples < _SAMPLES and numbers < _NUMBERS:
                 found.probes.append((args, kwargs))
-                numbers += sum(
-                    leaf.numel() for leaf in pytree.tree_leaves(out) if isinstance(leaf, torch.Tensor)
-                )
-                leaves = [
-                    leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
-                ]
+                numbers += sum(leaf.numel() for leaf in tensors(out))
+                leaves = tensors((args, kwargs))
                 samples += leaves[0].shape[0] if leaves and leaves[0].dim() else 1
-            last = None
+            if product is not None:
+                found.classes = _classes(out, *product)
+            last = product = None
 
         found.sums, _ = collect("Reconstruction", model, data, step, seed, gradients=False)
         return found
@@ -522,6 +531,21 @@ class _Seen:
             if name in self.graph.captured.program.tensors:
                 return name, -1
         return None
+
+
+def _classes(out: Any, y: torch.Tensor, channel: int) -> dict[int, int]:
+    """Tensors of ``out`` that are all of a product's outputs ``y``, and where they have its channels."""
+    found = {}
+    for place, leaf in enumerate(tensors(out)):
+        if (
+            leaf.untyped_storage()._cdata == y.untyped_storage()._cdata
+            and leaf.numel() == y.numel()
+            and y.shape[channel] > 1
+        ):
+            for d in range(leaf.dim()):
+                if (leaf.shape[d], leaf.stride(d)) == (y.shape[channel], y.stride(channel)):
+                    found[place] = d
+    return found
 
 
 def _memory(x: torch.Tensor) -> tuple[Any, ...]:
