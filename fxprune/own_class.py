@@ -91,8 +91,8 @@ class InOwnClass(Rewritten):
     model: nn.Module
     attributes: Mapping[Place, int]
 
-    def materialize(self) -> nn.Module:
-        new = build(self.model, self.narrowed(), self.attributes)
+    def materialize(self, instead: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+        new = build(self.model, self.narrowed(instead), self.attributes)
         config = getattr(self.model, "config", None)
         if config is not None and any("." in place.name for place in self.attributes):
             keep_config(new, config)  # what the class was built from

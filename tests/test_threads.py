@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -187,7 +188,8 @@ def in_thread(call: Callable[[], None]) -> list[BaseException]:
 def test_another_thread_in_the_middle_of_tracing_sees_nothing_of_it(
     rung: str, server: Callable[[], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    net, errors, looks = KINDS[rung]().eval(), [], []
+    net = KINDS[rung]().eval()
+    seen = SimpleNamespace(errors=[], looks=0)  # lists that a function holds are copied with the model
 
     def say() -> None:
         sys.stderr.write("said by another thread")
@@ -195,23 +197,24 @@ def test_another_thread_in_the_middle_of_tracing_sees_nothing_of_it(
             warnings.warn("warned in another thread", stacklevel=1)
 
     def look(_: nn.Module) -> None:
-        looks.append(1)
-        errors.extend(in_thread(server) + in_thread(say))
+        seen.looks += 1
+        seen.errors.extend(in_thread(server) + in_thread(say))
 
     net.look = look
     graph = fxprune.analyze(net, torch.randn(2, 3, 8, 8))
     assert graph.captured.rung == rung
-    assert looks
-    assert errors == []
+    assert seen.looks
+    assert seen.errors == []
     assert "said by another thread" in capsys.readouterr().err
 
 
 def test_dynamo_in_another_thread_neither_stops_the_tracing_nor_brings_it_back() -> None:
     net, compiled = Net().eval(), torch.compile(nn.Linear(4, 4), backend="eager")
-    net.look = lambda _: compiled_in_thread.extend(in_thread(lambda: compiled(torch.zeros(1, 4))))
-    compiled_in_thread: list[BaseException] = []
+    net.look = lambda _: seen.errors.append(in_thread(lambda: compiled(torch.zeros(1, 4))))
+    seen = SimpleNamespace(errors=[])
     graph = fxprune.analyze(net, torch.randn(2, 3, 8, 8))
-    assert compiled_in_thread == []
+    assert seen.errors
+    assert not any(seen.errors)
     called = [node.target for node in graph.captured.program.graph.nodes if node.op == "call_module"]
     assert {"a", "b", "c", "d"} <= set(called)
 
@@ -309,9 +312,10 @@ def test_an_interrupt_at_any_moment_leaves_nothing() -> None:
 
 def test_tables_of_functions_made_meanwhile_hold_the_functions() -> None:
     """As ``with torch.device(...)`` makes one, when it is first used."""
-    net, table = Net().eval(), set()
-    net.look = lambda _: table.update([torch.zeros, torch.eye, torch.is_tensor, torch.finfo])
+    net, made = Net().eval(), SimpleNamespace(table=set())
+    net.look = lambda _: made.table.update([torch.zeros, torch.eye, torch.is_tensor, torch.finfo])
     fxprune.analyze(net, torch.randn(2, 3, 8, 8))
+    table = made.table
     assert {torch.zeros, torch.eye, torch.is_tensor, torch.finfo} <= table
     assert len(table) == 4
 
@@ -369,8 +373,15 @@ def test_the_model_keeps_its_tables_while_it_is_traced() -> None:
 
 
 def test_a_network_pickled_meanwhile_is_whole() -> None:
-    net, other, pickles = Net().eval(), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval(), []
-    net.look = lambda _: pickles.extend(in_thread(lambda: pickles.append(pickle.dumps(copy.deepcopy(other)))))
+    net, other = Net().eval(), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    seen = SimpleNamespace(other=other, pickles=[], errors=[])  # modules that a function holds are copied
+
+    def look(_: nn.Module) -> None:
+        errors = in_thread(lambda: seen.pickles.append(pickle.dumps(copy.deepcopy(seen.other))))
+        seen.errors.extend(errors)
+
+    net.look = look
     fxprune.analyze(net, torch.randn(2, 3, 8, 8))
-    (written,) = pickles
+    assert not seen.errors
+    (written,) = seen.pickles
     assert pickle.loads(written)(torch.zeros(1, 4)).shape == (1, 4)

@@ -439,9 +439,7 @@ class _Seen:
         generator = torch.Generator().manual_seed(seed)
         samples = numbers = 0
         last: tuple[Any, torch.Tensor, torch.Tensor] | None = None  # what was read, and its moments
-        product: tuple[torch.Tensor, int] | None = (
-            None  # the last output, and its channels
-        )
+        product: tuple[torch.Tensor, int] | None = None  # the last output, and its channels
 
         def step(batch: Any, sums: Sums) -> None:
             nonlocal samples, numbers, last, product
