@@ -94,3 +94,30 @@ def test_a_result_that_fails_at_another_size_does_not_pass() -> None:
     pruned.table.data = pruned.table.data[:, :6]  # enough for the example
     with pytest.raises(VerificationError, match=r"differ|fails"):
         fxprune.verify(model, pruned, plan, x)
+
+
+class Rotated(nn.Module):
+    """Two layers, in each of which both halves of the channels change places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ins = nn.ModuleList(nn.Linear(5, 16) for _ in range(2))
+        self.outs = nn.ModuleList(nn.Linear(16, 5) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for first, second in zip(self.ins, self.outs, strict=True):
+            h = first(x).unflatten(-1, (2, 8)).transpose(1, 2)
+            half = h.shape[-1] // 2
+            h = torch.cat((h[..., half:], h[..., :half]), -1) + h
+            x = x + second(h.transpose(1, 2).flatten(2))
+        return x
+
+
+def test_what_one_layer_gives_up_says_nothing_of_slices_in_others() -> None:
+    model = stir(Rotated())
+    x = torch.randn(2, 6, 5)
+    plan = fxprune.plan(model, x, 0.5, keep=["ins.1"])
+    pruned = plan.apply(model)
+    fxprune.verify(model, pruned, plan, x)
+    assert pruned.get_submodule("ins.0").weight.shape[0] == 8
+    assert pruned.get_submodule("ins.1").weight.shape[0] == 16

@@ -198,8 +198,8 @@ class _Interpreter(TorchDispatchMode):
         if rule is None:
             self._unknown(func, args, kwargs)
         else:
-            if coupler.operator == "slice" and coupler.node is not None:
-                self._slice(coupler.node, args)
+            if coupler.operator == "slice" and coupler.node is not None and self.known is None:
+                self._slice(coupler.node, args)  # where values are known, it has been looked at before
             if (
                 self._literal
                 and rule.family in ("movement", "constants")
