@@ -11,7 +11,7 @@ removed is removed again, and the narrow tensors are the same ones.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .api import analyze, plan
-from .capture.dynamo import named_inputs
+from .api import analyze, compensate, plan
+from .capture.dynamo import Batches, example, named_inputs
 from .coupling.graph import CouplingGraph
 from .coupling.groups import Group
+from .dead_channels import trains, without_dead_channels
 from .errors import PlanError, SelectionError
 from .planning.patterns import nearest
 from .planning.plan import PruningPlan
@@ -33,7 +34,8 @@ from .program import exchange, named_tensors
 __all__ = ["backend", "parameters", "state_dict"]
 
 _LOG = logging.getLogger("fxprune")
-_OWN = ("inner", "inner_options", "plan")
+_OWN = ("inner", "inner_options", "mode", "plan")
+_LOSSLESS = "lossless"
 _PLANNING = tuple(item.name for item in fields(Selection))
 
 
@@ -54,8 +56,11 @@ def backend(
         example_inputs: its inputs.
         options: the arguments of :func:`fxprune.plan` by name, ``{"ratio": 0.5, "importance": "l1"}``; or
             ``"plan"``, a :class:`~fxprune.PruningPlan` for the model or the path of a plan file, in place of
-            them. ``"inner"`` is the backend that compiles the narrow graph, ``"inductor"`` unless given;
-            ``"inner_options"`` are its own options.
+            them; or ``"mode": "lossless"``, which removes what :func:`fxprune.lossless` does, and leaves a
+            graph in training mode as it is (compile again after training). With ``"calibrate"`` the layers
+            that are left make up for what went: its batches are inputs of the model, as a dict by name where
+            the graph takes several. ``"inner"`` is the backend that compiles the narrow graph,
+            ``"inductor"`` unless given; ``"inner_options"`` are its own options.
         mode: mode of the inner backend, ``"max-autotune"`` say.
 
     Raises:
@@ -67,11 +72,21 @@ def backend(
         close = ", ".join(map(repr, nearest(str(unknown[0]), (*_OWN, *_PLANNING))))
         raise SelectionError(f"the backend fxprune has no option {unknown[0]!r}; the nearest are {close}.")
     inner, inner_options = given.pop("inner", "inductor"), given.pop("inner_options", None)
-    run = _RUNS.setdefault(_signature(given), _Run())
+    how = given.get("mode", _LOSSLESS)
+    if how != _LOSSLESS:
+        raise SelectionError(
+            f"the option 'mode' is {_LOSSLESS!r} or left out, got {how!r}; a mode of inductor's is given in "
+            "'inner_options', or as torch.compile(mode=...)."
+        )
+    if "mode" in given and len(given) > 1:
+        others = ", ".join(map(repr, given.keys() - {"mode"}))
+        raise SelectionError(f"'mode': {_LOSSLESS!r} decides alone what goes; leave out {others}.")
+    run = _RUNS.setdefault(_signature(given), _Run(given))
     number = next(run.numbers)
     narrow = run.narrow(gm, tuple(example_inputs), given, number)
     reason = getattr(gm, "compile_subgraph_reason", None)
     if reason is not None and getattr(reason, "graph_break", False):
+        run.broken = True
         _LOG.warning(
             "graph %d ends at a graph break (%s): what crosses it keeps its width", number, reason.reason
         )
@@ -120,13 +135,17 @@ class _Run:
     """What was pruned with the same options.
 
     Attributes:
+        options: what was asked for; kept, so that what tells it from others stays so.
         tensors: by tensor of a model the narrow one.
         removed: by tensor of a model, for each group that begins there, its size and the positions that went.
+        broken: whether a graph has ended at a graph break.
         numbers: of the graphs.
     """
 
+    options: Mapping[str, Any]
     tensors: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     removed: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    broken: bool = False
     numbers: Iterator[int] = field(default_factory=lambda: iter(range(1, 1 << 62)))
 
     def narrow(
@@ -141,24 +160,57 @@ class _Run:
         )
         known = self._known(graph, named)
         fixed = {group.name for group, _ in known.values()}
-        if "plan" in options:
-            made = plan(gm, inputs, 0.0)
+        if options.get("mode") == _LOSSLESS:
+            if any(trains(node) for node in graph.captured.program.graph.nodes):
+                _LOG.warning("graph %d is in training mode; it stays as it is", number)
+                return gm
+            made, pruned = without_dead_channels(graph, example(gm, inputs), {})
+        elif "plan" in options:
             wanted = _of_plan(graph, _loaded(options["plan"]), fixed)
+            made, pruned = self._narrowed(gm, plan(gm, inputs, 0.0), wanted, known)
         else:
-            made, wanted = self._planned(gm, inputs, graph, options, fixed), {}
-        for group, removed in known.values():
-            wanted[group.name] = removed
-        pruned = made.with_removed(wanted).apply(gm) if wanted or made.removed else gm
-        if pruned is not gm and not self._share(pruned, named):
+            options, data = self._calibrated(gm, inputs, options, bool(fixed), number)
+            made, pruned = self._narrowed(gm, self._planned(gm, inputs, graph, options, fixed), {}, known)
+            if data is not None and made.removed:
+                again = {name: options[name] for name in ("rebuild", "seed") if name in options}
+                pruned = compensate(pruned, gm, data, **again)
+                _LOG.info("graph %d: %s", number, getattr(pruned, "meta", {}).get("compensation"))
+        _LOG.info("graph %d: %s", number, made)
+        if not made.removed:
+            return gm
+        if not self._share(pruned, named, exactly=options.get("mode") == _LOSSLESS):
             _LOG.warning(
                 "graph %d shares tensors with another that narrows them differently; it stays as it is",
                 number,
             )
             return gm
-        if pruned is not gm:
-            self._remember(graph, pruned, named, {**made.removed, **wanted})
-        _LOG.info("graph %d: %s", number, made.with_removed(wanted))
+        self._remember(graph, pruned, named, made.removed)
         return pruned
+
+    def _narrowed(
+        self,
+        gm: fx.GraphModule,
+        made: PruningPlan,
+        wanted: Mapping[str, list[int]],
+        known: Mapping[str, tuple[Group, list[int]]],
+    ) -> tuple[PruningPlan, nn.Module]:
+        """The plan with what else is removed, and was before, and what it makes."""
+        made = made.with_removed({**wanted, **{group.name: gone for group, gone in known.values()}})
+        return made, made.apply(gm) if made.removed else gm
+
+    def _calibrated(
+        self, gm: fx.GraphModule, inputs: tuple[Any, ...], options: dict[str, Any], known: bool, number: int
+    ) -> tuple[dict[str, Any], Iterable[Any] | None]:
+        """The options with calibration data for this graph, and these data; neither for a later part."""
+        data, pick = options.get("calibrate"), options.get("pick")
+        options = {name: value for name, value in options.items() if name not in ("calibrate", "pick")}
+        if data is None or known:
+            return {name: value for name, value in options.items() if name != "rebuild"}, None
+        if self.broken:
+            _LOG.warning("graph %d begins behind a graph break, where there are no calibration data", number)
+            return {name: value for name, value in options.items() if name != "rebuild"}, None
+        batches = Batches(gm, inputs, data, pick)
+        return {**options, "calibrate": batches}, batches
 
     def _known(self, graph: CouplingGraph, named: Mapping[str, Tensor]) -> dict[str, tuple[Group, list[int]]]:
         """The groups that were pruned before, with the positions to remove."""
@@ -190,13 +242,17 @@ class _Run:
             }
         return plan(gm, inputs, **options)
 
-    def _share(self, pruned: nn.Module, named: Mapping[str, Tensor]) -> bool:
-        """Give ``pruned`` the narrow tensors that are there; false where they have other shapes."""
+    def _share(self, pruned: nn.Module, named: Mapping[str, Tensor], exactly: bool) -> bool:
+        """Give ``pruned`` the narrow tensors that are there; false where they are others.
+
+        Others are those of other shapes; with ``exactly``, those of other values, too: another graph may make
+        of the same layers something else, and what is zero in one is not in the other.
+        """
         new: dict[int, Tensor] = {}
         for name, tensor in named_tensors(pruned):
             known = self.tensors.get(named[name]) if name in named else None
             if known is not None:
-                if known.shape != tensor.shape:
+                if known.shape != tensor.shape or (exactly and not torch.equal(known, tensor)):
                     return False
                 new[id(tensor)] = known
         exchange(pruned, new)
@@ -233,8 +289,9 @@ def _known_tensors() -> WeakTensorKeyDictionary:
 
 
 def _signature(options: Mapping[str, Any]) -> str:
-    """The same for the same options."""
-    return repr(sorted((name, repr(value)) for name, value in options.items()))
+    """The same for the same options; calibration data are the same if they are one object."""
+    said = {name: id(value) if name == "calibrate" else repr(value) for name, value in options.items()}
+    return repr(sorted(said.items()))
 
 
 def _begin(graph: CouplingGraph, rank: Callable[[str], Any]) -> dict[str, tuple[Group, list[int]]]:

@@ -71,15 +71,15 @@ def lossless(model: nn.Module, example_inputs: Any) -> nn.Module:
     twin = _copied(model).eval()
     graph = analyze(twin, example_inputs, fill_outputs=())
     args, kwargs = normalize(example_inputs)
-    made, pruned, _ = without_dead_channels(graph, args, kwargs)
+    made, pruned = without_dead_channels(graph, args, kwargs)
     remember(pruned, model, [made])
     return pruned.train(model.training)
 
 
 def without_dead_channels(
     graph: CouplingGraph, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[PruningPlan, nn.Module, dict[str, set[str]]]:
-    """The plan, the narrower network, and which tensors took up something of which groups.
+) -> tuple[PruningPlan, nn.Module]:
+    """The plan and the narrower network.
 
     Args:
         graph: the analysis of a network in evaluation mode.
@@ -115,8 +115,7 @@ def without_dead_channels(
             f"the network without its dead channels differs from the original by {worst:.1e}, allowed is "
             f"{_ALLOWED:.0e}. Please report this; fxprune.prune is not concerned."
         )
-    taken = {name: {f.group.name for f in search.folds if f.tensor == name} for name in folded}
-    return made, pruned, taken
+    return made, pruned
 
 
 def _copied(model: nn.Module) -> nn.Module:

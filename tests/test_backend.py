@@ -140,11 +140,118 @@ def test_parts_that_share_a_tensor_narrow_it_alike_or_not_at_all() -> None:
         torch.testing.assert_close(got, once(once(x)))
 
 
+class Dead(nn.Module):
+    """Half of the channels are made by zeros alone; some of them carry a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 3)
+        self.head = nn.Linear(6, 4)
+        with torch.no_grad():
+            self.a.weight[::2] = 0
+            self.norm.bias.copy_(torch.tensor([1.0, -1.0]).repeat_interleave(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.norm(self.a(x)).relu()).relu().mean((2, 3)))
+
+
+def test_lossless_removes_what_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    model = Dead().eval()
+    fast = compiled(model, mode="lossless")
+    with torch.no_grad():
+        for x in (IMAGE, torch.cat([IMAGE, 4 * IMAGE]), torch.randn(5, 3, 9, 8)):
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+    assert {name: t.shape[0] for name, t in state_dict(fast).items() if name.startswith("a.")} == {
+        "a.weight": 4,
+        "a.bias": 4,
+    }
+    assert not torch.equal(state_dict(fast)["b.bias"], model.b.bias)  # it took something up
+    with caplog.at_level(logging.WARNING, "fxprune"):
+        torch.testing.assert_close(compiled(model.train(), mode="lossless")(IMAGE), model(IMAGE))
+    assert "training mode" in caplog.text
+
+
+def test_lossless_does_not_mix_up_graphs_that_share_layers() -> None:
+    """What the first part puts into the bias of a shared layer is not there for the second."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.other, self.down = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 4)
+            with torch.no_grad():
+                self.up.weight[:4] = 0
+                self.up.bias[:4] = 1
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.down(self.up(x).relu())
+            torch._dynamo.graph_break()
+            return self.down(self.other(x).relu())
+
+    model, x = Shared().eval(), torch.randn(2, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(model, mode="lossless")(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_lossless_leaves_alone_what_is_dead_in_one_graph_and_alive_in_another() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+            with torch.no_grad():
+                self.up.weight[:4] = 0
+                self.up.bias[:4] = -1
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.down(self.up(x).relu())
+            torch._dynamo.graph_break()
+            return self.down(self.up(x).sigmoid())
+
+    model, x = Twice().eval(), torch.randn(2, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(model, mode="lossless")(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_calibration_data_choose_and_compensate(dynamic: bool | None) -> None:
+    generator = torch.Generator().manual_seed(2)
+    model = Residual().eval()
+    data = [torch.randn(4, 3, 8, 8, generator=generator) for _ in range(6)]
+    wanted = fxprune.prune(model, IMAGE, 0.5, calibrate=data)
+    fast = compiled(model, dynamic, ratio=0.5, calibrate=data)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(IMAGE)["logits"], wanted(IMAGE)["logits"], rtol=1e-4, atol=1e-5)
+        both = torch.cat([IMAGE, IMAGE])
+        torch.testing.assert_close(fast(both)["logits"], wanted(both)["logits"], rtol=1e-4, atol=1e-5)
+
+
+def test_calibration_data_of_several_inputs_are_given_by_name() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(5, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            second = self.b(y)
+            return self.c((second + self.a(x)).relu())
+
+    model, inputs = Two().eval(), (torch.randn(3, 4), torch.randn(3, 5))
+    data = [{"x": torch.randn(6, 4), "y": torch.randn(6, 5)} for _ in range(6)]
+    wanted = fxprune.prune(model, inputs, 0.5, calibrate=data)
+    with torch.no_grad():
+        got = compiled(model, ratio=0.5, calibrate=data)(*inputs)
+        torch.testing.assert_close(got, wanted(*inputs), rtol=1e-4, atol=1e-5)
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="takes y, x"):
+            compiled(model, ratio=0.5, calibrate=[(d["x"], d["y"]) for d in data])(*inputs)
+
+
 def test_wrong_options() -> None:
     model = Residual().eval()
     for options, words in (
         ({"ratoi": 0.5}, "no option 'ratoi'.*'ratio'"),
         ({"ratio": 2.0}, "ratio"),
+        ({"mode": "max-autotune"}, "'mode' is 'lossless'"),
+        ({"mode": "lossless", "ratio": 0.5}, "leave out 'ratio'"),
         ({"plan": 3}, "'plan' takes a plan"),
         ({"plan": "nowhere.json"}, "nowhere.json"),
     ):

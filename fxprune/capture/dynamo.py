@@ -10,7 +10,7 @@ from __future__ import annotations
 import keyword
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,12 +19,12 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 
-from ..errors import CaptureError
+from ..errors import CalibrationError, CaptureError
 from ..nodes import by_position
 from ..program import Program, Skeleton, named_tensors
 from .exported import source_line
 
-__all__ = ["named_inputs", "takes_tensors", "trace"]
+__all__ = ["Batches", "example", "named_inputs", "takes_tensors", "trace"]
 
 
 def takes_tensors(model: nn.Module) -> bool:
@@ -86,6 +86,101 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pr
         extras=extras,
         notes=tuple(notes),
     )
+
+
+def example(model: fx.GraphModule, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs of a graph of Dynamo's with values.
+
+    Those that it was made with; where they are gone, zeros of their shape.
+    """
+    return tuple(_valued(node, given) for node, given in zip(_placeholders(model), args, strict=True))
+
+
+def _valued(node: fx.Node, given: Any) -> Any:
+    if isinstance(given, torch.SymInt):
+        return given.node.hint
+    if not isinstance(given, torch.Tensor) or not isinstance(given, FakeTensor):
+        return given
+    known = getattr(node.meta.get("grapharg"), "_example", None)
+    if isinstance(known, float):  # an attribute of a module, under dynamic=True
+        return torch.tensor(known, dtype=given.dtype)
+    known = _tensor(node, None)
+    if known is not None:
+        return known
+    shape = [int(size) for size in given.shape]
+    return torch.zeros(shape, dtype=given.dtype, device=given.device)
+
+
+class Batches:
+    """Batches of inputs of a model, as inputs of the graph that Dynamo made of its beginning.
+
+    Args:
+        model: the graph.
+        args: its own inputs.
+        batches: of the model's inputs: a tensor, a tuple in the order in which the graph takes them, or a
+            dict by name.
+        pick: from a batch to the inputs.
+    """
+
+    def __init__(
+        self,
+        model: fx.GraphModule,
+        args: tuple[Any, ...],
+        batches: Iterable[Any],
+        pick: Callable[[Any], Any] | None,
+    ) -> None:
+        self.model, self.batches, self.pick = model, batches, pick
+        self.own = dict(zip(_placeholders(model), args, strict=True))
+        self.taken = [
+            node
+            for node, given in self.own.items()
+            if isinstance(given, torch.Tensor) and not _is_state(node) and not _is_number(node)
+        ]
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        for number, batch in enumerate(self.batches):
+            yield self._bound(number, batch if self.pick is None else self.pick(batch))
+
+    def _bound(self, number: int, inputs: Any) -> tuple[Any, ...]:
+        names = [_last_name(node) for node in self.taken]
+        if isinstance(inputs, Mapping):
+            given = [inputs.get(name) for name in names]
+        else:
+            given = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
+            if len(given) > 1:  # the graph takes them in the order in which it uses them
+                given = []
+        if len(given) != len(names) or not all(isinstance(value, torch.Tensor) for value in given):
+            raise CalibrationError(
+                f"batch {number} of the calibration data cannot be given to the graph of torch.compile, "
+                f"which takes {', '.join(names)}. Where that are several, a batch is a dict by these names; "
+                f"pick=lambda batch: ... makes one of it."
+            )
+        by_origin = {_origin(node): value for node, value in zip(self.taken, given, strict=True)}
+        return tuple(self._value(node, own, by_origin) for node, own in self.own.items())
+
+    def _value(self, node: fx.Node, own: Any, by_origin: Mapping[str, Any]) -> Any:
+        origin = _origin(node)
+        if origin in by_origin:
+            return by_origin[origin]
+        size = _SIZE.fullmatch(origin)
+        if size is not None and size[1] in by_origin:
+            return by_origin[size[1]].shape[int(size[2])]
+        return _valued(node, own)
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether an input is a number that Dynamo passes as a tensor: an attribute, under ``dynamic=True``."""
+    return bool(getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False))
+
+
+_SIZE = re.compile(r"(.+)\.size\(\)\[(\d+)\]")
+_LAST = re.compile(r"\['(\w+)'\]$")
+
+
+def _last_name(node: fx.Node) -> str:
+    """The name by which the model knows an input."""
+    found = _LAST.search(_origin(node))
+    return found[1] if found is not None else str(node.target)
 
 
 def _placeholders(model: fx.GraphModule) -> list[fx.Node]:
