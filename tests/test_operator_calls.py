@@ -67,7 +67,7 @@ def folded(self: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("forward", "labels"), [(plain, False), (tokens, False), (mixed, True), (folded, False)]
+    ("forward", "labels"), [(plain, False), (tokens, False), (mixed, True), (folded, True)]
 )
 def test_labels_are_looked_at_again_only_where_a_call_asks_for_it(
     forward: Any, labels: bool, monkeypatch: pytest.MonkeyPatch

@@ -7,11 +7,9 @@ labels have to be looked at again (see :mod:`.other_sizes`). In doubt, calls are
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx
 
@@ -27,17 +25,8 @@ module with a rule of its own."""
 _RESHAPES = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy", "_reshape_copy"])
 _BY_ONE = frozenset(["slice", "select"])
 """Movements along one dimension, the second argument."""
-_ENTRY_BY_ENTRY = frozenset(
-    ["bmm", "baddbmm", "transpose", "permute", "unsqueeze", "clone", "_to_copy", "alias", "detach",
-     "_softmax", "_safe_softmax", "_log_softmax"]
-)  # fmt: skip
-"""What treats the entries of a batch one by one, however many there are."""
 _TO_SIZES = ("expand", "upsample", "_upsample")
 """What is given the sizes of its result, and leaves dimensions apart."""
-
-
-_Group = tuple[list[int], list[int], list[int], list[int]]
-"""Dimensions before and after a reshape, and their sizes."""
 
 
 class UnlikeError(FxpruneError):
@@ -116,15 +105,10 @@ class _Pair:
         if rule is None or rule.family == CUSTOM:
             raise UnlikeError("an operator of which nothing is known")
         name = self.operator._schema.name.partition("::")[2]
-        repeated = False
         for value, tensor in self.tensors:
             for dim, size in enumerate(value.shape):
                 if size != tensor.shape[dim] and _labelled(value, dim):
-                    if not _repeats(value, dim, math.gcd(size, tensor.shape[dim])):
-                        raise UnlikeError("a dimension with labels has another size")
-                    repeated = True
-        if repeated and rule.family != "pointwise" and name not in _RESHAPES | _ENTRY_BY_ENTRY:
-            raise UnlikeError("labels that are repeated more often")
+                    raise UnlikeError("a dimension with labels has another size")
         if rule.family == "pointwise":
             self._broadcast()
         elif not all(tensor.is_meta for _, tensor in self.tensors):
@@ -148,14 +132,10 @@ class _Pair:
                         raise UnlikeError("an entry that is spread over labels")
 
     def _reshaped(self) -> None:
-        """Labels may be put together with, and taken apart into, the same dimensions alone; or be repeated
-        for each entry of one in front of them, as heads are for each sample.
-        """
+        """Labels may be put together with, and taken apart into, the same dimensions alone."""
         (value, tensor), (result, out) = self.tensors
-        same = _groups(value, value.shape, result.shape)
-        for group in _groups(value, tensor.shape, out.shape):
-            if group not in same and not _in_front(value, result, group):
-                raise UnlikeError("labels together with other dimensions")
+        if _groups(value, value.shape, result.shape) != _groups(value, tensor.shape, out.shape):
+            raise UnlikeError("labels together with other dimensions")
 
     def _along_one(self) -> None:
         """A slice with other ends, or another index, may not be one of labels."""
@@ -174,43 +154,7 @@ def _labelled(value: Value, dim: int) -> bool:
     return labels[dim] is not None or any(label is not None and dim in label.over for label in labels)
 
 
-def _repeats(value: Value, dim: int, period: int) -> bool:
-    """Whether the labels of a dimension, and those that are over it, are the same again every ``period``."""
-    for place in range(len(value.shape)):
-        label = value.label(place)
-        if label is None or not (place == dim or dim in label.over):
-            continue
-        ids = np.moveaxis(label.ids, -1 if place == dim else label.over.index(dim), 0)
-        blocks = ids.reshape(-1, period, *ids.shape[1:])
-        if (blocks != blocks[:1]).any():
-            return False
-    return True
-
-
-def _in_front(value: Value, result: Value, group: _Group) -> bool:
-    """Whether in a group of dimensions of a reshape only the first ones have other sizes than in ``group``,
-    along which labels repeat themselves, before and after.
-
-    Such labels are the same, more often or less. The group is that of the other run: dimensions of ``value``
-    and of ``result``, and their sizes there.
-    """
-    ins, outs, before, after = group
-    rest, made = ([shape[d] for d in dims[1:]] for shape, dims in ((value.shape, ins), (result.shape, outs)))
-    if rest != before[1:] or made != after[1:] or value.state is not None or any(map(value.is_open, ins)):
-        return False
-    inner, columns = math.prod(rest), math.prod(made)
-    size, other = value.shape[ins[0]], before[0]
-    period = 1
-    if _labelled(value, ins[0]):
-        row = columns // inner  # of the first dimension, in one entry of the first one of the result
-        whole = row * inner == columns and size % row == 0 and other % row == 0
-        period = row if whole and _repeats(value, ins[0], row) else math.gcd(size, other)
-        if not _repeats(value, ins[0], period):
-            return False
-    return (period * inner) % columns == 0 or columns % (period * inner) == 0
-
-
-def _groups(value: Value, before: Sequence[int], after: Sequence[int]) -> list[_Group]:
+def _groups(value: Value, before: Sequence[int], after: Sequence[int]) -> list[Any]:
     """The groups of dimensions with labels that a reshape factors into, with their sizes."""
     return [
         (ins, outs, [before[d] for d in ins], [after[d] for d in outs])
