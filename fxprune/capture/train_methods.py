@@ -17,12 +17,15 @@ from .twin import Twin
 def switches(model: nn.Module) -> Mapping[str, Mapping[bool, Switch]]:
     """By the path of each module with a ``train()`` of its own what that does, in either mode.
 
-    It runs on a copy of the model on shapes alone.
+    It runs on a copy of the model on shapes alone. A module that refuses both modes, as that of an exported
+    program does, has none that could be followed.
     """
     found: dict[str, Mapping[bool, Switch]] = {}
     for path, module in named_modules(model):
         if own_train(module):
-            found[path] = {mode: _after(module, mode) for mode in (False, True)}
+            after = {mode: _after(module, mode) for mode in (False, True)}
+            if any(switch.flags for switch in after.values()):
+                found[path] = after
     return found
 
 
