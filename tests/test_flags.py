@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,11 +58,11 @@ def test_the_graph_is_what_the_model_does(ask: str, exported: bool) -> None:
 
 
 def test_torch_itself_reads_the_truth() -> None:
-    told: dict[str, bool] = {}
+    told = SimpleNamespace()  # a dict that a function holds is copied with the model
 
     def look() -> None:
-        told["user"] = is_compiling()
-        code = "import torch\ntold['torch'] = torch.compiler.is_compiling(), torch.compiler.is_exporting()"
+        told.user = is_compiling()
+        code = "import torch\ntold.torch = torch.compiler.is_compiling(), torch.compiler.is_exporting()"
         exec(code, {"__name__": "torch.nn.functional", "told": told})
 
     def ask() -> bool:
@@ -69,7 +70,7 @@ def test_torch_itself_reads_the_truth() -> None:
         return True
 
     fxprune.analyze(Net(ask, exported=True).eval(), torch.randn(4, 8))
-    assert told == {"user": False, "torch": (True, True)}
+    assert told == SimpleNamespace(user=False, torch=(True, True))
 
 
 def test_a_branch_that_only_exporting_avoids_is_noted() -> None:
