@@ -230,7 +230,9 @@ class _Interpreter(TorchDispatchMode):
         """Where the sizes of the inputs say which entries a slice takes, all of them stay."""
         if self._varying is None:
             given = [n for n in node.all_input_nodes if isinstance(self.values.get(n), int)]
-            self._varying = {self.values[n] for n in given if FREE in (self._origins.of(n) or ())}
+            self._varying = {
+                self.values[n] for n in given if FREE in (self._origins.of(n) or ()) and _from_inputs(n)
+            }
         if not self._varying:
             return
         said = {n for n in numbers(node.args, node.kwargs) if isinstance(n, int)} - self._varying
@@ -671,6 +673,19 @@ def _index(item: Any) -> Any:
         with _disable_current_modes():
             return torch.tensor(item)
     return item
+
+
+def _from_inputs(node: fx.Node) -> bool:
+    """Whether a node is computed from inputs; from tensors of the model alone it is the same in each run."""
+    seen, todo = {node}, [node]
+    while todo:
+        node = todo.pop()
+        if node.op == "placeholder":
+            return True
+        new = [n for n in node.all_input_nodes if n not in seen]
+        seen.update(new)
+        todo += new
+    return False
 
 
 def _kind(value: Value, dim: int) -> str:
