@@ -164,7 +164,8 @@ class _Run:
             if any(trains(node) for node in graph.captured.program.graph.nodes):
                 _LOG.warning("graph %d is in training mode; it stays as it is", number)
                 return gm
-            made, pruned = without_dead_channels(graph, example(gm, inputs), {})
+            any_size = any(isinstance(given, torch.SymInt) for given in inputs)
+            made, pruned = without_dead_channels(graph, example(gm, inputs), {}, any_size)
         elif "plan" in options:
             wanted = _of_plan(graph, _loaded(options["plan"]), fixed)
             made, pruned = self._narrowed(gm, plan(gm, inputs, 0.0), wanted, known)

@@ -4,9 +4,9 @@ A channel is dead where everything that makes it is zero (masks of ``torch.nn.ut
 penalty on whole channels): it is the same number for every input. Where that number is zero at all layers
 that read the channel, nothing changes when it goes. Where it is another (a bias, the shift of a batch
 normalisation that a ReLU lets through), what it adds to a layer is looked at: where that is the same at all
-places and for all inputs, it goes into the layer's bias, or into the running mean behind it; where it is not
-(a convolution adds less beside padding), or the layer can take up nothing, the channel stays, and a note says
-why.
+places, for all inputs and at other sizes of these, it goes into the layer's bias, or into the running mean
+behind it; where it is not (a convolution adds less beside padding, a sum adds more over more places), or the
+layer can take up nothing, the channel stays, and a note says why.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from .nodes import mutable, operator_name
 from .origins import remember
 from .passes import rewrite
 from .planning.plan import PruningPlan
+from .sizes import guarded, resized
 
 __all__ = ["lossless", "without_dead_channels"]
 
@@ -71,13 +72,14 @@ def lossless(model: nn.Module, example_inputs: Any) -> nn.Module:
     twin = _copied(model).eval()
     graph = analyze(twin, example_inputs, fill_outputs=())
     args, kwargs = normalize(example_inputs)
-    made, pruned = without_dead_channels(graph, args, kwargs)
+    looked_at = bool(graph.captured.trials) or bool(guarded(graph.captured.program.graph))
+    made, pruned = without_dead_channels(graph, args, kwargs, any_size=not looked_at)
     remember(pruned, model, [made])
     return pruned.train(model.training)
 
 
 def without_dead_channels(
-    graph: CouplingGraph, args: tuple[Any, ...], kwargs: dict[str, Any]
+    graph: CouplingGraph, args: tuple[Any, ...], kwargs: dict[str, Any], any_size: bool = False
 ) -> tuple[PruningPlan, nn.Module]:
     """The plan and the narrower network.
 
@@ -85,11 +87,12 @@ def without_dead_channels(
         graph: the analysis of a network in evaluation mode.
         args: real positional inputs.
         kwargs: real keyword inputs.
+        any_size: the network is for sizes that the analysis has not looked at, too; then nothing is folded.
 
     Raises:
         VerificationError: as :func:`lossless`.
     """
-    search = _Search(graph, args, kwargs)
+    search = _Search(graph, args, kwargs, any_size)
     removed = {group.name: gone for group in graph.groups if (gone := search.removable(group))}
     made = plan(graph, 0.0).with_removed(removed)
     while wrong := {problem.group for problem in made.check(graph) if problem.group in made.removed}:
@@ -179,6 +182,8 @@ class _Search:
     graph: CouplingGraph
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    any_size: bool
+    """Whether there are sizes of the inputs at which it could not be run."""
     notes: list[str] = field(default_factory=list)
     folds: list[_Fold] = field(default_factory=list)
 
@@ -273,7 +278,7 @@ class _Search:
             self.notes.append(f"{count} dead channels of {group.name} stay: {reason}")
 
     def _observe(self) -> None:
-        """Note what the consumers read, for the given inputs and for random ones."""
+        """Note what the consumers read: for the given inputs, random ones, and some of other sizes."""
         wanted = {use.node for group in self.graph.groups for _, use in _consumers(group)}
         wanted |= {node for group in self.graph.groups for node in self._ends(group)}
         wanted |= {node for node in self.nodes if operator_name(node) in (*_PRODUCTS, _ATTENTION)}
@@ -282,9 +287,11 @@ class _Search:
         generator = torch.Generator().manual_seed(0)
 
         def random(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                return (3 * torch.randn(leaf.shape, generator=generator)).to(leaf)
-            return leaf
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                return leaf
+            if not leaf.dim():  # a number, which may have to be positive
+                return leaf * (1 + torch.rand((), generator=generator).to(leaf))
+            return (3 * torch.randn(leaf.shape, generator=generator)).to(leaf)
 
         own = {id(tensor) for tensor in self.program.tensors.values()}
 
@@ -306,6 +313,12 @@ class _Search:
                 given = inputs if not number else pytree.tree_map(random, inputs)
                 given = pytree.tree_map(copied, given)
                 self.runner.run(*given)
+            if self.graph.other_sizes:
+                args, kwargs = resized((self.args, self.kwargs), self.graph.other_sizes)
+                try:
+                    self.runner.run(*pytree.tree_map(random, self.program.bind(args, kwargs)))
+                except Exception:  # noqa: BLE001  a table may end, which shapes do not tell
+                    self.any_size = True
 
     def _zero(self, group: Group, member: Member) -> Mask:
         """The units whose entries in a weight that makes them are all zero."""
@@ -429,17 +442,20 @@ class _Search:
                 carried[unit] |= not zero[index]
         return steady, carried
 
-    def _added(self, reading: _Reading, made: int, units: Mask, factors: float = 0.0) -> tuple[Tensor, float]:
+    def _added(
+        self, reading: _Reading, made: int, units: Mask, number: int = 0, factors: float = 0.0
+    ) -> tuple[Tensor, float]:
         """What these units add to a layer: a mean for each channel that it makes, and how far they deviate.
 
         Args:
             reading: how the layer reads them.
             made: see :class:`_Fold`.
             units: which.
+            number: of the run.
             factors: how far the factors are from one that they get: with any, nothing cancels by chance.
         """
         node = self.running[reading.node.name]
-        values = self.seen[node.name][0]
+        values = self.seen[node.name][number]
         alone = reading.alone(values[reading.given.name], units)
         if factors:
             shape = [size if d in reading.dims else 1 for d, size in enumerate(alone.shape)]
@@ -473,9 +489,16 @@ class _Search:
         target, sign = self._takes_up(use.node, made)
         if not target:
             return None, "which has no bias that could take up what they add"
-        mean, deviation = self._added(reading, made, units, 0.5)
-        if mean.shape != self.program.tensors[target].shape or deviation > _EXACT * float(mean.abs().max()):
-            return None, "and what they add there differs from place to place (beside padding, say)"
+        if self.any_size:
+            return None, "and what they add there at other sizes of the inputs is not known"
+        shapes = [run[reading.given.name].shape for run in self.seen[reading.node.name]]
+        sizes = [number for number, shape in enumerate(shapes) if shape not in shapes[:number]]
+        means, deviations = zip(*(self._added(reading, made, units, n, 0.5) for n in sizes), strict=True)
+        most = float(means[0].abs().max())
+        apart = max(float((mean - means[0]).abs().max()) for mean in means)  # in the model's own precision
+        fits = means[0].shape == self.program.tensors[target].shape
+        if not fits or max(deviations) > _EXACT * most or apart > _SAME * most:
+            return None, "and what they add differs between places (beside padding, say) or between sizes"
         return _Fold(group, reading, made, target, sign), ""
 
     def _takes_up(self, node: fx.Node, made: int) -> tuple[str, int]:

@@ -12,6 +12,9 @@ from torch.fx.operator_schemas import get_signature_for_torch_op
 
 from .guards import CHECKS
 
+ADDS = frozenset(["add", "add_", "iadd", "__add__", "__radd__", "__iadd__"])
+"""Names of the operators that add, as :func:`operator_name` gives them."""
+
 
 def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[str, fx.Node]]:
     """A copy of a graph with the same node names, and its nodes by name.

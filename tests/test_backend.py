@@ -192,6 +192,19 @@ def test_lossless_does_not_mix_up_graphs_that_share_layers() -> None:
         torch.testing.assert_close(compiled(model, mode="lossless")(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+def test_lossless_folds_nothing_where_sizes_are_dynamic() -> None:
+    class Summed(Dead):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.norm(self.a(x)).relu().sum((2, 3), keepdim=True).expand(-1, -1, 3, 3))
+
+    model = Summed().eval()
+    fast = compiled(model, True, mode="lossless")
+    with torch.no_grad():
+        for size in (8, 9, 12):
+            x = torch.randn(2, 3, size, size)
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_lossless_leaves_alone_what_is_dead_in_one_graph_and_alive_in_another() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

@@ -369,6 +369,18 @@ def test_an_error_is_what_is_left_after_a_new_fit(together: bool) -> None:
         assert sum(added[:count]) == pytest.approx(error, rel=0.1)
 
 
+def test_a_consumer_may_read_none_of_the_units() -> None:
+    """A part of a weight, of which other groups have all."""
+    read = _Read.of(torch.eye(4, dtype=torch.float64), False)
+    site: Any = None
+    weight = torch.ones(2, 3, dtype=torch.float64)
+    consumers = [_Consumer(site, np.array(units), weight, read, None) for units in ([-1, -1, -1], [0, 1, 2])]
+    group: Any = SimpleNamespace(size=3)
+    order, added = _order(group, consumers, np.zeros(3))
+    assert sorted(order.tolist()) == [0, 1, 2]
+    assert (added > 0).all()
+
+
 def test_groups_that_cost_little_give_more() -> None:
     """A budget takes from the layer whose channels are copies, not from the one that carries everything."""
     model, _ = twins(True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import fxprune
@@ -240,3 +242,37 @@ def test_channels_that_are_summed_up_go_only_where_they_are_zero() -> None:
         model.a.weight[:4] = 0
         model.a.bias[:4] = torch.tensor([-1.0, 0.0, 1.0, 2.0])
     assert unchanged(model, torch.randn(3, 5)).get_parameter("a.weight").shape[0] == 6
+
+
+class Sized(nn.Module):
+    """Half of the channels are constants; what these add depends on the size of the image."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.pool, self.head = SIZED[name], nn.Linear(8, 4)
+        with torch.no_grad():
+            self.a.weight[:4], self.a.bias[:4], self.norm.bias[:4] = 0, 0, 1.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.pool(self, self.norm(self.a(x)).relu(), x))
+        return out
+
+
+SIZED: dict[str, Any] = {
+    "padding": lambda net, y, x: net.b(y).mean((2, 3)),
+    "padded before": lambda net, y, x: F.pad(y, (1, 1, 1, 1)).mean((2, 3)),
+    "average": lambda net, y, x: F.avg_pool2d(y, 3, 1, 1).mean((2, 3)),
+    "sum": lambda net, y, x: y.sum((2, 3)),
+    "a size": lambda net, y, x: y.mean((2, 3)) * x.shape[2],
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_what_the_size_of_the_example_makes_constant_is_no_constant(name: str) -> None:
+    """On an image of 2 x 2 all that is left is one place, beside padding on all sides."""
+    model = Sized(name).eval()
+    pruned = fxprune.lossless(model, torch.randn(2, 3, 2, 2))
+    for size in (2, 12, 7):
+        x = torch.randn(3, 3, size, size)
+        torch.testing.assert_close(pruned(x), model(x), rtol=1e-5, atol=1e-5)

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..graph_module import Switch
-from ..inputs import meta_like
 from ..program import named_modules, own_train
-from .twin import Twin
+from .twin import twin_on_meta
 
 
 def switches(model: nn.Module) -> Mapping[str, Mapping[bool, Switch]]:
@@ -30,11 +28,7 @@ def switches(model: nn.Module) -> Mapping[str, Mapping[bool, Switch]]:
 
 
 def _after(module: nn.Module, mode: bool) -> Switch:
-    def on_meta(tensor: torch.Tensor) -> torch.Tensor:
-        shape = meta_like(tensor)
-        return nn.Parameter(shape, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shape
-
-    twin = Twin(module, on_meta).model
+    twin = twin_on_meta(module)
     before = _attributes(twin)
     try:
         twin.train(mode)

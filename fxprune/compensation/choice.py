@@ -163,7 +163,7 @@ class _Elimination:
             goes = torch.isin(units, gone_units)
             going.append(index[goes].flatten())
             self.entries.append((units[~goes], index[~goes]))
-        gone = torch.cat(going)
+        gone = torch.cat(going) if going else torch.empty(0, dtype=torch.int64)
         if not len(gone):
             return
         across, part = self.inverse[:, gone], self.gram[:, gone]

@@ -20,7 +20,7 @@ from torch import fx, nn
 from ..coupling.units import Value
 from ..importance.calibration import progress
 from ..importance.products import Site
-from ..nodes import operator_name
+from ..nodes import ADDS, operator_name
 from ..passes import Narrowing
 from ..passes.parameters import narrow as narrowed
 from ..program import named_tensors
@@ -39,7 +39,6 @@ _AT_ONCE = 1 << 26
 _ENTRIES = 6000
 """Largest number of entries that a product may read: the work grows with the third power."""
 
-_ADDS = frozenset(["add", "add_", "iadd", "__add__", "__iadd__"])
 _SAME = frozenset(["dropout", "dropout_", "contiguous", "clone", "alias", "detach", "feature_dropout"])
 
 
@@ -177,7 +176,7 @@ class Layers:
         found: list[str] = []
         while len(node.users) == 1:
             (user,) = node.users
-            added = operator_name(user) in _ADDS and len(user.all_input_nodes) == 2
+            added = operator_name(user) in ADDS and len(user.all_input_nodes) == 2
             if not (added or user.name in self.norms or self._same(user)):
                 break
             found.append(user.name)
@@ -285,7 +284,7 @@ class Layers:
             return None
         last = self.narrow.nodes[self.narrow.place[chain[-1]]]
         others = [node for node in last.all_input_nodes if node.name not in {name, *chain}]
-        if operator_name(last) not in _ADDS or len(others) != 1 or others[0] not in own:
+        if operator_name(last) not in ADDS or len(others) != 1 or others[0] not in own:
             return None
         if "alpha" in last.kwargs or len(last.args) > 2:
             return None

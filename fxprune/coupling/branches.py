@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from ..nodes import describe_source, operator_name
+from ..nodes import ADDS, describe_source, operator_name
 from ..program import Program
 from .interpreter import Run, interpret
 from .registry import rule_for
@@ -28,7 +28,6 @@ from .units import Value
 if TYPE_CHECKING:
     from .graph import CouplingGraph
 
-ADDS = frozenset(["add", "add_", "iadd", "__add__", "__radd__", "__iadd__"])
 _PRODUCTS = frozenset(["mm", "bmm", "mv", "dot"])
 _SUMS_OF_PRODUCTS = frozenset(["addmm", "baddbmm", "addmv", "addbmm"])
 
@@ -394,4 +393,4 @@ def _names(search: _Search, candidates: list[_Candidate]) -> list[str]:
     ]
 
 
-__all__ = ["ADDS", "Branch", "Branches", "find_branches"]
+__all__ = ["Branch", "Branches", "find_branches"]
