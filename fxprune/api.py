@@ -456,7 +456,7 @@ def _plan(
         f"sizes of the inputs: {sizes}" if sizes is not None and sizes.pinned else "",
         *graph.captured.notes,
         *selected.notes,
-        *dict.fromkeys(notes),
+        *dict.fromkeys([*notes, *rewritten.notes]),
         meter.note if meter is not None else "",
     ]
     filled = graph.fill_outputs.items()

@@ -422,7 +422,13 @@ def rewrite_in_class(
         elif found and ways:  # without them it was right
             ways = {}
             continue
-        return InOwnClass(rewritten.program, narrowing, tuple(found), model, attributes)
+        notes = tuple(
+            f"{place} becomes {number}: no call has read it, but a method beside forward needs it so to "
+            f"return what forward returns; only shapes were compared"
+            for place, number in (ways or {}).items()
+            if attributes[place] == number
+        )
+        return InOwnClass(rewritten.program, narrowing, tuple(found), model, attributes, notes=notes)
 
 
 def _empty(program: Program, before: Program) -> Program:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -31,11 +31,19 @@ PIPELINE: tuple[Pass, ...] = (
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A rewritten program on meta tensors, and where it falls short (nowhere, if it may be used)."""
+    """A rewritten program on meta tensors.
+
+    Attributes:
+        program: the program.
+        narrowing: what was removed.
+        violations: where it falls short; nowhere, if it may be used.
+        notes: what the user should know about it.
+    """
 
     program: Program
     narrowing: Narrowing
     violations: tuple[Violation, ...]
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     def materialize(self, instead: Mapping[str, Tensor] | None = None) -> nn.Module:
         """The module with the real, narrowed weights.

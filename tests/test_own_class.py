@@ -219,6 +219,7 @@ def test_other_ways_through_a_module_go_on() -> None:
     narrow = fxprune.prune(model, x, 0.5, into="module")
     block: Any = narrow[1]  # type: ignore[index]
     assert (block.half, block.kind) == (8, 16)
+    assert any(note.startswith("1.half becomes 8") for note in narrow.meta["fxprune"].notes)  # type: ignore[index,union-attr]
     hidden = torch.randn(1, block.wide.in_channels, 4, 4)
     torch.testing.assert_close(block.forward_split(hidden), block(hidden))
 
