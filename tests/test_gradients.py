@@ -225,3 +225,29 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 def test_networks_keep_their_gradients(name: str) -> None:
     model = MODELS[name]().double().eval()
     assert_same_gradients(model, torch.randn(2, 3, 32, 32).double())
+
+
+class Halved(nn.Module):
+    """Halves the gradient of its hidden values, where there is one."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.a, self.b, self.way = nn.Linear(4, 8), nn.Linear(8, 3), way
+
+    def halve(self, h: torch.Tensor) -> None:
+        h.register_hook(lambda gradient: gradient / 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        if self.way == "always" or h.requires_grad:
+            self.halve(h)
+        out: torch.Tensor = self.b(h.relu())
+        return out
+
+
+@pytest.mark.parametrize("way", ["always", "guarded"])
+def test_hooks_on_gradients_are_not_lost_without_a_word(way: str) -> None:
+    notes = fxprune.plan(Halved(way).train(), torch.randn(2, 4), 0.5).notes
+    assert any("registers hooks on gradients" in note for note in notes)
+    notes = fxprune.plan(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), torch.randn(2, 4), 0.5).notes
+    assert not any("hooks on gradients" in note for note in notes)

@@ -26,6 +26,7 @@ from ..region_program import RegionProgram
 from ..sizes import Change, Trial
 from . import dynamo, exported, free_sizes, patches, regions, symbolic
 from .composites import dissolve as dissolve_composites
+from .gradient_hooks import note_on_gradient_hooks
 from .train_methods import switches
 
 __all__ = ["Captured", "capture", "recapture"]
@@ -238,13 +239,14 @@ def _climb(
 
 
 def _with_switches(program: Program, model: nn.Module) -> Program:
-    """The program with what the model does in ``train()`` methods of its own."""
+    """The program with what the model does in ``train()`` methods of its own, and what of it is lost."""
     if isinstance(program, RegionProgram):  # whose modules keep their classes
         return program
     inner = unwrapped(model)
     found = switches(inner) if any(map(own_train, inner.modules())) else {}
     more = sorted({switch.more for by_mode in found.values() for switch in by_mode.values() if switch.more})
-    notes = program.notes
+    lost = note_on_gradient_hooks(inner)
+    notes = (*((lost,) if lost else ()), *program.notes)
     if more:
         said = "a train() of the model's own does more than setting flags"
         notes = (f"{said} ({more[0]}): the result refuses the mode for which it does", *notes)
