@@ -11,6 +11,7 @@ import numpy as np
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from ..coupling.checking import CheckingCoupler
 from ..coupling.interpreter import Run, interpret
 from ..coupling.units import NOWHERE, Ids, Label, Product, Units, Value, aligned
 from ..errors import CaptureError, ExampleInputsError, RuleError
@@ -86,7 +87,7 @@ def check(program: Program, narrowing: Narrowing) -> list[Violation]:
                 compact[ids] for ids in (graph.cells.cells, graph.cells.rows, graph.cells.columns)
             )
             units.multiply(Product(cells, rows, columns, NOWHERE, None))
-        run = interpret(program, graph.inputs, units, seed, known)
+        run = interpret(program, graph.inputs, CheckingCoupler(units), seed, known)
     except (ExampleInputsError, CaptureError, RuleError) as error:
         node = getattr(error, "node", None)
         return [Violation(node.name if node is not None else "", str(error))]

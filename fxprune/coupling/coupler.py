@@ -322,13 +322,16 @@ class Coupler:
 
     def multiply(self, cells: Ids, rows: Ids, columns: Ids, axis: Axis) -> None:
         """Say that each of these cells goes as soon as its row or its column does (arrays broadcast)."""
-        if self.units.anchors:  # in a check, parents that are known have to be these
-            known = self.units.factors(cells)
-            if known is not None:
-                self.merge(known[1], np.broadcast_to(columns, cells.shape), axis, axis)
-                return
         rows, columns = np.broadcast_to(rows, cells.shape), np.broadcast_to(columns, cells.shape)
         self.units.multiply(Product(cells, rows, columns, axis, self.node))
+
+    def is_one_cell(self, size: int) -> bool:
+        """Whether a row of ``size`` cells has only ever had one, which then goes with its row."""
+        return size == 1
+
+    def picks_from_table(self, index: Value, value: Value, dim: int) -> bool:
+        """Whether ``index`` is a buffer that picks from a table, and so narrows with what it picks."""
+        return index.state is not None and not index.state.trainable and self.is_table(value, dim)
 
     def is_row(self, label: Label | None) -> bool:
         """Whether the units of a label stand for rows of rectangles, with which their cells go."""
@@ -506,22 +509,30 @@ class Coupler:
         """
         left = tuple(o for o in over if o not in lost)
         gone = [i for i, o in enumerate(over) if o in lost]
-        rows = self._rows_over(used, over, lost)
-        if rows is not None or (self.units.anchors and self.units.factors(ids) is not None):
-            known = self.units.factors(ids)
-            if known is not None:
-                columns = known[1][tuple(slice(0, 1) if i in gone else slice(None) for i in range(ids.ndim))]
-                self.merge(columns, known[1], axis, axis)
-                if rows is not None and not self.units.anchors:
-                    self.merge(known[0], np.broadcast_to(rows, ids.shape), axis, axis)
-            else:
-                assert rows is not None
-                sizes = [1 if i in gone else size for i, size in enumerate(ids.shape)]
-                columns = self.units.fresh(*sizes, loose=self.units.loose(ids))
-                self.multiply(ids, rows, columns, axis)
+        columns = self._columns(ids, self._rows_over(used, over, lost), gone, axis)
+        if columns is not None:
             return columns.squeeze(tuple(gone)), left
         tied = self.tie(Label(ids, tuple(range(len(over))), axis), gone)
         return tied.ids, left
+
+    def _columns(self, ids: Ids, rows: Ids | None, gone: Sequence[int], axis: Axis) -> Ids | None:
+        """The columns of cells, of size 1 along the dimensions ``gone`` of their rows; None without rows."""
+        if rows is None:
+            return None
+        known = self.units.factors(ids)
+        if known is not None:
+            self.merge(known[0], np.broadcast_to(rows, ids.shape), axis, axis)
+            return self._joined(known[1], gone, axis)
+        sizes = [1 if i in gone else size for i, size in enumerate(ids.shape)]
+        columns = self.units.fresh(*sizes, loose=self.units.loose(ids))
+        self.multiply(ids, rows, columns, axis)
+        return columns
+
+    def _joined(self, columns: Ids, gone: Sequence[int], axis: Axis) -> Ids:
+        """Columns that are one along the dimensions ``gone``, of size 1 there."""
+        first = columns[tuple(slice(0, 1) if i in gone else slice(None) for i in range(columns.ndim))]
+        self.merge(first, columns, axis, axis)
+        return first
 
     def _rows_over(self, used: Sequence[_Use], over: tuple[Any, ...], lost: Sequence[Any]) -> Ids | None:
         """The units of the rows that go by the index names ``lost``, to broadcast against their cells."""
@@ -811,12 +822,10 @@ class Coupler:
         for at in range(array.ndim):
             if array.shape[at] > 1 and (roots != roots.take([0], axis=at)).any():
                 varying.append(at)
+        varying = varying or self._along_one_unit(label, array)
         own = [at for at in varying if at >= n_outer]
         if len(own) > 1 and self._split(labels, label, array, out_order, n_outer):
             return
-        if not own and not label.over and self.units.anchors:  # in a check: of several units one is left
-            wide = [at for at in range(array.ndim) if array.shape[at] > 1]
-            varying = own = wide if len(wide) == 1 else []
         if not own:
             if not label.over:
                 self.freeze(label, "all indices of the axis form one unit")
@@ -835,6 +844,10 @@ class Coupler:
                 rows = self._fresh_rows(cells)
                 self.rectangle(rows, cells)
                 cells = rows
+
+    def _along_one_unit(self, label: Label, array: Ids) -> list[int]:
+        """Dimensions to be labelled though all their indices are one unit: none."""
+        return []
 
     def _split(
         self, labels: list[Label | None], label: Label, array: Ids, out_order: list[int], n_outer: int

@@ -48,7 +48,7 @@ from .operator_calls import Follow
 from .permutations import Permutation, find_permutation
 from .registry import CUSTOM, rule_for
 from .tables import settle
-from .units import Label, State, Units, Value
+from .units import Label, State, Value
 
 from . import rules as _rules  # noqa: F401  isort: skip  (registers the rules)
 
@@ -78,7 +78,7 @@ class Run:
 def interpret(
     program: Program,
     inputs: list[Any],
-    units: Units | None = None,
+    coupler: Coupler | None = None,
     seed: Callable[[str], list[Label | None] | None] = lambda name: None,
     known: Callable[[fx.Node], Callable[[], Any] | None] | None = None,
     observe: Callable[[Any, Any, Any, Any], None] | None = None,
@@ -90,7 +90,7 @@ def interpret(
     Args:
         program: what to run.
         inputs: meta tensors and values.
-        units: a fresh union-find, with anchors for a check.
+        coupler: what rules speak to; a :class:`.checking.CheckingCoupler` in a check.
         seed: gives the labels of a parameter's or buffer's axes by its name, for a check; None for none.
         known: for a node that need not be run, a function that gives its values (a tree of
             :class:`Value` and numbers) when they are asked for; None for one that does.
@@ -102,11 +102,11 @@ def interpret(
     Raises:
         ExampleInputsError: where a node fails on the inputs' shapes; names the node and its source.
     """
-    interpreter = _Interpreter(program, Coupler(units), seed, known, observe, labels, follow)
+    interpreter = _Interpreter(program, coupler or Coupler(), seed, known, observe, labels, follow)
     with torch.no_grad():  # attention on meta tensors takes no fused path
         interpreter.run(inputs)
     interpreter.keep_views()
-    if units is None and labels:
+    if coupler is None and labels:
         settle(interpreter.coupler, interpreter.source)
     return Run(
         interpreter.coupler,

@@ -189,10 +189,9 @@ def _grouped(
     the same units, they are a batch: each has a kernel of its own that is computed (a cross-correlation).
     """
     n_in, n_out = x.shape[1] // groups, out.shape[1] // groups
-    # A group that became one channel wide is still a row of its rectangle, not a channel of its own.
     batch, channels = _first(c, x)
     fixed_input = channels is None
-    single = (n_out == 1 or (n_in == 1 and not fixed_input)) and not c.units.anchors
+    single = c.is_one_cell(n_out) or (c.is_one_cell(n_in) and not fixed_input)
     if channels is not None and channels.over:
         channels = c.tie(channels, [0])
     if channels is None:

@@ -263,9 +263,7 @@ def take_along_dim(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) ->
         return
     names: list[Any] = list(range(out.dim()))
     dim = names[dim]
-    from_table = index.state is not None and not index.state.trainable and c.is_table(value, dim)
-    if c.units.anchors and index.state is not None:  # in a check, what is labelled was picked from a table
-        from_table |= any(label is not None for label in index.state.axes)
+    from_table = c.picks_from_table(index, value, dim)
     if not from_table:
         c.freeze_dim(value, dim, "looked up by index")
         for d in names:
