@@ -27,6 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
+from . import convolution
 from .api import analyze, plan
 from .coupling.graph import CouplingGraph, tree_values
 from .coupling.groups import Group, Member
@@ -483,9 +484,9 @@ class _Search:
 
     def _fold(self, group: Group, use: Use, reading: _Reading, units: Mask) -> tuple[_Fold | None, str]:
         """Where what the units add to a layer can go; or why it cannot go anywhere."""
-        if use.operator not in ("convolution", "linear", "addmm", "mm"):
+        if use.operator not in (convolution.OPERATOR, "linear", "addmm", "mm"):
             return None, "which is no linear layer and no convolution"
-        made = reading.dims[-1] if use.operator == "convolution" else -1
+        made = reading.dims[-1] if use.operator == convolution.OPERATOR else -1
         target, sign = self._takes_up(use.node, made)
         if not target:
             return None, "which has no bias that could take up what they add"
@@ -552,8 +553,7 @@ _PARTS = (
 _LAYERS = (
     "linear",
     "addmm",
-    "convolution",
-    *(f"conv{kind}{d}d" for kind in ("", "_transpose") for d in "123"),
+    *convolution.FUNCTIONS,
 )
 
 

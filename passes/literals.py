@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
+from .. import convolution
 from ..coupling.number_origins import FREE
 from ..coupling.units import Label, Value
 from ..nn import multi_head_attention
@@ -398,22 +399,17 @@ def _layer_norm(node: fx.Node, narrowing: Narrowing) -> Call | None:
     )
 
 
-@_edits(
-    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"
-)
+@_edits(*convolution.FUNCTIONS)
 def _conv(node: fx.Node, narrowing: Narrowing) -> Call | None:
     """The groups of a functional convolution: its channels by those of one group."""
     x, weight = narrowing.value(node.args[0]), narrowing.value(_argument(node, 1, "weight"))
-    out, name = narrowing.value(node), operator_name(node)
-    at = 8 if name == "convolution" else 6
-    groups = _argument(node, at, "groups", 1)
+    out, at = narrowing.value(node), convolution.groups_argument(node)
+    groups = _argument(node, *at, 1)
     if x is None or weight is None or out is None or not isinstance(groups, int) or groups == 1:
         return None
     channel = len(x.shape) - len(weight.shape) + 1
-    transposed = "transpose" in name or (name == "convolution" and node.args[6])
-    return _with(
-        node, at, "groups", narrowing.size(out if transposed else x, channel) // narrowing.size(weight, 1)
-    )
+    channels = narrowing.size(out if convolution.is_transposed(node) else x, channel)
+    return _with(node, *at, channels // narrowing.size(weight, 1))
 
 
 @_edits("group_norm")

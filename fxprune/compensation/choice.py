@@ -450,7 +450,7 @@ class _Seen:
                 if site.name not in wanted or site.groups > 1 or site.batched:
                     return
                 key = (site.name, tuple((part.start, part.stop) for part in site.region))
-                alike = _memory(x), site.window, site.channel, site.shape[2:]
+                alike = _memory(x), site.convolution, site.channel, site.shape[2:]
                 if last is None or last[0] != alike:
                     at = places(site, y, _POSITIONS, generator)
                     u = inputs(site, x, at)[0]

@@ -169,10 +169,10 @@ def evened(*values: torch.Tensor) -> torch.Tensor:
 def matrix(site: Site, weight: torch.Tensor) -> torch.Tensor:
     """The weights of a product as ``(groups or rows, outputs, entries read)``, a view where that can be."""
     part = weight[site.region]
-    if site.window is not None and site.window.transposed:
+    if site.convolution is not None and site.convolution.transposed:
         part = part.reshape(site.groups, part.shape[0] // site.groups, part.shape[1], -1)
         return part.permute(0, 2, 1, 3).flatten(2)
-    if site.window is not None:
+    if site.convolution is not None:
         return part.reshape(site.groups, part.shape[0] // site.groups, -1)
     if site.batched and site.rows is not None:
         return part.permute(site.rows, site.outer, site.inner)
@@ -182,10 +182,10 @@ def matrix(site: Site, weight: torch.Tensor) -> torch.Tensor:
 def write(site: Site, weight: torch.Tensor, change: torch.Tensor) -> None:
     """Add ``change``, laid out as by :func:`matrix`, to the weights in place."""
     part = weight[site.region]
-    if site.window is not None and site.window.transposed:
+    if site.convolution is not None and site.convolution.transposed:
         groups, inner = site.groups, part.shape[0] // site.groups
         change = change.reshape(groups, part.shape[1], inner, -1).permute(0, 2, 1, 3).reshape(part.shape)
-    elif site.window is not None:
+    elif site.convolution is not None:
         change = change.reshape(part.shape)
     elif site.batched and site.rows is not None:
         change = change.permute([(site.rows, site.outer, site.inner).index(d) for d in range(3)])
@@ -217,27 +217,27 @@ def outputs(site: Site, y: torch.Tensor, at: torch.Tensor | None) -> torch.Tenso
 
 def inputs(site: Site, x: torch.Tensor, at: torch.Tensor | None) -> torch.Tensor:
     """What a product reads as ``(groups or rows, entries read, positions)``; see :func:`matrix`."""
-    if site.window is None:
+    if site.convolution is None:
         folded = x.movedim(site.channel, 1).flatten(2) if site.batched else x.movedim(site.channel, 0)
         folded = folded if site.batched else folded.reshape(1, folded.shape[0], -1)
         return _wide(folded if at is None else folded[:, :, at])
-    window, space = site.window, x.dim() - 2
+    how, space = site.convolution, x.dim() - 2
     sizes = [part.stop - part.start for part in site.region[2:]]
-    padding = list(window.padding)
-    stride = list(window.stride)
+    padding = list(how.padding)
+    stride = list(how.stride)
     ends = [0] * space
-    if window.transposed:
+    if how.transposed:
         spread = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], stride, strict=True)]
         wide = x.new_zeros(*x.shape[:2], *spread)
         at_inputs = [slice(None), slice(None)] + [slice(None, None, step) for step in stride]
         wide[tuple(at_inputs)] = x
-        x, stride, ends = wide, [1] * space, list(window.more)
-        padding = [d * (k - 1) - p for d, k, p in zip(window.dilation, sizes, padding, strict=True)]
+        x, stride, ends = wide, [1] * space, list(how.more)
+        padding = [d * (k - 1) - p for d, k, p in zip(how.dilation, sizes, padding, strict=True)]
     x = F.pad(x, [n for p, more in reversed([*zip(padding, ends, strict=True)]) for n in (p, p + more)])
     for d in range(space):
-        reach = window.dilation[d] * (sizes[d] - 1) + 1
-        x = x.unfold(2 + d, reach, stride[d])[..., :: window.dilation[d]]
-    if window.transposed:
+        reach = how.dilation[d] * (sizes[d] - 1) + 1
+        x = x.unfold(2 + d, reach, stride[d])[..., :: how.dilation[d]]
+    if how.transposed:
         x = x.flip(list(range(2 + space, 2 + 2 * space)))
     x = x.movedim(1, 1 + space)  # (batch, *positions, channels, *window)
     if at is not None:

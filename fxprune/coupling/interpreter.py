@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from .. import known_shapes
+from .. import convolution, known_shapes
 from ..capture.numbers import numbers
 from ..errors import CaptureError, ExampleInputsError, FxpruneError
 from ..graph_module import clone_module
@@ -619,11 +619,11 @@ def _grouped_weights(program: Program) -> dict[int, int]:
                     if own.dim() == len(module.kernel_size) + 2:
                         found[id(tensors[f"{node.target}.{name}"])] = module.groups
             continue
-        name = operator_name(node) if node.op == "call_function" else ""
-        if not name.startswith("conv") or len(node.args) < 2 or not isinstance(node.args[1], fx.Node):
+        called = node.op == "call_function" and operator_name(node) in convolution.FUNCTIONS
+        if not called or len(node.args) < 2 or not isinstance(node.args[1], fx.Node):
             continue
-        at = 8 if name == "convolution" else 6
-        groups = node.args[at] if len(node.args) > at else node.kwargs.get("groups", 1)
+        at, keyword = convolution.groups_argument(node)
+        groups = node.args[at] if len(node.args) > at else node.kwargs.get(keyword, 1)
         sources = [node.args[1]]
         for _ in range(_DEPTH + 1 if isinstance(groups, int) and groups > 1 else 0):
             names = [str(source.target) for source in sources if source.op == "get_attr"]

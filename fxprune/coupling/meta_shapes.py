@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..convolution import Convolution
 from ..value_dependent import SHAPES
 
 Shortcut = Callable[[tuple[Any, ...], dict[str, Any]], Any]
@@ -71,18 +72,21 @@ def _batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _convolution(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x, weight, bias, stride, padding, dilation, transposed, _, groups = args
-    if transposed or kwargs or not _plain(x) or not _plain(weight) or x.dtype != weight.dtype:
+    x, weight, bias = args[:3]
+    if args[6] or kwargs or not _plain(x) or not _plain(weight) or x.dtype != weight.dtype:
         return None
     n = x.dim() - 2
-    if n < 1 or weight.dim() != n + 2 or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+    if n < 1 or weight.dim() != n + 2:
+        return None
+    how = Convolution.of(args)
+    if x.shape[1] != weight.shape[1] * how.groups or weight.shape[0] % how.groups:
         return None
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         return None
     sizes = []
     for i in range(n):
-        s, p, d = (v[i] if len(v) == n else v[0] for v in (stride, padding, dilation))
-        size = (x.shape[2 + i] + 2 * p - d * (weight.shape[2 + i] - 1) - 1) // s + 1
+        reach = how.dilation[i] * (weight.shape[2 + i] - 1) + 1
+        size = (x.shape[2 + i] + 2 * how.padding[i] - reach) // how.stride[i] + 1
         if size < 1:
             return None
         sizes.append(size)

@@ -16,26 +16,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..capture.patches import switched
+from ..convolution import Convolution
 from .calibration import Sums
-
-
-@dataclass(frozen=True)
-class Window:
-    """How a convolution goes over its input: one number for each dimension of space.
-
-    Attributes:
-        stride: steps between windows; between inputs, if ``transposed``.
-        padding: zeros at both ends; cut off at both ends, if ``transposed``.
-        dilation: steps between the entries of a window.
-        transposed: inputs are spread over windows, instead of windows being read.
-        more: what a transposed convolution adds to the size of its output.
-    """
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    transposed: bool
-    more: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +33,7 @@ class Site:
         rows: dimension of the parameter that is a batch of matrices, or None.
         channel: dimension of input and output in which the channels are.
         batched: the first dimension of input and output is a batch of matrices.
-        groups: number of groups of a convolution.
-        window: what a convolution's windows are like; None for other products.
+        convolution: how it goes over its input; None for other products.
     """
 
     name: str
@@ -63,8 +44,12 @@ class Site:
     rows: int | None
     channel: int
     batched: bool
-    groups: int
-    window: Window | None = None
+    convolution: Convolution | None = None
+
+    @property
+    def groups(self) -> int:
+        """Parts of the channels that are multiplied by themselves."""
+        return self.convolution.groups if self.convolution is not None else 1
 
     def folded(self, value: torch.Tensor) -> torch.Tensor:
         """The input, the output or the derivative by either as ``(groups or batch, channels, positions)``."""
@@ -217,11 +202,11 @@ class Products(TorchDispatchMode):
             return None
         batched = operand.rows is not None
         shape = self.shapes[part.name]
-        if operand.groups > 1 and any(part.region[d] != slice(0, shape[d]) for d in (0, 1)):
+        groups = operand.convolution.groups if operand.convolution is not None else 1
+        if groups > 1 and any(part.region[d] != slice(0, shape[d]) for d in (0, 1)):
             return None  # groups of a part of a parameter
         return Site(
-            part.name, shape, part.region, inner, outer, rows, operand.channel, batched, operand.groups,
-            operand.window,
+            part.name, shape, part.region, inner, outer, rows, operand.channel, batched, operand.convolution
         )  # fmt: skip
 
 
@@ -307,8 +292,7 @@ class _Operand:
     channel: int
     place: int
     bias: Any = None
-    groups: int = 1
-    window: Window | None = None
+    convolution: Convolution | None = None
 
 
 def _matrices(args: Any, bias: Any = None) -> list[_Operand]:
@@ -336,16 +320,10 @@ def _linear(args: Any) -> list[_Operand]:
 
 def _convolution(args: Any) -> list[_Operand]:
     x, weight, bias = args[:3]
-    transposed, groups = args[6], args[8]
-    inner, outer = (0, 1) if transposed else (1, 0)
+    how = Convolution.of(args)
     if bias is not None:
         bias = bias.reshape(-1, *[1] * (x.dim() - 2))
-    space = x.dim() - 2
-    stride, padding, dilation, more = (
-        tuple(args[place]) * (space if len(args[place]) == 1 else 1) for place in (3, 4, 5, 7)
-    )
-    window = Window(stride, padding, dilation, transposed, more)
-    return [_Operand(weight, inner, outer, None, x, 1, 0, bias, groups, window)]
+    return [_Operand(weight, how.inner, how.outer, None, x, 1, 0, bias, how)]
 
 
 _READERS: dict[Any, Callable[[Any], list[_Operand]]] = {

@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
+from ..convolution import with_fitting_groups
 from ..coupling.units import Ids
 from ..errors import BudgetError
 from ..measure import measure_latency
@@ -361,8 +362,7 @@ def _fitted(call: Call, args: Any) -> Any:
     """Arguments in which numbers that speak of widths fit the tensors."""
     packet, args = call.operator.overloadpacket, list(args)
     if packet is aten.convolution:
-        x, weight, transposed = args[0], args[1], args[6]
-        args[8] = x.shape[1] // weight.shape[1] if not transposed else args[8]
+        args = with_fitting_groups(args)
     elif packet is aten.native_layer_norm:
         args[1] = list(args[0].shape[-len(args[1]) :])
     elif packet is aten.native_group_norm:

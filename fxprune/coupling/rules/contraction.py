@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...convolution import Convolution
 from ..coupler import Coupler, ZeroRule
 from ..registry import rule
 from ..units import Ids, Label, Value
@@ -100,12 +101,11 @@ def convolution(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> No
     """``x: (N, C_in, *)``, ``weight: (C_out, C_in/g, *k)``, transposed ``(C_in, C_out/g, *k)``."""
     x, weight = c.value(args[0]), c.value(args[1])
     bias = c.value(args[2]) if args[2] is not None else None
-    transposed, groups = args[6], args[8]
+    how = Convolution.of(args)
     if args[0].dtype != args[1].dtype:
         raise RuntimeError(f"input of dtype {args[0].dtype} meets a weight of dtype {args[1].dtype}")
     c.materialize(x)
-    through = _through(x, args) if groups == 1 else {}
-    convolve(c, x, weight, bias, groups, transposed, out, through)
+    convolve(c, x, weight, bias, how, out, _through(x, args[1], how) if how.groups == 1 else {})
 
 
 def convolve(
@@ -113,28 +113,23 @@ def convolve(
     x: Value,
     weight: Value,
     bias: Value | None,
-    groups: int,
-    transposed: bool,
+    how: Convolution,
     out: torch.Tensor,
     through: dict[int, Label],
 ) -> None:
     """The channels of a convolution; along the dimensions in ``through`` nothing is mixed."""
     space = [("space", d) for d in range(2, out.dim())]
     kernel = [("kernel", d) for d in range(2, len(weight.shape))]
-    channels = "co" if transposed else "oc"
+    channels = "co" if how.transposed else "oc"
     c.product([(x, ["n", "c", *space]), (weight, [*channels, *kernel])], ["n", "o", *space])
     for dim in range(2, len(x.shape)):
         if dim not in through:
             c.freeze_dim(x, dim, "spatial axis of a convolution")
         c.freeze_dim(weight, dim, "kernel axis of a convolution")
-    into, outof = (0, 1) if transposed else (1, 0)
-    if groups == 1:
-        names = ["o", "c"]
-        if transposed:
-            names.reverse()
+    if how.groups == 1:
         flat = Value((weight.shape[0], weight.shape[1]), weight.labels[:2], weight.state, weight.dims[:2])
         operands: list[tuple[Value, Sequence[Any]]] = [
-            (flat, names),
+            (flat, channels),
             (Value(x.shape[:2], _first(c, x)), "nc"),
         ]
         zero: ZeroRule = any
@@ -145,18 +140,17 @@ def convolve(
         for dim, label in through.items():
             c.value(out).labels[dim] = label if bias is None else replace(label, zero=False)
         return
-    _grouped(c, x, weight, bias, groups, into, outof, out)
+    _grouped(c, x, weight, bias, how, out)
 
 
-def _through(x: Value, args: Args) -> dict[int, Label]:
+def _through(x: Value, weight: torch.Tensor, how: Convolution) -> dict[int, Label]:
     """Labels of spatial dimensions along which nothing is mixed: a kernel of 1, taken step by step."""
     through = {}
     for dim in range(2, len(x.shape)):
-        stride, padding = (numbers[min(dim - 2, len(numbers) - 1)] for numbers in (args[3], args[4]))
         label = x.label(dim)
         if label is None or label.over or label.row:
             continue
-        if (args[1].shape[dim], stride, padding) == (1, 1, 0):
+        if (weight.shape[dim], how.stride[dim - 2], how.padding[dim - 2]) == (1, 1, 0):
             through[dim] = label
     return through
 
@@ -177,9 +171,7 @@ def _grouped(
     x: Value,
     weight: Value,
     bias: Value | None,
-    groups: int,
-    into: int,
-    outof: int,
+    how: Convolution,
     out: torch.Tensor,
 ) -> None:
     """A grouped convolution: rows are groups, columns the channels of a group.
@@ -188,6 +180,7 @@ def _grouped(
     own columns, so the in-group axis of the weight is labelled over the grouped axis. Where all groups have
     the same units, they are a batch: each has a kernel of its own that is computed (a cross-correlation).
     """
+    groups, into, outof = how.groups, how.inner, how.outer
     n_in, n_out = x.shape[1] // groups, out.shape[1] // groups
     batch, channels = _first(c, x)
     fixed_input = channels is None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...convolution import Convolution
 from ..coupler import Coupler
 from ..registry import module_rule, rule
 from ..units import Label
@@ -70,12 +71,13 @@ def deform_conv2d(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> 
     With ``G`` groups of offsets, which channel reads by which offset follows from its number.
     """
     x, weight, offset, mask, bias = (c.value(t) for t in args[:5])
-    groups, offset_groups = args[11], args[12]
+    stride, padding, dilation = tuple(args[5:7]), tuple(args[7:9]), tuple(args[9:11])
+    how, offset_groups = Convolution(stride, padding, dilation, False, (0, 0), args[11]), args[12]
     c.freeze_value(offset, "offsets of a deformable convolution")
     c.freeze_value(mask, "weights of the places that a deformable convolution reads")
     if offset_groups > 1:
         c.freeze_dim(x, 1, "each channel reads by the offset of its group")
-    convolve(c, x, weight, bias, groups, False, out, {})
+    convolve(c, x, weight, bias, how, out, {})
 
 
 def _pooled(module: Any, args: Args, kwargs: Kwargs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
