@@ -16,8 +16,10 @@ import fxprune
 from fxprune.compensation import Compensation
 from fxprune.compensation.choice import _Consumer, _order, _Read
 from fxprune.compensation.moments import evened, inputs, matrix, outputs, write
+from fxprune.compensation.outputs import Difference
 from fxprune.compensation.walk import Runner, quiet
 from fxprune.errors import CalibrationError, PlanError, SelectionError, VerificationError
+from fxprune.importance.products import Site
 
 
 class Residual(nn.Module):
@@ -346,6 +348,12 @@ def test_of_two_copies_one_goes() -> None:
     assert divergence(model, pruned, torch.randn(16, 3, 12, 12)) < 1e-6
 
 
+def linear(weight: torch.Tensor) -> Site:
+    """The product of a linear layer with this weight."""
+    region = tuple(slice(0, size) for size in weight.shape)
+    return Site("weight", weight.shape, region, inner=1, outer=0, rows=None, channel=1, batched=False)
+
+
 @pytest.mark.parametrize("together", [True, False])
 def test_an_error_is_what_is_left_after_a_new_fit(together: bool) -> None:
     """The errors of the order are those of least squares without the units that went, of all consumers."""
@@ -354,10 +362,9 @@ def test_an_error_is_what_is_left_after_a_new_fit(together: bool) -> None:
     sums = F.pad(x, (0, 1), value=1.0).mT @ F.pad(x, (0, 1), value=1.0)
     weights = [torch.randn(outputs, 9, dtype=torch.float64) for outputs in (4, 2)]
     units = np.repeat(np.arange(3), 3)
-    site: Any = None
     one = _Read.of(sums, False)
     reads = [one, one] if together else [one, _Read.of(sums, False)]
-    consumers = [_Consumer(site, units, w, read, None) for w, read in zip(weights, reads, strict=True)]
+    consumers = [_Consumer(linear(w), units, w, read, None) for w, read in zip(weights, reads, strict=True)]
     group: Any = SimpleNamespace(size=3)
     order, added = _order(group, consumers, np.zeros(3))
     for count in (1, 2):
@@ -372,9 +379,10 @@ def test_an_error_is_what_is_left_after_a_new_fit(together: bool) -> None:
 def test_a_consumer_may_read_none_of_the_units() -> None:
     """A part of a weight, of which other groups have all."""
     read = _Read.of(torch.eye(4, dtype=torch.float64), False)
-    site: Any = None
     weight = torch.ones(2, 3, dtype=torch.float64)
-    consumers = [_Consumer(site, np.array(units), weight, read, None) for units in ([-1, -1, -1], [0, 1, 2])]
+    consumers = [
+        _Consumer(linear(weight), np.array(units), weight, read, None) for units in ([-1, -1, -1], [0, 1, 2])
+    ]
     group: Any = SimpleNamespace(size=3)
     order, added = _order(group, consumers, np.zeros(3))
     assert sorted(order.tolist()) == [0, 1, 2]
@@ -508,3 +516,17 @@ def test_each_step_of_a_schedule_is_compensated() -> None:
     test = torch.randn(32, 3, 12, 12)
     assert divergence(model, steps[-1].model, test) < 0.5 * divergence(model, plain[-1].model, test)
     assert fxprune.verify(model, steps[-1].model, steps[-1].total, data[0]).exact
+
+
+def test_outputs_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large outputs are, only a part of them is looked at at once; nothing depends on it."""
+    wanted, got = torch.randn(6, 5, 4), torch.randn(6, 5, 4)
+    p, q = wanted.double().log_softmax(1), got.double().log_softmax(1)
+    share = float((wanted - got).double().square().mean() / wanted.double().var(correction=0))
+    for at_once in (1, 7, 1 << 20):
+        monkeypatch.setattr(fxprune.compensation.outputs, "_AT_ONCE", at_once)
+        difference = Difference({0: 1})
+        difference.add({"scores": wanted}, {"scores": got})
+        assert difference.divergence() == pytest.approx(share, rel=1e-6)
+        kl = float((p.exp() * (p - q)).sum(1).mean())
+        assert difference.lost() == pytest.approx(share / max(1 - share, 1e-3) + kl, rel=1e-5)

@@ -30,7 +30,7 @@ from ..program import Program, named_modules, named_tensors
 from .batches import Kept, Pick, read
 from .choice import Reconstruction
 from .layers import Layers
-from .outputs import divergence, own, private
+from .outputs import Difference, own, private
 from .rebuild import Rebuild, free
 from .report import Compensation, LayerEntry
 from .walk import quiet
@@ -98,10 +98,12 @@ def compensated(
             names = free(narrow, layers.readers)
             parts = Rebuild(layers.dense, layers.narrow, rewritten.narrowing, rebuild, names, seed)
             entries = (*entries, *parts.run(again))
-        wanted, *others = (
-            [network.forward(*own(values)) for values in probes] for network in (dense, plain, narrow)
-        )
-        before, after = (divergence(wanted, got) for got in others)
+        plainly, fitted = Difference(), Difference()
+        for values in probes:
+            wanted = dense.forward(*own(values))
+            plainly.add(wanted, plain.forward(*own(values)))
+            fitted.add(wanted, narrow.forward(*own(values)))
+        before, after = plainly.divergence(), fitted.divergence()
     if not after <= before:
         note = f"taken back: with the compensation the outputs differ by {after:.3g}"
         return Compensation(before, before, entries, count, (note,))

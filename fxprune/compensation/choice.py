@@ -33,7 +33,7 @@ from ..nodes import operator_name
 from ..planning.cost_model import CostModel
 from .batches import Pick
 from .moments import evened, inputs, matrix, places, write
-from .outputs import lost, own, private, tensors
+from .outputs import Difference, own, private, tensors
 from .walk import Runner, quiet
 
 _ENTRIES = 5000
@@ -58,13 +58,12 @@ class _Read:
 
     Attributes:
         mean: ``(n,)``.
-        second: about the mean, if that can be made up for, and with a ridge; ``(n, n)``.
-        factor: its Cholesky factor.
+        second: about the mean, if that can be made up for, and with a ridge that makes it positive definite;
+            ``(n, n)``.
     """
 
     mean: torch.Tensor
     second: torch.Tensor
-    factor: torch.Tensor
 
     @classmethod
     def of(cls, sums: torch.Tensor, centred: bool) -> _Read:
@@ -79,9 +78,8 @@ class _Read:
         ridge, failed = _RIDGE, True
         while failed:  # rounding may leave moments of a low rank with eigenvalues below zero
             second = plain + ridge * floor * one
-            factor, info = torch.linalg.cholesky_ex(second)
-            ridge, failed = 10 * ridge, bool(info)
-        return cls(mean, second, factor)
+            ridge, failed = 10 * ridge, bool(torch.linalg.cholesky_ex(second).info)
+        return cls(mean, second)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,25 +89,30 @@ class _Consumer:
     Attributes:
         site: where.
         units: the unit of each entry that it reads, -1 for none; ``(n,)``.
-        weight: ``(outputs, n)``.
+        parameter: the whole parameter.
         read: moments of what it reads.
         shift: name of the tensor that takes up a shift of the mean, with its sign; None where nothing can.
     """
 
     site: Site
     units: Ids
-    weight: torch.Tensor
+    parameter: torch.Tensor
     read: _Read
     shift: tuple[str, int] | None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """``(outputs, n)``, a copy in double."""
+        return matrix(self.site, self.parameter.detach())[0].double().cpu()
 
     def solved(self, gone: Ids) -> torch.Tensor:
         """The best weights without these units, zero at theirs, ``(outputs, n)``."""
         dead = torch.from_numpy(np.isin(self.units, gone))
         alive = ~dead
-        second = self.read.second
-        change = torch.linalg.solve(second[alive][:, alive], second[alive][:, dead] @ self.weight[:, dead].mT)
-        new = torch.zeros_like(self.weight)
-        new[:, alive] = self.weight[:, alive] + change.mT
+        second, weight = self.read.second, self.weight
+        change = torch.linalg.solve(second[alive][:, alive], second[alive][:, dead] @ weight[:, dead].mT)
+        new = torch.zeros_like(weight)
+        new[:, alive] = weight[:, alive] + change.mT
         return new
 
 
@@ -127,9 +130,10 @@ class _Elimination:
         self.size = size
         self.gram = torch.zeros_like(read.second)
         for consumer in consumers:
-            gram = consumer.weight.mT @ consumer.weight
+            weight = consumer.weight
+            gram = weight.mT @ weight
             self.gram += gram / max(float((gram * read.second).sum()), 1e-30)  # errors are shares
-        self.inverse = torch.cholesky_inverse(read.factor)
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(read.second))
         self.left = torch.ones(len(units), dtype=torch.bool)
         order = np.argsort(units, kind="stable")
         by_count: dict[int, list[tuple[int, Ids]]] = {}
@@ -224,6 +228,7 @@ class Reconstruction(Criterion):
         for group in progress(graph.groups, "groups"):
             consumers = seen.consumers(group)
             found[group.name] = _Given(group, consumers, *_order(group, consumers, by_class[group.units]))
+        seen.forget()
         worth = _Worth(graph, self.cost, seen).of(list(found.values())) if self.cost else {}
         scores: dict[str, Scores] = {}
         for name, given in found.items():
@@ -327,12 +332,12 @@ class _Worth:
             place = max(place, start)
             tensors = dict(self.program.tensors) | self._changed(given, gone)
             other = Runner(replace(self.program, tensors=tensors).module().eval())
-            got = []
-            for values in state:
+            difference = Difference(self.classes)
+            for values, wanted in zip(state, outputs, strict=True):
                 rest = own(values)
                 other.run(rest, place, end)
-                got.append(rest[other.nodes[-1]])
-            yield given, lost(outputs, got, self.classes)
+                difference.add(wanted, rest[other.nodes[-1]])
+            yield given, difference.lost()
 
     def _first(self, tensors: dict[str, torch.Tensor]) -> int:
         """The place of the first node that reads one of these tensors."""
@@ -495,16 +500,20 @@ class _Seen:
                 return []
             (key,) = keys
             site = self.sites[key]
-            weight = matrix(site, member.tensor.detach())[0].double().cpu()
-            n = weight.shape[1]
+            n = matrix(site, member.tensor.detach()).shape[2]
             if self.sums[key].shape[0] != n + 1:
                 return []
             part = site.region[site.inner]
             units = member.units[part.start : part.stop]
             shift = self._shift(key, member)
             read = self._read(key, shift is not None)
-            found.append(_Consumer(site, np.repeat(units, n // units.size), weight, read, shift))
+            found.append(_Consumer(site, np.repeat(units, n // units.size), member.tensor, read, shift))
         return found
+
+    def forget(self) -> None:
+        """Let go of the sums; what consumers read is held by them."""
+        self.sums.clear()
+        self.reads.clear()
 
     def _read(self, key: Any, centred: bool) -> _Read:
         """The moments of what a product reads, one object for all that read the same."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -39,48 +39,65 @@ _LEAST_LEFT = 1e-3
 more if more goes. So what is lost counts as a share of what is left, which is taken to be this at least."""
 
 
-def lost(wanted: Sequence[Any], got: Sequence[Any], classes: Mapping[int, int]) -> float:
-    """What is lost of the outputs, so that losses of several changes add up roughly; zero for equal outputs.
+_AT_ONCE = 1 << 22
+"""Numbers that are compared at once: outputs of a language model are large, and in double twice as large."""
 
-    It is the square of the difference as a share of what is left of the variance. Where outputs are the
-    scores of classes, the divergence of Kullback and Leibler between the probabilities that they stand for
-    is added: its unit, nats, is that of the cross entropy.
+
+class Difference:
+    """How far a network's outputs are from those that are wanted, added up over batches.
 
     Args:
-        wanted: outputs for each batch.
-        got: the same of the other network.
-        classes: for those tensors among the outputs of a batch that are scores, by their place, the dimension
-            of the classes.
+        classes: for those tensors among the outputs of a batch that are scores of classes, by their place,
+            the dimension of the classes.
     """
-    found = divergence(wanted, got)
-    found /= max(1 - found, _LEAST_LEFT)
-    divergences = []
-    for outputs in zip(wanted, got, strict=True):
-        leaves = zip(*(tensors(tree) for tree in outputs), strict=False)
-        for place, (a, b) in enumerate(leaves):
-            if place in classes and a.shape == b.shape and a.is_floating_point():
-                p, q = (x.float().log_softmax(classes[place]) for x in (a, b))
-                divergences.append(float((p.exp() * (p - q)).sum(classes[place]).mean()))
-    return found + sum(divergences) / max(len(divergences), 1)
+
+    def __init__(self, classes: Mapping[int, int] | None = None) -> None:
+        self.classes = classes or {}
+        self._different, self._spread = 0.0, 0.0
+        self._divergences: list[float] = []
+
+    def add(self, wanted: Any, got: Any) -> None:
+        """Add the outputs for one batch; those of other shapes, and of no real numbers, do not count."""
+        leaves = itertools.zip_longest(pytree.tree_leaves(wanted), pytree.tree_leaves(got))
+        for a, b in leaves:
+            if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+                continue
+            if a.shape == b.shape and a.is_floating_point() and a.numel():
+                mean = a.mean(dtype=torch.float64)
+                for x, y in _parts(a.reshape(-1), b.reshape(-1)):
+                    self._different += float((x.double() - y).square().sum()) / a.numel()
+                    self._spread += float((x.double() - mean).square().sum()) / a.numel()
+        for place, (a, b) in enumerate(zip(tensors(wanted), tensors(got), strict=False)):
+            if place in self.classes and a.shape == b.shape and a.is_floating_point() and a.numel():
+                a, b = (x.movedim(self.classes[place], -1).flatten(0, -2) for x in (a, b))
+                found = 0.0
+                for x, y in _parts(a, b):
+                    p, q = x.float().log_softmax(1), y.float().log_softmax(1)
+                    found += float((p.exp() * (p - q)).sum())
+                self._divergences.append(found / len(a))
+
+    def divergence(self) -> float:
+        """Mean square difference of the outputs, as a share of the variance of those that are wanted."""
+        return self._different / self._spread if self._spread else self._different
+
+    def lost(self) -> float:
+        """What is lost of the outputs; zero for equal ones, and losses of several changes add up roughly.
+
+        It is the square of the difference as a share of what is left of the variance. Where outputs are the
+        scores of classes, the divergence of Kullback and Leibler between the probabilities that they stand
+        for is added: its unit, nats, is that of the cross entropy.
+        """
+        found = self.divergence()
+        found /= max(1 - found, _LEAST_LEFT)
+        return found + sum(self._divergences) / max(len(self._divergences), 1)
+
+
+def _parts(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Some rows of two tensors at a time."""
+    rows = max(1, _AT_ONCE // max(a[0].numel(), 1))
+    return zip(a.split(rows), b.split(rows), strict=True)
 
 
 def tensors(tree: Any) -> list[torch.Tensor]:
     """The tensors of a tree, in order."""
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def divergence(wanted: Sequence[Any], got: Sequence[Any]) -> float:
-    """Mean square difference of outputs, as a share of the variance of those that are wanted.
-
-    Outputs of other shapes than wanted, and of no real numbers, do not count.
-    """
-    different, spread = 0.0, 0.0
-    leaves = (pytree.tree_leaves(list(outputs)) for outputs in (wanted, got))
-    for a, b in itertools.zip_longest(*leaves):
-        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
-            continue
-        if a.shape == b.shape and a.is_floating_point():
-            a, b = a.double(), b.double()
-            different += float((a - b).square().mean())
-            spread += float((a - a.mean()).square().mean())
-    return different / spread if spread else different
