@@ -9,7 +9,8 @@ For each model, at ratio 0.5, with randomly initialised weights:
   the masked original in float64.
 
 Models of transformers are narrowed in their exact groups, all else in all groups. Rows are appended to
-``own_class.jsonl``; models that have a row are not run again. Each model has a process of its own.
+``own_class.jsonl``; models that have a row are not run again, unless they are named. Each model has a
+process of its own, which begins as a copy of this one.
 
     pip install -e '.[zoo]'
     python examples/benchmarks/own_class.py transformers torchvision timm
@@ -23,13 +24,14 @@ import argparse
 import datetime
 import json
 import logging
+import multiprocessing
 import platform
 import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable
 from importlib import metadata
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -239,25 +241,38 @@ def judge(zoo: str, name: str) -> dict[str, Any]:
     return row
 
 
+def _send(to: Connection, zoo: str, name: str) -> None:
+    try:
+        to.send(judge(zoo, name))
+    except Exception as error:  # noqa: BLE001  whatever a model's own code raises is its row
+        to.send({"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]})
+
+
 def run(zoo: str, names: list[str], limit: float) -> None:
     """Run each model in a process of its own, and note its row."""
     done = {(row["zoo"], row["model"]) for row in rows()}
+    commit = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    said = {
+        "date": datetime.date.today().isoformat(),
+        "commit": subprocess.run(commit, capture_output=True, text=True, check=False).stdout.strip(),
+    }
     for name in names or list(ZOOS[zoo]()):
         if (zoo, name) in done and not names:
             continue
-        command = [sys.executable, __file__, "--one", zoo, name]
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        process = multiprocessing.get_context("fork").Process(target=_send, args=(theirs, zoo, name))
+        process.start()
+        theirs.close()
         try:
-            out = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-            lines = out.stdout.strip().splitlines()
-            found = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else None
-            error = (out.stderr.strip().splitlines() or ["no output"])[-1][:300]
-        except subprocess.TimeoutExpired:
-            found, error = None, f"more than {limit:g} s"
-        row = found or {"zoo": zoo, "model": name, "error": error}
-        row["date"] = datetime.date.today().isoformat()
+            row = ours.recv() if ours.poll(limit) else {"error": f"more than {limit:g} s"}
+        except EOFError:
+            row = {"error": "the process was killed"}
+        process.kill()
+        process.join()
+        row = {"zoo": zoo, "model": name, **row, **said}
         with ROWS.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print({k: v for k, v in row.items() if k not in ("held", "date")}, flush=True)
+        print({k: v for k, v in row.items() if k not in ("held", "date", "commit")}, flush=True)
 
 
 def rows() -> list[dict[str, Any]]:
@@ -292,11 +307,11 @@ def table(path: Path) -> None:
             "", f"## {zoo}", "",
             f"{len(good)} of {len(own)} in their own class and right; {len(near)} within {bound} of the "
             "graph form.", "",
-            "| model | graph | class | verify | generate | seconds | date |", "|---|---|---|---|---|---|---|",
+            "| model | graph | class | verify | generate | seconds | commit |", "|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         for row in own:
             verdict = str(row.get("verify", row.get("error", ""))).split(" (")[0].split(":")[0]
-            own_cells = [row.get(name, "") for name in ("generate", "seconds", "date")]
+            own_cells = [row.get(name, "") for name in ("generate", "seconds", "commit")]
             cells = [row["model"], row.get("graph", ""), row.get("class", ""), verdict, *own_cells]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     path.write_text("\n".join(lines) + "\n")
@@ -309,12 +324,8 @@ def main() -> None:
     parser.add_argument("zoos", nargs="*", help="transformers, torchvision, timm")
     parser.add_argument("--models", nargs="*", default=[])
     parser.add_argument("--limit", type=float, default=300.0, help="seconds for one model")
-    parser.add_argument("--one", nargs=2, metavar=("ZOO", "MODEL"), help=argparse.SUPPRESS)
     parser.add_argument("--table", type=Path)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(judge(*options.one)))
-        return
     for zoo in options.zoos:
         run(zoo, options.models, options.limit)
     if options.table:
