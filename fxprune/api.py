@@ -395,14 +395,21 @@ def _plan(
     meter = _meter(owner, args, kwargs, selection.budget)
     without = graph.captured.program.module().train(model.training) if graph.removed_branches else owner
     scores = score(graph, importance, seed, without)
+    ties: set[tuple[str, ...]] = set()
     for _ in range(_ATTEMPTS):
-        selected = select(graph, selection, scores, owner, meter)
+        selected = select(graph, selection, scores, owner, meter, sorted(ties))
         rewritten = rewrite(graph, selected.removed)
         unequal = unequal_rows(graph, selected.removed) if not rewritten.violations else None
         if unequal is not None:
             rewritten = replace(rewritten, violations=(Violation(*unequal[:2]),))
         if not rewritten.violations and own.marked is not None:
             rewritten = own.rewritten(rewritten, args, kwargs, dissolved)
+            new = {v.ties: v for v in rewritten.violations if v.ties and v.ties not in ties}
+            if new:
+                ties |= new.keys()
+                tied = {name: violation for names, violation in new.items() for name in names}
+                notes += line_notes(graph.captured.program, tied, tied=True)
+                continue
             if rewritten.violations and any(selected.removed.values()):
                 program = graph.captured.program
                 found = holds(program, rewritten.narrowing, rewritten.violations)

@@ -11,6 +11,7 @@ keeps its extent.
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -27,14 +28,16 @@ from .capture.numbers import (
     Number,
     Origin,
     Place,
+    Size,
     evaluate,
     mark,
     numbers,
+    parts,
     places,
     unmarked,
 )
 from .capture.twin import Twin, twin_on_meta
-from .coupling.units import Value
+from .coupling.units import Label, Value
 from .errors import CaptureError, ExampleInputsError, FxpruneError
 from .graph_module import clone_module
 from .inputs import to_meta
@@ -239,7 +242,7 @@ class _Equation:
     """
 
     origin: Origin
-    value: int
+    value: int | float
     node: str = ""
     dim: int | None = None
 
@@ -268,11 +271,12 @@ def solve(
     """
     equations = [*_equations(before, after, narrowing), *(_Equation(c.origin, c.other) for c in asked)]
     old = {place: read(model, place) for e in equations for place in places(e.origin)}
+    sizes = _sizes(equations, narrowing)
     wanted: dict[Place, set[int]] = defaultdict(set)
     for equation in equations:
         if isinstance(equation.origin, Place):
-            wanted[equation.origin].add(equation.value)
-    known = {
+            wanted[equation.origin].add(int(equation.value))
+    known: dict[Place, int] = {
         place: next(iter(values)) if len(values) == 1 else old[place] for place, values in wanted.items()
     }
     for equation in sorted(equations, key=lambda e: len(set(places(e.origin)))):
@@ -280,35 +284,86 @@ def solve(
         if len(missing) != 1:
             continue
         (place,) = missing
-        if evaluate(equation.origin, {**old, **known}) == equation.value:
+        values: dict[Place | Size, int] = dict([*sizes.items(), *old.items(), *known.items()])
+        if _holds(equation, values):
             continue
         for value in range(1, old[place]):
-            if _holds(equation, {**old, **known, place: value}):
+            if _holds(equation, {**values, place: value}):
                 known[place] = value
                 break
-    values = {**old, **known}
+    values = dict([*sizes.items(), *old.items(), *known.items()])
     unmet = [
-        Violation(e.node, f"the code says {_text(e.origin)}", () if e.dim is None else (e.dim,))
+        violation
         for e in equations
         if e.node and (literal or isinstance(e.origin, Place)) and not _holds(e, values)
-    ]  # fmt: skip
+        for violation in _unmet(e, equations, narrowing)
+    ]
     return {place: value for place, value in known.items() if value != old[place]}, unmet
+
+
+def _sizes(equations: Iterable[_Equation], narrowing: Narrowing) -> dict[Place | Size, int]:
+    """What the sizes that equations depend on become."""
+    found = {part for e in equations for part in parts(e.origin) if isinstance(part, Size)}
+    return {size: narrowing.size(narrowing.tree(size.node), size.dim) for size in found}
+
+
+def _unmet(equation: _Equation, equations: list[_Equation], narrowing: Narrowing) -> list[Violation]:
+    """What to say of an equation that does not hold.
+
+    A number that has to stay what it was (a scale) keeps the dimensions that are as wide as what it is
+    computed from. Else all that the number is computed from and for has to lose the same share.
+    """
+    reason = f"the code says {_text(equation.origin)}"
+    within = list(parts(equation.origin))
+    if equation.dim is None:
+        wide = [
+            Violation(other.node, f"{reason}, which has to stay what it is", (other.dim,))
+            for other in equations
+            if other.dim is not None
+            and not isinstance(other.origin, (Place, Size, int))
+            and other.origin in within
+            and narrowing.narrows(_label(narrowing, other.node, other.dim))
+        ]
+        if wide:
+            return wide
+    dims = () if equation.dim is None else (equation.dim,)
+    same = [e for e in equations if e.origin == equation.origin and e.dim is not None]
+    most = max((e.value for e in same), default=0)
+    if isinstance(equation.origin, tuple) and any(e.value < most for e in same):
+        also = f"{reason}, which is {most} elsewhere"
+        return [Violation(e.node, also, (e.dim,)) for e in same if e.value < most and e.dim is not None]
+    ties = {f"{part.node}[{part.dim}]" for part in within if isinstance(part, Size)}
+    if ties:
+        numbers_in = set(places(equation.origin))
+        ends = [e for e in equations if e is equation or e.origin in numbers_in]
+        ties.update(f"{e.node}[{e.dim}]" for e in ends if e.dim is not None)
+    return [Violation(equation.node, reason, dims, tuple(sorted(ties)))]
+
+
+def _label(narrowing: Narrowing, name: str, dim: int) -> Label | None:
+    value = narrowing.tree(name)
+    return value.label(dim) if isinstance(value, Value) else None
+
+
+_SIGNS = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%", "truediv": "/", "pow": "**"}
 
 
 def _text(origin: Origin) -> str:
     """An origin for people, the same for all modules of a kind."""
     if isinstance(origin, Place):
         return f"self.{origin.name}" + ("" if origin.item is None else f"[{origin.item}]")
+    if isinstance(origin, Size):
+        return f"shape[{origin.dim}]"
     if isinstance(origin, tuple):
-        signs = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%"}
-        return f"{_text(origin[1])} {signs[origin[0]]} {_text(origin[2])}"
+        left, right = (f"({_text(o)})" if isinstance(o, tuple) else _text(o) for o in origin[1:])
+        return f"{left} {_SIGNS[origin[0]]} {right}"
     return str(origin)
 
 
-def _holds(equation: _Equation, values: Mapping[Place, int]) -> bool:
+def _holds(equation: _Equation, values: Mapping[Place | Size, int]) -> bool:
     try:
-        return evaluate(equation.origin, values) == equation.value
-    except ZeroDivisionError:
+        return math.isclose(evaluate(equation.origin, values), equation.value, rel_tol=1e-12)
+    except (ArithmeticError, TypeError):  # a root of a negative number is none
         return False
 
 
@@ -334,10 +389,36 @@ def _equations(before: Program, after: Program, narrowing: Narrowing) -> Iterato
         value = narrowing.value(node)
         sizes = value is not None and len(value.shape) == len(written) - 1  # a view's
         for at, number in enumerate(written):
-            if type(number) is int and (at in origins or (same and type(leaves[at]) is int)):
+            if same and isinstance(leaves[at], fx.Node):
+                origin = computed_from(leaves[at], narrowing)
+                given = narrowing.tree(leaves[at].name) if isinstance(number, fx.Node) else number
+                follows = isinstance(number, fx.Node) and not any(places(origin or 0))
+                if isinstance(given, (int, float)) and origin is not None and not follows:
+                    yield _Equation(origin, given, node.name, at - 1 if sizes else None)
+            elif type(number) is int and (at in origins or (same and type(leaves[at]) is int)):
                 origin = origins[at] if at in origins else leaves[at]
                 if origin != number:
                     yield _Equation(origin, number, node.name, at - 1 if sizes else None)
+
+
+def computed_from(number: Any, narrowing: Narrowing) -> Origin | None:
+    """Where a number comes from that a graph computes; None where that is not known."""
+    if not isinstance(number, fx.Node):
+        return number if isinstance(number, (int, float)) else None
+    name, args = operator_name(number), number.args
+    shape: Any = args[0] if name == "getitem" else number
+    dim: Any = args[1] if len(args) > 1 else None
+    if isinstance(dim, int) and isinstance(shape, fx.Node) and shape.args:
+        all_sizes = (operator_name(shape), *shape.args[1:]) in (("size",), ("getattr", "shape"))
+        value = narrowing.value(shape.args[0])
+        if value is not None and (all_sizes or name == "size"):
+            tensor: Any = shape.args[0]
+            return Size(tensor.name, dim % len(value.shape))
+    if name not in _SIGNS or len(args) != 2 or number.kwargs:
+        return None
+    known: Mapping[int, Origin] = number.meta.get("origins", {})
+    left, right = (known.get(at) or computed_from(arg, narrowing) for at, arg in enumerate(args))
+    return None if left is None or right is None else (name, left, right)
 
 
 def _entries(view: fx.Node, count: int) -> dict[int, Origin] | None:
@@ -570,11 +651,15 @@ def _touched(node: fx.Node, narrowing: Narrowing) -> bool:
 def holds(program: Program, narrowing: Narrowing, violations: Iterable[Violation]) -> dict[str, Violation]:
     """What to hold so that the ``violations`` go away, by the names that :meth:`CouplingGraph.hold` takes.
 
-    A line of code says the same in every layer, so all nodes of the same line and kind are held.
+    A line of code says the same in every layer, so all nodes of the same line and kind are held; so are
+    dimensions that were to lose the same share in vain.
     """
     nodes = {node.name: node for node in program.graph.nodes}
     found: dict[str, Violation] = {}
     for violation in violations:
+        if violation.ties:
+            found.update(dict.fromkeys(violation.ties, violation))
+            continue
         node = nodes.get(violation.node)
         alike = [node] if node is None or not violation.dims else _alike(program, node)
         for other in alike:
@@ -601,8 +686,9 @@ def _alike(program: Program, node: fx.Node) -> list[fx.Node]:
     ] or [node]
 
 
-def line_notes(program: Program, held: Mapping[str, Violation]) -> list[str]:
-    """One note for each line of code that holds something, for people."""
+def line_notes(program: Program, held: Mapping[str, Violation], tied: bool = False) -> list[str]:
+    """One note for each line of code that holds dimensions, or lets them lose the same share, for people."""
+    says = "lets {} lose the same share" if tied else "keeps {} as wide as it is"
     nodes = {node.name: node for node in program.graph.nodes}
     lines: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, violation in held.items():
@@ -611,7 +697,8 @@ def line_notes(program: Program, held: Mapping[str, Violation]) -> list[str]:
     notes = []
     for (line, reason), names in lines.items():
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        notes.append(f'{line} keeps {shown} as wide as it is: {reason}; into="graph" narrows it')
+        also = "needs no such thing" if tied else "narrows it"
+        notes.append(f'{line} {says.format(shown)}: {reason}; into="graph" {also}')
     return notes
 
 

@@ -27,11 +27,13 @@ class Violation:
         node: its name.
         reason: what it does instead.
         dims: the dimensions of its output in which it shows; empty where that is not known.
+        ties: dimensions (``view_3[2]``) that may have to lose the same share each, so that it goes away.
     """
 
     node: str
     reason: str
     dims: tuple[int, ...] = ()
+    ties: tuple[str, ...] = ()
 
 
 def check(program: Program, narrowing: Narrowing) -> list[Violation]:

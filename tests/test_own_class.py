@@ -150,6 +150,45 @@ def test_what_a_head_dim_implies_stays_and_whole_heads_go(kind: type[Attention])
     assert any("test_own_class.py" in note and 'into="graph"' in note for note in plan.notes)
 
 
+class Counted(nn.Module):
+    """Attention that takes the width of a head from the width of the stream, as Swin and CaiT do."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.heads, self.fused = 4, fused
+        self.inp, self.out = nn.Linear(8, 24), nn.Linear(24, 3)
+        self.q, self.kv, self.proj = nn.Linear(24, 24), nn.Linear(24, 48), nn.Linear(24, 24)
+        stir(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        b, n, c = x.shape
+        q = self.q(x).reshape(b, n, self.heads, c // self.heads).transpose(1, 2)
+        k, v = self.kv(x).reshape(b, n, 2, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.fused:
+            attended = F.scaled_dot_product_attention(q, k, v)
+        else:
+            attended = (q * (c // self.heads) ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+        return self.out(x + self.proj(attended.transpose(1, 2).reshape(b, n, c)))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_is_linked_by_a_count_loses_the_same_share(fused: bool) -> None:
+    plan, result = pruned(Counted(fused), ratio=0.6)
+    assert (result.inp.out_features, result.heads) == (12, 2)
+    assert result.kv.out_features == 24
+    assert "lose the same share: the code says shape[2] // self.heads" in " ".join(plan.notes)
+    # where the width of the stream is to stay, heads do, too
+    assert pruned(Counted(fused), ratio=0.6, keep="inp")[1].heads == 4
+
+
+def test_a_budget_counts_what_goes_along() -> None:
+    budget = fxprune.Budget(params=0.5)
+    plan, result = pruned(Counted(True), budget=budget, scope="global")
+    left = plan.settings["left"]["params"]
+    assert left == parameters(result) <= 0.5 * parameters(Counted(True))
+
+
 class Literal(nn.Module):
     """Says its width in the code."""
 

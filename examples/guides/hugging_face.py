@@ -1,6 +1,6 @@
 """Hugging Face: prune a language model in its own class, generate, train, adapt, save and reopen it.
 
-    pip install fxprune transformers peft
+    pip install fxprune transformers accelerate peft
     python examples/guides/hugging_face.py
 
 A small Llama with random weights stands for your own; nothing is downloaded.
@@ -48,7 +48,27 @@ narrow.eval()
 print(f"loss {before:.3f} -> {after:.3f}")
 assert after < before
 
-# 4. Save. What changed in the configuration is solved, and AutoModel opens the directory, without fxprune.
+# 4. Train with the Trainer of transformers, which knows the class by its config and its forward.
+try:
+    import accelerate  # noqa: F401  the Trainer needs it
+except ImportError:
+    print("accelerate is not installed: no Trainer")
+else:
+    widths = {name: parameter.shape for name, parameter in narrow.named_parameters()}
+    weight = narrow.model.layers[0].mlp.up_proj.weight
+    untrained = weight.detach().clone()
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = transformers.TrainingArguments(
+            directory, max_steps=3, per_device_train_batch_size=2, use_cpu=True, report_to=[],
+            save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 128, (8, 8))]
+        transformers.Trainer(narrow, arguments, train_dataset=rows).train()
+    narrow.eval()
+    assert not torch.equal(weight, untrained)
+    assert {name: parameter.shape for name, parameter in narrow.named_parameters()} == widths
+
+# 5. Save. What changed in the configuration is solved, and AutoModel opens the directory, without fxprune.
 with tempfile.TemporaryDirectory() as directory:
     saved = fxprune.save_pretrained(narrow, directory)
     print(saved)
@@ -57,7 +77,7 @@ with tempfile.TemporaryDirectory() as directory:
 with torch.no_grad():
     torch.testing.assert_close(again(ids).logits, narrow(ids).logits)
 
-# 5. Adapt: LoRA finds the layers by their names and widths.
+# 6. Adapt: LoRA finds the layers by their names and widths.
 try:
     import peft
 except ImportError:

@@ -41,8 +41,21 @@ class Place:
         return name if self.item is None else f"{name}[{self.item}]"
 
 
-Origin = Place | int | tuple[str, Any, Any]
-"""A place, a plain number, or the name of an operator and two origins."""
+@dataclass(frozen=True)
+class Size:
+    """The extent of a dimension that the code reads off a tensor.
+
+    Attributes:
+        node: what makes the tensor.
+        dim: the dimension.
+    """
+
+    node: str
+    dim: int
+
+
+Origin = Place | Size | int | float | tuple[str, Any, Any]
+"""A place, a size, a plain number, or the name of an operator and two origins."""
 
 
 @dataclass(frozen=True)
@@ -113,24 +126,28 @@ for _name in _OPERATORS:
         setattr(Number, f"__{'r' if _reflected else ''}{_name}__", _arithmetic(_name, _reflected))
 
 
-def evaluate(origin: Origin, values: Mapping[Place, int]) -> int:
-    """The number at an origin, with these ``values`` of the places in it."""
-    if isinstance(origin, Place):
+def evaluate(origin: Origin, values: Mapping[Place | Size, int]) -> int | float:
+    """The number at an origin, with these ``values`` of the places and sizes in it."""
+    if isinstance(origin, (Place, Size)):
         return values[origin]
     if isinstance(origin, tuple):
         name, *operands = origin
-        result: int = getattr(operator, name)(*(evaluate(operand, values) for operand in operands))
+        result: int | float = getattr(operator, name)(*(evaluate(operand, values) for operand in operands))
         return result
     return origin
 
 
+def parts(origin: Origin) -> Iterator[Origin]:
+    """An origin and all that it is computed from."""
+    yield origin
+    if isinstance(origin, tuple):
+        for operand in origin[1:]:
+            yield from parts(operand)
+
+
 def places(origin: Origin) -> Iterator[Place]:
     """The places that a number depends on."""
-    if isinstance(origin, Place):
-        yield origin
-    elif isinstance(origin, tuple):
-        for operand in origin[1:]:
-            yield from places(operand)
+    return (part for part in parts(origin) if isinstance(part, Place))
 
 
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
@@ -289,11 +306,13 @@ __all__ = [
     "Origin",
     "Place",
     "Recorder",
+    "Size",
     "carries_numbers",
     "evaluate",
     "mark",
     "note_question",
     "numbers",
+    "parts",
     "places",
     "settle",
     "unmarked",

@@ -649,6 +649,21 @@ class CouplingGraph:
         found: Ids = self._grouping.roots[ids]
         return found
 
+    def along(self, name: str) -> Ids:
+        """Classes of the units that go where the dimension ``"view_3[2]"`` of a node becomes narrower."""
+        match = _DIM.fullmatch(name)
+        assert match is not None
+        nodes = [node for node in self.captured.program.graph.nodes if node.name == match[1]]
+        labels = [
+            label
+            for value in tree_values([self._run.values.get(node) for node in nodes])
+            if int(match[2]) < len(value.shape)
+            if (label := value.label(int(match[2]))) is not None
+        ]
+        classes = self.classes(np.concatenate([np.empty(0, np.int64), *(x.ids.reshape(-1) for x in labels)]))
+        cells = [r.cells[np.isin(self.classes(r.rows), classes)].reshape(-1) for r in self.rectangles]
+        return np.unique(np.concatenate([classes, *map(self.classes, cells)]))
+
     def tensor_names(self) -> dict[str, list[int]]:
         """Shape of every parameter and buffer, by name: the architecture as plain data."""
         return {name: list(tensor.shape) for name, tensor in self.captured.program.tensors.items()}

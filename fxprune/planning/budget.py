@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -103,14 +103,28 @@ class Search:
             -1 for those that are gone already.
         sets: number of sets.
         meter: estimates latency, for a budget that has one.
+        together: numbers of the sets that lose equally many steps.
     """
 
-    def __init__(self, costs: CostModel, owner: Ids, step: Ids, sets: int, meter: Meter | None) -> None:
+    def __init__(
+        self,
+        costs: CostModel,
+        owner: Ids,
+        step: Ids,
+        sets: int,
+        meter: Meter | None,
+        together: Sequence[list[int]] = (),
+    ) -> None:
         self.notes: tuple[str, ...] = ()
         self.costs = costs
         self.owner = owner
         self.sets = sets
         self.meter = meter
+        self.together = together
+        self._nth = np.zeros(owner.size, dtype=np.int64)  # of its set
+        for number in range(sets):
+            own = owner == number
+            self._nth[own] = np.arange(own.sum())
         self._step = step
         self._taken = np.zeros(owner.size + 2, dtype=bool)
         self._taken[-1] = True  # where -1 points to
@@ -141,8 +155,7 @@ class Search:
         taken = self._first(high)
         self._give_back(taken, limits)
         sizes = self._sizes(taken)
-        chosen: Ids = np.bincount(self.owner[taken[:count]], minlength=self.sets)
-        return chosen, {limit.name: limit.cost(sizes) for limit in limits}
+        return self._chosen(taken), {limit.name: limit.cost(sizes) for limit in limits}
 
     def _limits(self, budget: Budget) -> list[_Limit]:
         whole = self.costs.whole
@@ -167,7 +180,15 @@ class Search:
         taken[:count] = True
         return taken
 
+    def _chosen(self, taken: Mask) -> Ids:
+        """Number of steps that each set loses, ``(sets,)``."""
+        steps: Ids = np.bincount(self.owner[taken[: self.owner.size]], minlength=self.sets)
+        return evened(self.together, steps)
+
     def _sizes(self, taken: Mask) -> Ids:
+        if self.together:
+            lost = self._nth < self._chosen(taken)[self.owner]
+            taken = np.concatenate([lost, taken[self.owner.size :]])
         return self.costs.sizes(~taken[self._step])
 
     def _use(self, taken: Mask, limits: list[_Limit]) -> float:
@@ -209,4 +230,12 @@ class Search:
         )
 
 
-__all__ = ["Budget", "Search"]
+def evened(together: Iterable[list[int]], steps: Ids) -> Ids:
+    """As many steps, ``(sets,)``, for all sets that go together as the most that one of them loses."""
+    even = steps.copy()
+    for numbers in together:
+        even[numbers] = even[numbers].max()
+    return even
+
+
+__all__ = ["Budget", "Search", "evened"]

@@ -12,13 +12,15 @@ way to select is a choice of scopes and of where to stop:
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
@@ -26,7 +28,7 @@ from torch import nn
 from ..coupling.graph import CouplingGraph
 from ..coupling.groups import Group
 from ..coupling.units import Ids
-from .budget import Search
+from .budget import Search, evened
 from .cost_model import CostModel
 from .latency import Meter
 from .patterns import Names, Pattern, spelled
@@ -109,12 +111,13 @@ def select(
     scores: Callable[[Group], NDArray[np.float64]],
     model: nn.Module,
     meter: Meter | None = None,
+    ties: Iterable[Sequence[str]] = (),
 ) -> Selected:
     """The units to remove from each group.
 
     Every row keeps at least one unit, and the rows of a balanced set lose the same share. Ties are broken
     by position, so that the same scores always give the same units. A budget for the latency needs the
-    ``meter``.
+    ``meter``. The dimensions of nodes in one of the ``ties`` (``"view_3[2]"``) lose the same share each.
 
     Raises:
         SelectionError: for a pattern that matches nothing in the model.
@@ -142,18 +145,18 @@ def select(
                 )
             )
     sets, notes = _sets(graph, selection, model, rows)
+    together = _together(_tied(graph, sets, ties), _repeating(sets) if selection.uniform else [])
     order = _order(sets, values)
     steps = _by_ratio(sets, order)
     left: Mapping[str, float] = {}
     if selection.budget is not None:
         costs = CostModel(graph)
         gone = ~graph.alive(rows)
-        search = _search(costs, sets, steps, order, values, gone, meter)
+        search = _search(costs, sets, steps, order, values, gone, meter, together)
         chosen, left = search.run(selection.budget)
         notes = (*notes, *search.notes)
         steps = steps + chosen
-    if selection.uniform:
-        steps = _evened(sets, steps)
+    steps = evened(together, steps)
     removed: dict[str, list[int]] = defaultdict(list, rows)
     for number, own in enumerate(sets):
         if steps[number]:
@@ -269,16 +272,40 @@ def repeated(group: Group) -> Hashable:
     return tuple(sorted((re.sub(r"\d+", "*", m.axis.name), m.axis.dim) for m in group.members))
 
 
-def _evened(sets: list[_Set], steps: Ids) -> Ids:
-    """As many steps for all sets of layers that repeat as the most that one of them loses."""
+def _repeating(sets: list[_Set]) -> list[list[int]]:
+    """Numbers of the sets of layers that repeat, kind by kind."""
     alike: dict[Hashable, list[int]] = defaultdict(list)
     for number, own in enumerate(sets):
         sizes = tuple(sorted(row.size for row in own.rows))
         alike[repeated(own.group), sizes, own.levels.tobytes()].append(number)
-    even = steps.copy()
-    for numbers in alike.values():
-        even[numbers] = steps[numbers].max()
-    return even
+    return list(alike.values())
+
+
+def _together(*kinds: Iterable[list[int]]) -> list[list[int]]:
+    """Numbers of the sets that lose equally many steps, for one reason or several in a chain."""
+    found = nx.Graph()
+    for numbers in itertools.chain(*kinds):
+        nx.add_path(found, numbers)
+    return [sorted(numbers) for numbers in nx.connected_components(found) if len(numbers) > 1]
+
+
+def _tied(graph: CouplingGraph, sets: list[_Set], ties: Iterable[Sequence[str]]) -> list[list[int]]:
+    """Numbers of the sets that have to lose the same share; they are cut into steps of the same shares."""
+    found = []
+    for tie in ties:
+        classes = np.unique(np.concatenate([graph.along(name) for name in tie]))
+        found.append([n for n, s in enumerate(sets) if np.isin(s.group.units[s.rows[0]], classes).any()])
+    together = _together(found)
+    for numbers in together:
+        common = math.gcd(*(sets[n].parts for n in numbers))
+        shares = set(range(1, common))
+        for n in numbers:
+            each = sets[n].parts // common
+            shares &= {level // each for level in sets[n].levels.tolist() if level % each == 0}
+            sets[n].parts = common
+        for n in numbers:
+            sets[n].levels = np.array(sorted(shares), dtype=np.int64)
+    return together
 
 
 def _kinds(graph: CouplingGraph, model: nn.Module) -> dict[str, Hashable]:
@@ -358,6 +385,7 @@ def _search(
     values: Callable[[Group], NDArray[np.float64]],
     gone: NDArray[np.bool_],
     meter: Meter | None,
+    together: list[list[int]],
 ) -> Search:
     """The search over the steps of the sets that have no ratio; what the others lose is gone already."""
     free = np.array([own.ratio is None for own in sets], dtype=bool)
@@ -370,4 +398,4 @@ def _search(
         for place in range(int(own.levels.size) if free[number] else int(fixed[number])):
             classes = own.group.units[own.taken(ranked, ends[place], ends[place + 1])]
             step[classes] = places[number][place] if free[number] else -1
-    return Search(costs, owner, step, len(sets), meter)
+    return Search(costs, owner, step, len(sets), meter, together)
