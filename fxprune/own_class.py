@@ -4,8 +4,9 @@ The result is a copy of the module tree in which parameters, the numbers that la
 numbers in attributes of the user's modules (:mod:`.capture.numbers`) are narrowed, and whose ``forward`` and
 other methods are the user's own. What the passes would have written into a graph shows what that takes: the
 new value of an attribute is solved from the literals that come from it. The proof is that the copy's own
-``forward``, captured again, does in every node what the narrowing predicts. Where it does not, the dimension
-keeps its extent.
+``forward``, captured again, does in every node what the narrowing predicts. Where it does not, dimensions
+that the code links by a count (``C // self.num_heads``) lose the same share; where that does not help, or
+there is no such link, the dimension keeps its extent.
 """
 
 from __future__ import annotations
