@@ -66,34 +66,109 @@ def folded(self: Any, x: Tensor) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize(
-    ("forward", "labels"), [(plain, False), (tokens, False), (mixed, True), (folded, True)]
-)
+def behind(self: Any, x: Tensor) -> Tensor:
+    """Channels in front of a width that changes, put together with it."""
+    n, _, h, w = x.shape
+    found: Tensor = self.b(self.a(x).transpose(2, 3).reshape(n, 8 * w, h).relu().reshape(n, 8, w, h))
+    return found
+
+
+def stretched(self: Any, x: Tensor) -> Tensor:
+    """As many entries of the batch as go into the channels that there are."""
+    n, _, h, w = x.shape
+    found: Tensor = self.b(self.a(x).reshape(n // 2, 16, h, w).reshape(n, 8, h, w))
+    return found
+
+
+def transposed(self: Any, x: Tensor) -> Tensor:
+    """Channels of which each is followed by the same of the other entries of the batch."""
+    n, _, h, w = x.shape
+    found: Tensor = self.b(self.a(x).transpose(0, 1).reshape(8 * n, h, w).reshape(n, 8, h, w))
+    return found
+
+
+def padded(self: Any, x: Tensor) -> Tensor:
+    """Positions are padded to a multiple of four, and cut off again; the shape is copied where need be."""
+    _, _, h, w = x.shape
+    y = nn.functional.pad(self.a(x), (0, -w % 4, 0, -h % 4))
+    found: Tensor = self.b(y[:, :, :h, :w].contiguous())
+    return found
+
+
+def wider(self: Any, x: Tensor) -> Tensor:
+    """Channels are padded by the size of the image."""
+    y = nn.functional.pad(self.a(x), (0, 0, 0, 0, x.shape[2] - 8, 8 - x.shape[2]))
+    found: Tensor = self.b(y)
+    return found
+
+
+def cut(self: Any, x: Tensor) -> Tensor:
+    """All channels for these sizes, and fewer for others."""
+    found: Tensor = self.b(
+        nn.functional.pad(self.a(x)[:, : 16 - x.shape[2]], (0, 0, 0, 0, 0, x.shape[2] - 8))
+    )
+    return found
+
+
+def rotated(self: Any, x: Tensor) -> Tensor:
+    """A table of positions by frequencies, computed from the sizes and a buffer, meets channels."""
+    n, _, h, w = x.shape
+    angles = torch.arange(h * w)[:, None] * self.table
+    y = self.a(x).flatten(2).transpose(1, 2) * angles.cos()
+    found: Tensor = self.b(y.transpose(1, 2).reshape(n, 8, h, w))
+    return found
+
+
+def example(forward: Any) -> nn.Module:
+    net = network(forward, a=conv(3, 8), b=conv(8, 2), norm=nn.BatchNorm2d(8))
+    net.register_buffer("table", torch.rand(8))
+    return net
+
+
+FORWARDS = [
+    (plain, False), (tokens, False), (mixed, True), (folded, False), (behind, True), (stretched, False),
+    (transposed, True), (padded, False), (wider, True), (cut, True), (rotated, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("forward", "labels"), FORWARDS)
 def test_labels_are_looked_at_again_only_where_a_call_asks_for_it(
     forward: Any, labels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = counted(monkeypatch)
-    net = network(forward, a=conv(3, 8), b=conv(8, 2), norm=nn.BatchNorm2d(8))
-    fxprune.analyze(net, torch.randn(2, 3, 8, 8))
+    fxprune.analyze(example(forward), torch.randn(2, 3, 8, 8))
     assert runs[0] is False
     assert (True in runs) is labels
 
 
-def found(case: Any) -> Iterator[Any]:
-    graph = fxprune.analyze(case.build().eval(), case.inputs)
+def found(net: nn.Module, inputs: Any) -> Iterator[Any]:
+    graph = fxprune.analyze(net.eval(), inputs)
     yield from ((group.name, group.size, group.exact, [m.axis for m in group.members]) for group in graph)
     yield from (str(frozen) for frozen in graph.frozen)
 
 
-@pytest.mark.parametrize("name", sorted(CASES)[::6])
-def test_shapes_tell_what_the_labels_tell(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = list(found(CASES[name]))
+def with_labels(net: nn.Module, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is found where labels are looked at again in any case."""
 
-    def unlike(self: OperatorCalls) -> Any:
+    def unlike(self: OperatorCalls, run: Any) -> Any:
         def follow(*call: Any) -> None:
             raise UnlikeError("another operator")
 
         return follow
 
-    monkeypatch.setattr(OperatorCalls, "follow", unlike)
-    assert list(found(CASES[name])) == quick
+    with monkeypatch.context() as patch:
+        patch.setattr(OperatorCalls, "follow", unlike)
+        return list(found(net, inputs))
+
+
+@pytest.mark.parametrize("name", sorted(CASES)[::6])
+def test_shapes_tell_what_the_labels_tell(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, inputs = CASES[name].build(), CASES[name].inputs
+    assert list(found(net, inputs)) == with_labels(net, inputs, monkeypatch)
+
+
+@pytest.mark.parametrize("forward", [forward for forward, _ in FORWARDS])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_so_they_do_for_these_networks(forward: Any, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, inputs = example(forward), torch.randn(batch * (1 + (forward is stretched)), 3, 8, 8)
+    assert list(found(net, inputs)) == with_labels(net, inputs, monkeypatch)

@@ -196,7 +196,7 @@ class CouplingGraph:
         """
         for trial in self.captured.trials:
             try:
-                other = run_at(self.captured.program, trial.inputs, calls)
+                other = run_at(self.captured.program, trial.inputs, calls, self._run)
             except FxpruneError as error:  # the model takes no such size
                 self._refusals |= dict.fromkeys(trial.change, refusal(error))
                 continue

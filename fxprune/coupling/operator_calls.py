@@ -7,13 +7,19 @@ labels have to be looked at again (see :mod:`.other_sizes`). In doubt, calls are
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
 from ..errors import FxpruneError
+from .coupler import Coupler
+from .groups import Mask
 from .registry import CUSTOM, rule_for
 from .roles import factor
 from .units import Value
@@ -25,8 +31,19 @@ module with a rule of its own."""
 _RESHAPES = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy", "_reshape_copy"])
 _BY_ONE = frozenset(["slice", "select"])
 """Movements along one dimension, the second argument."""
+_ENTRY_BY_ENTRY = frozenset(
+    ["bmm", "baddbmm", "transpose", "permute", "unsqueeze", "clone", "_to_copy", "alias", "detach",
+     "_softmax", "_safe_softmax", "_log_softmax"]
+)  # fmt: skip
+"""What treats the entries of a batch one by one, however many there are."""
+_PASSING = frozenset(["clone", "alias", "detach", "slice"])
+"""What leaves labels as they are: copies, views, and some of the entries along a dimension without any."""
 _TO_SIZES = ("expand", "upsample", "_upsample")
 """What is given the sizes of its result, and leaves dimensions apart."""
+
+
+_Group = tuple[list[int], list[int], list[int], list[int]]
+"""Dimensions before and after a reshape, and their sizes."""
 
 
 class UnlikeError(FxpruneError):
@@ -43,20 +60,103 @@ class OperatorCalls:
         """Remember a call of this run."""
         self.made.append((node, operator, _values((args, kwargs, out))))
 
-    def follow(self) -> Follow:
+    def follow(self, run: Coupler) -> Follow:
         """What another run has to call: it raises UnlikeError at the first call that is not alike.
 
         The last one is missing if the other run makes fewer calls; nodes are the same, so it makes none.
+
+        Args:
+            run: what the noted calls have led to.
         """
-        rest = iter(self.made)
+        idle = functools.cache(partial(_idle, run))
+        following = _Following(self.made, idle)
+        return following.call
 
-        def follow(node: fx.Node | None, operator: Any, args: Any, kwargs: Any, out: Any) -> None:
-            before, called, known = next(rest, (None, None, None))
-            if node is not before or operator is not called or known is None:
-                raise UnlikeError("another operator")
-            _Pair(operator, known, (args, kwargs, out)).check()
 
-        return follow
+class _Following:
+    """Holds the calls of a run against those of another one, ``made``."""
+
+    def __init__(self, made: Sequence[tuple[fx.Node | None, Any, Any]], idle: Callable[[], Mask]) -> None:
+        self.made = made
+        self.next = 0
+        self.idle = idle
+        self.writes = any(operator is not None and operator._schema.is_mutable for _, operator, _ in made)
+
+    def call(self, node: fx.Node | None, operator: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """A call of the run that follows."""
+        place = self.next
+        while not self._is_next(place, node, operator) and self._left(place):
+            place += 1
+        if not self._is_next(place, node, operator):
+            if self._leaves(operator, args, out):
+                return
+            raise UnlikeError("another operator")
+        _, _, known = self.made[place]
+        self.next = place + 1
+        _Pair(operator, known, (args, kwargs, out), self.idle).check()
+
+    def _is_next(self, place: int, node: fx.Node | None, operator: Any) -> bool:
+        """Whether the first run made the same call there."""
+        if place >= len(self.made) or self.made[place][0] is not node:
+            return False
+        called = self.made[place][1]
+        return operator is called or (_name(operator) in _RESHAPES and _name(called) in _RESHAPES)
+
+    def _leaves(self, operator: Any, args: Any, out: Any) -> bool:
+        """Whether a call of this run leaves labels as they are; then its result has those of its input."""
+        if not _may_pass(operator):
+            return False
+        value = getattr(args[0], "_fxprune_like", None)
+        if value is None or (_name(operator) == "slice" and not self._is_plain_slice(value, args)):
+            return False
+        if out is not args[0]:
+            labels = [value.label(dim) for dim in range(len(value.shape))]
+            out._fxprune_like = Value(tuple(out.shape), labels, dtype=value.dtype)
+        return True
+
+    def _left(self, place: int) -> bool:
+        """Whether a call of the first run, which this one does not make, leaves labels as they are.
+
+        Into a copy one may write, without writing into what it is of.
+        """
+        if place >= len(self.made):
+            return False
+        _, operator, known = self.made[place]
+        name = _name(operator)
+        if not _may_pass(operator) or (name == "clone" and self.writes):
+            return False
+        return name != "slice" or self._is_plain_slice(known[0][0], known[0])
+
+    def _is_plain_slice(self, value: Value, args: Sequence[Any]) -> bool:
+        dim = args[1] if len(args) > 1 else 0
+        return value.state is None and not _labelled(_without_idle(value, self.idle), dim)
+
+
+@functools.cache
+def _name(operator: Any) -> str:
+    """The operator's name without its library's; "" for a module with a rule of its own."""
+    return "" if operator is None else str(operator._schema.name).partition("::")[2]
+
+
+def _may_pass(operator: Any) -> bool:
+    """Whether an operator may leave labels as they are, if no rule of a user's says otherwise."""
+    rule = rule_for(operator) if _name(operator) in _PASSING else None
+    return rule is not None and rule.family != CUSTOM
+
+
+def _idle(run: Coupler) -> Mask:
+    """For each unit whether it is of tables alone that stay as they are, and that meet nothing narrower.
+
+    A dimension of such units might as well have no label.
+    """
+    idle: Mask = np.zeros(run.units.count, dtype=bool)
+    if run.whole.size:
+        roots = run.units.roots()
+        idle[roots[run.whole]] = True
+        for meeting in (meeting for noted in run.meetings.values() for meeting in noted):
+            idle[roots[meeting.units]] = False
+        idle = idle[roots]
+    return idle
 
 
 def _values(tree: Any) -> Any:
@@ -74,17 +174,19 @@ def _values(tree: Any) -> Any:
 class _Pair:
     """One call, as it was in the first run, and as it is in the other."""
 
-    def __init__(self, operator: Any, known: Any, tree: Any) -> None:
+    def __init__(self, operator: Any, known: Any, tree: Any, idle: Callable[[], Mask]) -> None:
         self.operator = operator
+        self.idle = idle
         self.tensors: list[tuple[Value, torch.Tensor]] = []
         self.same_rest = True
-        self.known = known
+        self.known, self.tree = known, tree
         self._walk(known, tree)
 
     def _walk(self, a: Any, b: Any) -> None:
         if isinstance(a, Value):
             if not isinstance(b, torch.Tensor) or len(a.shape) != b.dim():
                 raise UnlikeError("another number of dimensions")
+            b._fxprune_like = a  # type: ignore[attr-defined]
             self.tensors.append((a, b))
         elif isinstance(a, (list, dict)):
             if len(a) != len(b):
@@ -104,11 +206,17 @@ class _Pair:
         rule = rule_for(self.operator) if self.operator is not None else None
         if rule is None or rule.family == CUSTOM:
             raise UnlikeError("an operator of which nothing is known")
-        name = self.operator._schema.name.partition("::")[2]
+        name = _name(self.operator)
+        self.tensors = [(_without_idle(value, self.idle), tensor) for value, tensor in self.tensors]
+        repeated = False
         for value, tensor in self.tensors:
             for dim, size in enumerate(value.shape):
                 if size != tensor.shape[dim] and _labelled(value, dim):
-                    raise UnlikeError("a dimension with labels has another size")
+                    if not _repeats(value, dim, math.gcd(size, tensor.shape[dim])):
+                        raise UnlikeError("a dimension with labels has another size")
+                    repeated = True
+        if repeated and rule.family != "pointwise" and name not in _RESHAPES | _ENTRY_BY_ENTRY:
+            raise UnlikeError("labels that are repeated more often")
         if rule.family == "pointwise":
             self._broadcast()
         elif not all(tensor.is_meta for _, tensor in self.tensors):
@@ -117,6 +225,8 @@ class _Pair:
             self._reshaped()
         elif name in _BY_ONE:
             self._along_one()
+        elif name == "constant_pad_nd":
+            self._padded()
         elif not self.same_rest and rule.family != "constants" and not name.startswith(_TO_SIZES):
             raise UnlikeError("another number")
 
@@ -132,10 +242,14 @@ class _Pair:
                         raise UnlikeError("an entry that is spread over labels")
 
     def _reshaped(self) -> None:
-        """Labels may be put together with, and taken apart into, the same dimensions alone."""
+        """Labels may be put together with, and taken apart into, the same dimensions alone; or be repeated
+        for each entry of one in front of them, as heads are for each sample.
+        """
         (value, tensor), (result, out) = self.tensors
-        if _groups(value, value.shape, result.shape) != _groups(value, tensor.shape, out.shape):
-            raise UnlikeError("labels together with other dimensions")
+        same = _groups(value, value.shape, result.shape)
+        for group in _groups(value, tensor.shape, out.shape):
+            if group not in same and not _in_front(value, result, group):
+                raise UnlikeError("labels together with other dimensions")
 
     def _along_one(self) -> None:
         """A slice with other ends, or another index, may not be one of labels."""
@@ -146,6 +260,28 @@ class _Pair:
         if not same and (_labelled(value, at) or value.state is not None):
             raise UnlikeError("another part of labels")
 
+    def _padded(self) -> None:
+        """Labels may be padded by the same, and with the same."""
+        (_, before, *filled), (_, after, *number) = self.known[0], self.tree[0]
+        value = self.tensors[0][0]
+        places = range(len(value.shape))
+        amounts = [[(*given, *[0] * 2 * len(places))[2 * k : 2 * k + 2] for k in places]
+                   for given in (before, after)]  # fmt: skip
+        changed = [at for at in places if amounts[0][~at] != amounts[1][~at]]
+        if filled != number or any(_labelled(value, at) for at in changed):
+            raise UnlikeError("other padding")
+
+
+def _without_idle(value: Value, idle: Callable[[], Mask]) -> Value:
+    """What is known of a tensor but for idle labels; all, where it may still meet something."""
+    dims = range(len(value.shape))
+    labels = [value.label(d) for d in dims]
+    alone = [label is not None and bool(idle()[label.ids].all()) for label in labels]
+    if not any(alone) or any(map(value.is_open, dims)):
+        return value
+    left = [None if out else label for label, out in zip(labels, alone, strict=True)]
+    return Value(value.shape, left, dtype=value.dtype)
+
 
 def _labelled(value: Value, dim: int) -> bool:
     """Whether a dimension has a label, or chooses the row of one."""
@@ -154,7 +290,43 @@ def _labelled(value: Value, dim: int) -> bool:
     return labels[dim] is not None or any(label is not None and dim in label.over for label in labels)
 
 
-def _groups(value: Value, before: Sequence[int], after: Sequence[int]) -> list[Any]:
+def _repeats(value: Value, dim: int, period: int) -> bool:
+    """Whether the labels of a dimension, and those that are over it, are the same again every ``period``."""
+    for place in range(len(value.shape)):
+        label = value.label(place)
+        if label is None or not (place == dim or dim in label.over):
+            continue
+        ids = np.moveaxis(label.ids, -1 if place == dim else label.over.index(dim), 0)
+        blocks = ids.reshape(-1, period, *ids.shape[1:])
+        if (blocks != blocks[:1]).any():
+            return False
+    return True
+
+
+def _in_front(value: Value, result: Value, group: _Group) -> bool:
+    """Whether in a group of dimensions of a reshape only the first ones have other sizes than in ``group``,
+    along which labels repeat themselves, before and after.
+
+    Such labels are the same, more often or less. The group is that of the other run: dimensions of ``value``
+    and of ``result``, and their sizes there.
+    """
+    ins, outs, before, after = group
+    rest, made = ([shape[d] for d in dims[1:]] for shape, dims in ((value.shape, ins), (result.shape, outs)))
+    if rest != before[1:] or made != after[1:] or value.state is not None or any(map(value.is_open, ins)):
+        return False
+    inner, columns = math.prod(rest), math.prod(made)
+    size, other = value.shape[ins[0]], before[0]
+    period = 1
+    if _labelled(value, ins[0]):
+        row = columns // inner  # of the first dimension, in one entry of the first one of the result
+        whole = row * inner == columns and size % row == 0 and other % row == 0
+        period = row if whole and _repeats(value, ins[0], row) else math.gcd(size, other)
+        if not _repeats(value, ins[0], period):
+            return False
+    return (period * inner) % columns == 0 or columns % (period * inner) == 0
+
+
+def _groups(value: Value, before: Sequence[int], after: Sequence[int]) -> list[_Group]:
     """The groups of dimensions with labels that a reshape factors into, with their sizes."""
     return [
         (ins, outs, [before[d] for d in ins], [after[d] for d in outs])

@@ -22,14 +22,15 @@ from .units import FIXED, Event, Ids, Label
 REASON = "couples differently at other sizes of the inputs"
 
 
-def run_at(program: Program, inputs: list[Any], calls: OperatorCalls) -> Run:
-    """The run of ``program`` at other sizes: without labels where its calls couple as ``calls`` do.
+def run_at(program: Program, inputs: list[Any], calls: OperatorCalls, run: Run) -> Run:
+    """The run of ``program`` at other sizes: without labels where its calls couple as ``calls`` do, those of
+    ``run``.
 
     Raises:
         FxpruneError: if the program takes no such sizes.
     """
     try:
-        return interpret(program, inputs, labels=False, follow=calls.follow())
+        return interpret(program, inputs, labels=False, follow=calls.follow(run.coupler))
     except UnlikeError:
         return interpret(program, inputs)
 
