@@ -7,13 +7,17 @@ normalisation that a ReLU lets through), what it adds to a layer is looked at: w
 places, for all inputs and at other sizes of these, it goes into the layer's bias, or into the running mean
 behind it; where it is not (a convolution adds less beside padding, a sum adds more over more places), or the
 layer can take up nothing, the channel stays, and a note says why.
+
+A channel of which there is a copy (the same weights, shifts and statistics make both) goes, too: the weights
+with which the layers read the two are added up.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -94,7 +98,7 @@ def without_dead_channels(
         VerificationError: as :func:`lossless`.
     """
     search = _Search(graph, args, kwargs, any_size)
-    removed = {group.name: gone for group in graph.groups if (gone := search.removable(group))}
+    removed = {group.name: gone for group in graph.groups if (gone := search.superfluous(group))}
     made = plan(graph, 0.0).with_removed(removed)
     while wrong := {problem.group for problem in made.check(graph) if problem.group in made.removed}:
         search.notes += [f"dead channels of {name} stay, as rows would lose unequal shares" for name in wrong]
@@ -178,6 +182,40 @@ class _Fold:
     sign: int
 
 
+@dataclass(frozen=True, eq=False)
+class _Merge:
+    """Copies of channels that a layer reads: their weights are added to those of the channels that stay.
+
+    Attributes:
+        group: the group that they are of.
+        member: the axis of the layer's weight.
+        kept: by unit that goes the one that is the same.
+    """
+
+    group: Group
+    member: Member
+    kept: Mapping[int, int]
+
+    def moved(self, weight: Tensor, gone: Set[int]) -> Tensor:
+        """``weight`` with the entries of these units added to those of their copies; and zeros left there."""
+        dims = [*self.member.over, self.member.axis.dim]
+        rest = [d for d in range(weight.dim()) if d not in dims]
+        found = weight.detach().clone()
+        rows = _by_index(found, self.member)
+        places: dict[int, list[int]] = {}
+        for index, unit in enumerate(self.member.units.reshape(-1).tolist()):
+            places.setdefault(unit, []).append(index)
+        for unit in gone:
+            from_, to = (torch.tensor(places.get(u, []), dtype=torch.long) for u in (unit, self.kept[unit]))
+            if len(from_) != len(to):
+                raise ValueError(f"unit {unit} has {len(from_)} indices, its copy {len(to)}")
+            rows[to] += rows[from_]
+            rows[from_] = 0
+        shape = [weight.shape[d] for d in (*dims, *rest)]
+        back = [[*dims, *rest].index(d) for d in range(weight.dim())]
+        return rows.reshape(shape).permute(*back).contiguous()
+
+
 @dataclass
 class _Search:
     graph: CouplingGraph
@@ -187,6 +225,7 @@ class _Search:
     """Whether there are sizes of the inputs at which it could not be run."""
     notes: list[str] = field(default_factory=list)
     folds: list[_Fold] = field(default_factory=list)
+    merges: list[_Merge] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         captured = self.graph.captured
@@ -202,8 +241,38 @@ class _Search:
         else:
             self._observe()
 
-    def removable(self, group: Group) -> list[int]:
-        """Positions in ``group`` of the units that may go; notes why dead ones stay."""
+    def superfluous(self, group: Group) -> list[int]:
+        """Positions in ``group`` of the units that may go: dead ones, and copies of others."""
+        dead = self.dead(group)
+        return sorted([*dead, *self.copies(group, set(dead))])
+
+    def copies(self, group: Group, dead: Set[int]) -> list[int]:
+        """Positions in ``group`` of units that are the same as others that stay."""
+        if not group.exact or self.graph.captured.regions or any(len(band) > 1 for band in group.balance):
+            return []
+        reading = [m for m in group.members if m.consuming]
+        making = [m for m in group.members if not m.consuming]
+        if not reading or not any(m.producing for m in making) or any(m.producing for m in reading):
+            return []
+        kept = _alike(group, making, dead)
+        if not kept or self._ends(group):
+            return []
+        merges = [_Merge(group, member, kept) for member in reading]
+        try:
+            for merge in merges:
+                name = merge.member.axis.name
+                changed = {name: merge.moved(self.program.tensors[name], kept.keys())}
+                nodes = {use.node for use in merge.member.consuming}
+                if not self._sole(name) or not all(self._unchanged(node, changed, _SAME) for node in nodes):
+                    return []
+        except ValueError:
+            return []
+        self.merges += merges
+        self.notes.append(f"{len(kept)} channels of {group.name} are copies of others: both are read as one")
+        return list(kept)
+
+    def dead(self, group: Group) -> list[int]:
+        """Positions in ``group`` of the dead units that may go; notes why others stay."""
         producers = [(m, use) for m in group.members for use in m.producing]
         if not producers or self.graph.captured.regions:
             return []
@@ -215,6 +284,9 @@ class _Search:
             return []
         constant = self._constant(group, zero)
         gone: Mask = np.logical_or.reduce([*zero.values()])
+        home = self._home(group)
+        if home is not None:
+            return self._inside(group, home, gone)
         readings = []
         for member, use in _consumers(group):
             given = self._given(use)
@@ -255,14 +327,106 @@ class _Search:
         self.folds += folds
         return [int(unit) for unit in np.flatnonzero(gone)]
 
+    def _home(self, group: Group) -> fx.Node | None:
+        """The node with all tensors of a group, which begins and ends there; None if there is none such.
+
+        Queries, keys and values of ``nn.MultiheadAttention`` do.
+        """
+        nodes = {use.node for member in group.members for use in member.uses}
+        node = nodes.pop() if len(nodes) == 1 else None
+        if node is None or group.name in self.carried[node]:
+            return None
+        return node if all(self._has(node, member.axis.name) for member in group.members) else None
+
+    def _inside(self, group: Group, node: fx.Node, gone: Mask) -> list[int]:
+        """Of a group that begins and ends in one node the units without which the node gives the same.
+
+        Those are tried that a weight of zeros makes, and where these do something, those that are zero.
+        """
+        made = [self._zero(group, member) for member in group.members if not member.consuming]
+        for units in ((gone,) if not self.any_size else ()) + (gone & np.logical_and.reduce(made),):
+            changed: dict[str, Tensor] = {}
+            for member in group.members:
+                name = member.axis.name
+                weight = changed.get(name, self.program.tensors[name])
+                changed[name] = _without(weight, member, units)
+            if units.any() and self._unchanged(node, changed, _EXACT):
+                self._stay(group, int((gone & ~units).sum()), f"{node.name} gives something else without")
+                units = units.copy()
+                if units.all():
+                    units[0] = False
+                return [int(unit) for unit in np.flatnonzero(_balanced(group, units))]
+        self._stay(group, int(gone.sum()), f"{node.name} gives something else without them")
+        return []
+
+    def _has(self, node: fx.Node, name: str) -> bool:
+        """Whether a node computes with the tensor of this name itself, not with what is made of it."""
+        if node.op == "call_module":
+            path, _, own = name.rpartition(".")
+            layer = self.module.get_submodule(str(node.target))
+            inside = path == node.target or path.startswith(f"{node.target}.")
+            return inside and name.removeprefix(f"{node.target}.") in dict(_tensors(layer)) and bool(own)
+        return any(n.op == "get_attr" and n.target == name for n in node.all_input_nodes)
+
+    def _unchanged(self, node: fx.Node, tensors: Mapping[str, Tensor], allowed: float) -> bool:
+        """Whether a node gives the same in every run with other tensors in these places.
+
+        Args:
+            node: the node.
+            tensors: the tensors, by name.
+            allowed: differences up to this share of the largest entry are rounding.
+        """
+        runs = self.seen.get(node.name, [])
+        if not runs or not all(self._has(node, name) for name in tensors):
+            return False
+        return all(
+            _difference(self._gives(node, values), self._gives(node, values, tensors)) <= allowed
+            for values in runs
+        )
+
+    def _gives(
+        self, node: fx.Node, values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
+    ) -> Any:
+        """What a node gives in double precision.
+
+        Args:
+            node: the node.
+            values: what it reads, by node.
+            tensors: tensors of the network that stand in for its own, by name.
+        """
+        node, tensors = self.running[node.name], tensors or {}
+        own = pytree.tree_map(_double, dict(values))
+        own |= {
+            n.name: tensors[str(n.target)].double()
+            for n in node.all_input_nodes
+            if n.op == "get_attr" and str(n.target) in tensors
+        }
+        args, kwargs = mutable(map_arg((node.args, node.kwargs), lambda n: own[n.name]))
+        with torch.no_grad():
+            if node.op != "call_module":
+                return getattr(self.runner, node.op)(node.target, args, kwargs)
+            layer = _copied(self.module.get_submodule(str(node.target))).double()
+            inside = dict(_tensors(layer))
+            for name, tensor in tensors.items():
+                inside[name.removeprefix(f"{node.target}.")].copy_(tensor)
+            return layer(*args, **kwargs)
+
     def folded(self, removed: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        """The tensors that take up what the removed units add, by name, with that in them."""
+        """The tensors that take up what the removed units add, or their weights, by name."""
         found: dict[str, Tensor] = {}
+        for merge in self.merges:
+            gone = merge.kept.keys() & set(removed.get(merge.group.name, ()))
+            name = merge.member.axis.name
+            tensor = found.setdefault(name, _like(self.program.tensors[name]))
+            with torch.no_grad():
+                tensor.copy_(merge.moved(tensor, gone))
+        copies = {merge.group.name: merge.kept.keys() for merge in self.merges}
         for fold in self.folds:
-            gone = list(removed.get(fold.group.name, ()))
-            if gone:
+            name = fold.group.name
+            dead = sorted(set(removed.get(name, ())) - set(copies.get(name, ())))
+            if dead:
                 units: Mask = np.zeros(fold.group.size, dtype=bool)
-                units[gone] = True
+                units[dead] = True
                 added, _ = self._added(fold.reading, fold.made, units)
                 tensor = found.setdefault(fold.tensor, _like(self.program.tensors[fold.tensor]))
                 with torch.no_grad():
@@ -282,6 +446,7 @@ class _Search:
         """Note what the consumers read: for the given inputs, random ones, and some of other sizes."""
         wanted = {use.node for group in self.graph.groups for _, use in _consumers(group)}
         wanted |= {node for group in self.graph.groups for node in self._ends(group)}
+        wanted |= {node for group in self.graph.groups if (node := self._home(group)) is not None}
         wanted |= {node for node in self.nodes if operator_name(node) in (*_PRODUCTS, _ATTENTION)}
         self.seen |= {node.name: [] for node in wanted}
         seen = self.seen
@@ -326,9 +491,7 @@ class _Search:
         tensor = _effective(self.module, member)
         if tensor is None or tensor.shape != member.tensor.shape:
             return _none(group)
-        dims = [*member.over, member.axis.dim]
-        rest = [d for d in range(tensor.dim()) if d not in dims]
-        empty = (tensor == 0).permute(*dims, *rest).reshape(member.units.size, -1).all(1).tolist()
+        empty = (_by_index(tensor, member) == 0).all(1).tolist()
         found: Mask = np.ones(group.size, dtype=bool)
         present = _none(group)
         for index, unit in enumerate(member.units.reshape(-1).tolist()):
@@ -463,21 +626,10 @@ class _Search:
             random = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
             alone = alone * (1 + factors * random.to(alone.device))
 
-        def double(leaf: Any) -> Any:
-            return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
         def run(given: Tensor) -> Tensor:
-            own = {**pytree.tree_map(double, values), reading.given.name: given}
-            args, kwargs = mutable(map_arg((node.args, node.kwargs), lambda n: own[n.name]))
-            if node.op == "call_module":
-                layer = _copied(self.module.get_submodule(str(node.target))).double()
-                result: Tensor = layer(*args, **kwargs)
-            else:
-                result = getattr(self.runner, node.op)(node.target, args, kwargs)
-            return result
+            return self._gives(node, {**values, reading.given.name: given})
 
-        with torch.no_grad():
-            difference = run(alone) - run(torch.zeros_like(alone))
+        difference = run(alone) - run(torch.zeros_like(alone))
         added = difference.movedim(made, 0).flatten(1)
         mean = added.mean(1)
         return mean, float((added - mean[:, None]).abs().max())
@@ -529,11 +681,16 @@ class _Search:
         tensor = self.program.tensors.get(found)
         if tensor is None or (what == "running_mean" and trains(node)):
             return ""
+        return str(found) if self._sole(str(found)) else ""
+
+    def _sole(self, name: str) -> bool:
+        """Whether a tensor has this name only, and is read at one place."""
+        tensor = self.program.tensors[name]
         readers = [
             n for n in self.nodes if n.op == "get_attr" and self.program.tensors.get(n.target) is tensor
         ]
         names = [name for name, other in self.program.tensors.items() if other is tensor]
-        return str(found) if len(names) == 1 and len(readers) <= 1 else ""
+        return len(names) == 1 and len(readers) <= 1
 
 
 _PRODUCTS = ("mul", "multiply", "matmul", "bmm", "einsum")
@@ -582,6 +739,49 @@ def _signature(target: Any) -> list[inspect.Signature]:
         return [inspect.signature(target)] if inspect.isfunction(target) else []
     except ValueError:
         return []
+
+
+def _double(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _by_index(tensor: Tensor, member: Member) -> Tensor:
+    """The entries of a member's tensor for each index of its units, ``(indices, others)``."""
+    dims = [*member.over, member.axis.dim]
+    rest = [d for d in range(tensor.dim()) if d not in dims]
+    return tensor.permute(*dims, *rest).reshape(member.units.size, -1)
+
+
+def _without(tensor: Tensor, member: Member, units: Mask) -> Tensor:
+    """``tensor`` with zeros for these units."""
+    dims = [*member.over, member.axis.dim]
+    here = np.where(member.units >= 0, units[member.units], False)
+    shape = [tensor.shape[d] if d in dims else 1 for d in range(tensor.dim())]
+    mask = torch.from_numpy(np.ascontiguousarray(here.transpose(np.argsort(dims)))).reshape(shape)
+    return tensor.detach().masked_fill(mask.to(tensor.device), 0)
+
+
+def _alike(group: Group, making: Sequence[Member], but: Set[int]) -> dict[int, int]:
+    """By unit an earlier one for which all entries of these members are the same."""
+    entries: list[list[bytes]] = [[] for _ in range(group.size)]
+    for member in making:
+        rows = _by_index(member.tensor.detach(), member).double().cpu().numpy()
+        for index, unit in enumerate(member.units.reshape(-1).tolist()):
+            if unit >= 0:
+                entries[unit].append(hashlib.sha256(rows[index].tobytes()).digest())
+    first: dict[bytes, int] = {}
+    found = {}
+    for unit, parts in enumerate(entries):
+        if unit not in but and parts:
+            same = first.setdefault(b"".join(parts), unit)
+            if same != unit:
+                found[unit] = same
+    return found
 
 
 def _none(group: Group) -> Mask:

@@ -1,6 +1,7 @@
 """Networks as files for other programs: exported programs (``.pt2``), ONNX, packages of AOTInductor.
 
-Sizes of the batch stay free where the network allows that; what is written is run and compared first.
+Sizes of the inputs (batch, length, height, width) stay free where the network allows that; what is written is
+run and compared first, at another size, too.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from . import files
 from .errors import OutputError
@@ -25,6 +27,7 @@ from .files import few, first_line
 from .inputs import normalize
 from .program import named_modules
 from .region_program import RegionModule
+from .sizes import BATCH, LAST, NEAR, Change, changes, places, resized
 
 __all__ = ["Exported", "Written", "capture_program", "check_whole", "export"]
 
@@ -38,13 +41,13 @@ class Exported:
 
     Attributes:
         program: what ``torch.export.save`` writes.
-        batch: what it says about the batch size, for people.
-        dynamic: the description of free sizes that torch.export takes, or None where sizes are fixed.
+        sizes: what it says about the sizes of the inputs, for people.
+        change: at which other sizes it was run; empty where all are as in the example.
     """
 
     program: ExportedProgram
-    batch: str
-    dynamic: Any = None
+    sizes: str
+    change: Change = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,13 @@ class Written:
     Attributes:
         path: the file.
         bytes: its size.
-        batch: what it says about the batch size, for people.
+        sizes: which sizes of the inputs it takes, for people.
         checked: how it was compared with the network, for people.
     """
 
     path: Path
     bytes: int
-    batch: str
+    sizes: str
     checked: str
 
 
@@ -94,7 +97,7 @@ def export(model: nn.Module, example_inputs: Any, path: str | Path) -> Written:
     finally:
         for module, training in modes.items():
             module.training = training
-    return Written(path, size, exported.batch, found[0])
+    return Written(path, size, exported.sizes, found[0])
 
 
 def check_whole(path: Path, regions: Any) -> None:
@@ -115,20 +118,36 @@ def check_whole(path: Path, regions: Any) -> None:
 
 
 def capture_program(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Exported:
-    """Export ``model``, with a free batch size where it allows that.
+    """Export ``model``, with sizes of the inputs left free where it allows that.
 
-    The batch is taken to be the first dimension of every input tensor that has the same first size as the
-    first one. A program with a free batch size is kept only if it gives the model's own output on the
-    example inputs; otherwise their sizes are built in.
+    What is taken for a batch, a length, a height or a width: see :func:`fxprune.sizes.places`. A program with
+    free sizes is kept only if it gives the model's own output, at the example's sizes and at others;
+    otherwise fewer sizes are left free, and in the end none.
 
     Raises:
         OutputError: ``torch.export`` refuses the model with fixed sizes, too.
     """
     plain = _returning_tensors(model, args, kwargs)
-    try:
-        return _export_dynamic(plain, args, kwargs)
-    except Exception as error:  # noqa: BLE001 - torch.export has no error class of its own
-        reason = first_line(error)
+    given = (args, dict(kwargs))
+    reason, refused = "no input has a size that may change", set()
+    for change in filter(None, changes(given)):
+        kinds = frozenset(change)
+        if kinds in refused or any(how != NEAR for kind, how in change.items() if kind != BATCH):
+            continue  # torch.export takes minutes to find out which multiples are right
+        other = resized(given, change)
+        try:
+            with torch.no_grad():
+                wanted = plain(*other[0], **other[1])
+        except Exception as error:  # noqa: BLE001 - the model's own
+            reason = first_line(error)
+            continue
+        try:
+            program = _export_free(plain, given, other, wanted, change)
+        except Exception as error:  # noqa: BLE001 - torch.export has no error class of its own
+            reason = first_line(error)
+            refused.add(kinds)
+            continue
+        return Exported(program, _said(given, change), change)
     try:
         program = torch.export.export(plain, args, dict(kwargs))
     except Exception as error:
@@ -137,7 +156,15 @@ def capture_program(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
             "Python, "
             "fxprune.prune returns it, and fxprune.save writes it"
         ) from error
-    return Exported(program, f"the example's batch size only; a free one was refused ({reason})")
+    return Exported(program, f"the example's sizes only; others were refused ({reason})")
+
+
+def _said(given: Any, change: Change) -> str:
+    """Which sizes are free, for people; a last dimension that is not holds features, as far as is known."""
+    found = places(given)
+    free = dict.fromkeys(place.name for place in found if place.kind in change)
+    fixed = dict.fromkeys(place.name for place in found if place.kind not in (*change, LAST))
+    return f"any {', '.join(free)}" + (f"; {', '.join(fixed)} as in the example" if fixed else "")
 
 
 class _TensorsOnly(nn.Module):
@@ -156,18 +183,28 @@ class _TensorsOnly(nn.Module):
 
 
 def _returning_tensors(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> nn.Module:
-    """``model``, or one around it where it returns what is neither tensor nor number (a key/value cache)."""
+    """``model``, or one around it where it returns what is neither tensor nor number (a key/value cache).
+
+    Raises:
+        OutputError: nothing else is returned.
+    """
     with torch.no_grad():
-        leaves = tree_leaves(model(*args, **kwargs))
-    known = all(leaf is None or isinstance(leaf, (Tensor, bool, int, float)) for leaf in leaves)
-    return model if known else _TensorsOnly(model)
+        found = model(*args, **kwargs)
+    if all(leaf is None or isinstance(leaf, (Tensor, bool, int, float)) for leaf in tree_leaves(found)):
+        return model
+    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(tensors_only(found))):
+        raise OutputError(
+            f"the network returns a {type(found).__name__}, in which no tensors are seen, so that a file "
+            "would give nothing. Next: have it return tensors, in tuples, lists, dicts or dataclasses"
+        )
+    return _TensorsOnly(model)
 
 
 _NOTHING = object()
 
 
 def tensors_only(tree: Any) -> Any:
-    """``tree`` without what is neither a tensor nor a number, and with dicts in place of other mappings."""
+    """``tree`` without what is neither a tensor nor a number; other mappings and dataclasses become dicts."""
     found = _plain(tree)
     return () if found is _NOTHING else found
 
@@ -175,6 +212,8 @@ def tensors_only(tree: Any) -> Any:
 def _plain(tree: Any) -> Any:
     if isinstance(tree, (Tensor, bool, int, float)):
         return tree
+    if is_dataclass(tree) and not isinstance(tree, type):
+        tree = {entry.name: getattr(tree, entry.name) for entry in fields(tree)}
     if isinstance(tree, Mapping):
         items = {key: _plain(value) for key, value in tree.items()}
         return {key: value for key, value in items.items() if value is not _NOTHING} or _NOTHING
@@ -186,32 +225,48 @@ def _plain(tree: Any) -> Any:
     return _NOTHING
 
 
-def _export_dynamic(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Exported:
-    tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor) and leaf.dim()]
-    if not tensors:
-        raise ValueError("no input tensor has a batch dimension")
-    size = tensors[0].shape[0]
+def _export_free(model: nn.Module, given: Any, other: Any, wanted: Any, change: Change) -> ExportedProgram:
+    """The program whose sizes of these kinds are free.
+
+    Args:
+        model: the network.
+        given: positional and keyword inputs of the example.
+        other: the same at other sizes, with which it is exported: torch.export builds a size of 1 in.
+        wanted: what the model gives for these.
+        change: the kinds of sizes that may change.
+    """
+    leaves, tree = tree_flatten(given)
+    free: list[dict[int, Any] | None] = [None] * len(leaves)
     batch = Dim("batch")
-
-    def batched(leaf: Any) -> bool:
-        return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
-
-    def grown(leaf: Any) -> Any:
-        # torch.export builds a size of 1 in, so it is shown a larger batch.
-        return torch.cat([leaf, leaf]) if batched(leaf) else leaf
-
-    def spec(leaf: Any) -> Any:
-        return {0: batch} if batched(leaf) else None
-
-    large_args, large_kwargs = tree_map(grown, (args, dict(kwargs)))
-    arg_specs, kwarg_specs = tree_map(spec, (args, dict(kwargs)))
-    dynamic = (*arg_specs, *kwarg_specs.values())
-    program = torch.export.export(model, large_args, large_kwargs, dynamic_shapes=dynamic)
+    for place in places(given):
+        if place.kind in change:
+            entry = free[place.leaf] = free[place.leaf] or {}
+            entry[place.dim] = batch if place.kind == BATCH else Dim.DYNAMIC
+    positional, keywords = tree_unflatten(free, tree)
+    with _Gather():
+        program = torch.export.export(model, *other, dynamic_shapes=(*positional, *keywords.values()))
     written = program.module()
     with torch.no_grad():
-        for own, named in ((args, dict(kwargs)), (large_args, large_kwargs)):
-            _compare(model(*own, **named), written(*own, **named))
-    return Exported(program, "any batch size", dynamic)
+        _compare(wanted, written(*other[0], **other[1]))
+        _compare(model(*given[0], **given[1]), written(*given[0], **given[1]))
+    return program
+
+
+class _Gather(TorchFunctionMode):
+    """Has ``take_along_dim`` done by ``gather``; torch's own builds the sizes in.
+
+    Heads pick their columns from a table (of rotary positions) with it.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.take_along_dim or len(args) != 3:
+            return func(*args, **(kwargs or {}))
+        source, index, dim = args
+        dim %= source.dim()
+        others = [[size for d, size in enumerate(t.shape) if d != dim] for t in (source, index)]
+        shape = list(torch.broadcast_shapes(*others))
+        shape.insert(dim, -1)
+        return torch.gather(source.expand(shape), dim, index.expand(shape))
 
 
 def _compare(expected: Any, found: Any) -> None:
@@ -261,8 +316,8 @@ def _write_onnx(
     session = onnxruntime.InferenceSession(str(draft), providers=["CPUExecutionProvider"])
     plain = _returning_tensors(model, args, kwargs)
     sizes = [(args, dict(kwargs))]
-    if exported.dynamic is not None:
-        sizes.append(tree_map(_doubled(args, kwargs), (args, dict(kwargs))))
+    if exported.change:
+        sizes.append(resized((args, dict(kwargs)), exported.change))
     for own_args, own_kwargs in sizes:
         given = [leaf for leaf in tree_leaves((own_args, own_kwargs)) if isinstance(leaf, Tensor)]
         names = [entry.name for entry in session.get_inputs()]
@@ -271,17 +326,7 @@ def _write_onnx(
         got = session.run(None, dict(zip(names, (t.detach().cpu().numpy() for t in given), strict=True)))
         expected = [leaf for leaf in tree_leaves(plain(*own_args, **own_kwargs)) if isinstance(leaf, Tensor)]
         _compare([t.cpu() for t in expected], [torch.from_numpy(value) for value in got])
-    return "equal in onnxruntime" + (", with two batch sizes" if len(sizes) > 1 else "")
-
-
-def _doubled(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[Any], Any]:
-    size = next(t.shape[0] for t in tree_leaves((args, dict(kwargs))) if isinstance(t, Tensor) and t.dim())
-
-    def double(leaf: Any) -> Any:
-        batched = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
-        return torch.cat([leaf, leaf]) if batched else leaf
-
-    return double
+    return "equal in onnxruntime" + (", at other sizes of the inputs, too" if len(sizes) > 1 else "")
 
 
 def _write_package(

@@ -341,12 +341,27 @@ class TestOutput:
     def test_batch_size_is_free(self, tmp_path: Path) -> None:
         model, path = nn.Linear(3, 2), tmp_path / "a.pt2"
         written = export(model, torch.zeros(1, 3), path)
-        assert written.batch == "any batch size"
+        assert written.sizes == "any batch"
         assert written.bytes == path.stat().st_size
         assert model.training
         x = torch.randn(7, 3)
         torch.testing.assert_close(torch.export.load(path).module()(x), model(x))
         assert [p.name for p in tmp_path.iterdir()] == ["a.pt2"]
+
+    def test_sizes_are_free_where_the_network_takes_others(self, tmp_path: Path) -> None:
+        """Images of any size; of one only, where they are flattened."""
+        x = torch.randn(1, 3, 8, 8)
+        for last, said in (
+            (nn.AdaptiveAvgPool2d(1), "any batch, height, width"),
+            (nn.Identity(), "any batch; height, width as in the example"),
+        ):
+            head = nn.LazyLinear(2)
+            model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), last, nn.Flatten(), head).eval()
+            model(x)
+            written = export(model, x, tmp_path / "a.pt2")
+            assert written.sizes == said
+            other = torch.randn(5, 3, *((11, 12) if "any batch, height" in said else (8, 8)))
+            torch.testing.assert_close(torch.export.load(written.path).module()(other), model(other))
 
     def test_keyword_inputs(self) -> None:
         class Net(nn.Module):
@@ -355,7 +370,7 @@ class TestOutput:
 
         inputs = {"x": torch.zeros(2, 3), "extra": {"y": torch.zeros(2, 3)}}
         exported = capture_program(Net(), (), inputs)
-        assert exported.batch == "any batch size"
+        assert exported.sizes == "any batch, length"
         found = exported.program.module()(x=torch.ones(5, 3), extra={"y": torch.ones(5, 3)})
         assert found["sum"].shape == (5, 3)
 
@@ -365,7 +380,7 @@ class TestOutput:
                 return x.view(2, 3) + 1
 
         exported = capture_program(Net(), (torch.zeros(2, 3),), {})
-        assert exported.batch.startswith("the example's batch size only")
+        assert exported.sizes.startswith("the example's sizes only")
         assert exported.program.module()(torch.ones(2, 3)).shape == (2, 3)
 
     def test_what_cannot_be_exported(self) -> None:

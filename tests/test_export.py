@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import fxprune
-from fxprune.errors import CaptureError
+from fxprune.errors import CaptureError, OutputError
+from fxprune.exporting import capture_program
 
 
 def tensor_only(x: Any) -> None:
@@ -124,6 +125,23 @@ def language() -> Language:
 
 
 TOKENS = torch.arange(14).reshape(2, 7)
+
+
+class Stateful(nn.Module):
+    def forward(self, x: Tensor) -> Cache:
+        return Cache()
+
+
+def test_exported_programs_leave_batch_and_length_free(language: Language) -> None:
+    """Heads pick columns of a table by ``take_along_dim``, which would build the length in."""
+    pruned = fxprune.prune(language, TOKENS, ratio=0.5)
+    exported = capture_program(pruned.eval(), (TOKENS,), {})
+    assert exported.sizes == "any batch, length"
+    longer = torch.arange(33).reshape(3, 11) % 20
+    found = exported.program.module()(longer)
+    torch.testing.assert_close(found["logits"], pruned(longer).logits)
+    with pytest.raises(OutputError, match="returns a Cache, in which no tensors are seen"):
+        capture_program(Stateful(), (TOKENS,), {})
 
 
 def test_decoder_narrows_and_keeps_its_interface(language: Language) -> None:

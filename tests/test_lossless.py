@@ -122,6 +122,8 @@ def test_a_stream_that_several_layers_make() -> None:
 
 
 def test_what_meets_data_is_not_dead() -> None:
+    """The four channels carry the gate, all of them the same: one is enough."""
+
     class Gated(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -134,7 +136,7 @@ def test_what_meets_data_is_not_dead() -> None:
     with torch.no_grad():
         model.a.weight[:4] = 0
         model.a.bias[:4] = 0
-    assert unchanged(model, torch.randn(3, 5)).get_parameter("head.weight").shape[1] == 8
+    assert unchanged(model, torch.randn(3, 5)).get_parameter("head.weight").shape[1] == 8 - 3
 
 
 def test_nothing_dead_and_everything_dead() -> None:
@@ -187,7 +189,7 @@ def test_constants_stay_where_they_add_another_amount_at_each_place() -> None:
         model.a.weight[::2] = 0
         model.a.bias[::2] = torch.tensor([1.0, 1.0, -1.0, -1.0])
     pruned = unchanged(model, X)
-    assert pruned.get_parameter("a.weight").shape[0] == 6
+    assert pruned.get_parameter("a.weight").shape[0] == 5  # of the two that are 1, one is enough
     assert "2 dead channels of a.weight[0] stay" in " ".join(pruned.meta["fxprune"].notes)
 
 
@@ -276,3 +278,82 @@ def test_what_the_size_of_the_example_makes_constant_is_no_constant(name: str) -
     for size in (2, 12, 7):
         x = torch.randn(3, 3, size, size)
         torch.testing.assert_close(pruned(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+class Around(nn.Module):
+    """Attention as one module, in which queries, keys and values begin and end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.attention = nn.Linear(5, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+
+def test_attention_modules_lose_channels_that_are_zero() -> None:
+    torch.manual_seed(0)
+    model = Around().eval()
+    with torch.no_grad():
+        model.attention.in_proj_bias.normal_()
+        for row in (0, 4, 8, 12, 17, 22):  # of queries, keys and values, 8 rows each: two heads of 4
+            model.attention.in_proj_weight[row] = 0
+            model.attention.in_proj_bias[row] = 0
+    pruned = unchanged(model, torch.randn(2, 7, 5))
+    assert pruned.get_parameter("attention.in_proj_weight").shape[0] == 24 - 6
+    model.attention.in_proj_bias.data[[0, 12, 17]] = 1.0  # queries, keys and values that are not zero
+    kept = unchanged(model, torch.randn(2, 7, 5))
+    assert kept.get_parameter("attention.in_proj_weight").shape[0] == 24
+    assert any("attention gives something else without" in note for note in kept.meta["fxprune"].notes)
+
+
+class Flat(nn.Module):
+    """Convolutions whose last one is flattened into a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3, padding=1)
+        self.head = nn.Linear(4 * 64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.norm(self.a(x)).relu()).flatten(1))
+
+
+def test_copies_of_channels_are_read_as_one() -> None:
+    """A copy beside padding and one in front of a flattening; not one that has another shift."""
+    torch.manual_seed(0)
+    model = settled(Flat())
+    with torch.no_grad():
+        for tensor in (model.a.weight, model.a.bias, *model.norm.state_dict().values()):
+            if tensor.dim():
+                tensor[[2, 5]] = tensor[[0, 0]]
+                tensor[4] = tensor[1]
+        model.norm.bias[4] += 0.5
+        for tensor in (model.b.weight, model.b.bias):
+            tensor[3] = tensor[1]
+        model.b.weight[2] = 0  # dead, beside a copy: its bias goes into the head, the copy's values do not
+    pruned = unchanged(model, X)
+    assert pruned.get_parameter("a.weight").shape[0] == 4
+    assert pruned.get_parameter("head.weight").shape[1] == 2 * 64
+    assert pruned.meta["fxprune"].removed == {"a.weight[0]": [2, 5], "b.weight[0]": [2, 3]}
+
+
+def test_copies_stay_where_something_else_reads_them() -> None:
+    """Constants of the graph tell them apart, and a sum over channels counts both."""
+
+    class Net(nn.Module):
+        def __init__(self, apart: bool) -> None:
+            super().__init__()
+            self.a, self.b, self.apart = nn.Linear(5, 4), nn.Linear(4, 3), apart
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.b(x * torch.arange(4)) if self.apart else self.b(x) + x.sum(1, keepdim=True)
+
+    for apart in (True, False):
+        torch.manual_seed(0)
+        model = Net(apart)
+        model.a.weight.data[2], model.a.bias.data[2] = model.a.weight[1], model.a.bias[1]
+        assert unchanged(model.eval(), torch.randn(3, 5)).get_parameter("a.weight").shape == (4, 5)

@@ -1,15 +1,22 @@
 """Write pruned networks of different families as ``.pt2`` and ONNX, run the files, and compare the outputs.
 
-    python examples/benchmarks/exports.py --table
+    python examples/benchmarks/exports.py                # all families; writes EXPORTS.md
+    python examples/benchmarks/exports.py YOLOv8n BERT   # some, without a file
 
 Each network is made with random weights, half of its channels are removed, and :func:`fxprune.export` writes
-the rest. The file is then run with batches of 1 and 4; the largest difference is a share of the
-largest entry of the output. Families whose library is not installed are left out.
+the rest. The file is then run with batches of 1 and 4 and, where it says that other sizes are free, with
+larger images or longer texts. Outputs must differ between inputs, or equality would say nothing: statistics
+of batch normalisations are measured first, constant parameters (scales, shifts, heads of zeros) become
+random, and the difference is a share of the *spread*: the standard deviation over the inputs of what the
+network gives, averaged over its entries. Families whose library is not installed are left out.
 """
 
 import argparse
+import datetime
+import platform
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -95,40 +102,76 @@ FAMILIES: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
 }
 
 
-def difference(wanted: Any, got: Any) -> float:
-    """The largest difference of two trees of tensors, as a share of the largest entry of each."""
-    ones, others = (
-        [t for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)] for tree in (wanted, got)
-    )
-    assert len(ones) == len(others), f"{len(ones)} outputs were expected, {len(others)} came"
-    return max(
-        float((a - b).abs().max() / a.abs().max().clamp(min=1e-6)) for a, b in zip(ones, others, strict=True)
-    )
+def settled(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    """In evaluation mode, with measured statistics, and no parameter that is constant."""
+    for parameter in model.parameters():
+        if parameter.numel() > 1 and (parameter == parameter.flatten()[0]).all():
+            nn.init.uniform_(parameter, *((0.5, 1.5) if parameter.any() else (-0.2, 0.2)))
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    model.eval()
+    for norm in norms:
+        norm.train().momentum = None
+    if norms:
+        with torch.no_grad():
+            for _ in range(2):
+                model(torch.randn(8, *x.shape[1:]))
+    return model.eval()
 
 
-def one(family: str, folder: Path, batches: tuple[int, ...] = (1, 4)) -> dict[str, str]:
-    """What becomes of one family, by kind of file."""
+def spread(outputs: list[torch.Tensor]) -> float:
+    """How far the entries lie apart for different inputs; the least over the outputs of a network."""
+    return min(float(t.std(0).mean()) for t in outputs)
+
+
+def difference(wanted: list[torch.Tensor], got: Any, scale: float) -> float:
+    """The largest difference of two lists of tensors, as a share of ``scale``."""
+    others = [t for t in pytree.tree_leaves(got) if isinstance(t, torch.Tensor)]
+    assert len(wanted) == len(others), f"{len(wanted)} outputs were expected, {len(others)} came"
+    return max(float((a - b).abs().max()) / scale for a, b in zip(wanted, others, strict=True))
+
+
+def different(x: torch.Tensor, batch: int, size: int) -> torch.Tensor:
+    """Inputs like ``x``: so many, of this height and width, or of this length."""
+    torch.manual_seed(1)
+    if x.is_floating_point():
+        return torch.randn(batch, x.shape[1], size, size)
+    return torch.randint(0, 100, (batch, size))
+
+
+def one(family: str, folder: Path) -> tuple[str, ...]:
+    """The row of a family: spread, sizes, and for each kind of file the largest difference."""
     torch.manual_seed(0)
     model, x = FAMILIES[family]()
-    pruned = fxprune.prune(model.eval(), x, ratio=0.5).eval()
-    found = {}
+    pruned = fxprune.prune(settled(model, x), x, ratio=0.5).eval()
+
+    def run(given: torch.Tensor) -> list[torch.Tensor]:
+        with torch.no_grad():
+            found = pytree.tree_leaves(pruned(given))
+        return [t for t in found if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+    example = x.shape[-1]
+    scale = spread(run(different(x, 4, example)))
+    found = []
     for kind in (".pt2", ".onnx"):
-        start = time.perf_counter()
         try:
             written = fxprune.export(pruned, x, folder / f"file{kind}")
         except FxpruneError as error:
-            found[kind] = str(error).splitlines()[0]
+            found.append(str(error).splitlines()[0])
             continue
-        run = runner(written.path)
+        loaded = runner(written.path)
+        sizes = [example]
+        if "width" in written.sizes or "length" in written.sizes:
+            sizes += [] if "as in" in written.sizes else [2 * example]
+        batches = (1, 4) if "any batch" in written.sizes else (len(x),)
         worst = 0.0
-        sizes = batches if written.batch == "any batch size" else (len(x),)
-        with torch.no_grad():
-            for batch in sizes:
-                given = x[:1].repeat(batch, *[1] * (x.dim() - 1))
-                wanted = pytree.tree_leaves(pruned(given))
-                worst = max(worst, difference([t for t in wanted if isinstance(t, torch.Tensor)], run(given)))
-        found[kind] = f"{worst:.0e}, batch {sizes}, {time.perf_counter() - start:.0f} s"
-    return found
+        for size in sizes:
+            for batch in batches:
+                given = different(x, batch, size)
+                with torch.no_grad():
+                    worst = max(worst, difference(run(given), loaded(given), scale))
+        found.append(f"{worst:.0e}")
+    said = f"batch {' and '.join(map(str, batches))}; {' and '.join(map(str, sizes))}"
+    return family, f"{scale:.2g}", written.sizes.split(" (")[0], said, *found
 
 
 def runner(path: Path) -> Callable[[torch.Tensor], Any]:
@@ -141,26 +184,37 @@ def runner(path: Path) -> Callable[[torch.Tensor], Any]:
     return lambda x: [torch.from_numpy(value) for value in session.run(None, {name: x.numpy()})]
 
 
+def heading() -> str:
+    names = ("torch", "torchvision", "timm", "transformers", "onnxruntime", "ultralytics")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
+    return (
+        "# Exported networks\n\n"
+        f"Written by `exports.py`, {datetime.date.today()}; Python {platform.python_version()}, {versions}. "
+        "Random weights, ratio 0.5.\n"
+        "`.pt2` and ONNX: the largest difference from the pruned network over all batches and sizes that "
+        "were run, as a share of the\nspread of its outputs over different inputs.\n\n"
+        "| network | spread | sizes that the file takes | were run | `.pt2` | ONNX |\n"
+        "|---|---|---|---|---|---|\n"
+    )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("families", nargs="*", help=f"of {', '.join(FAMILIES)}; all of them by default")
-    parser.add_argument("--table", action="store_true", help="print a Markdown table")
     options = parser.parse_args()
-    rows = []
+    lines = []
     for family in options.families or FAMILIES:
+        start = time.perf_counter()
         with TemporaryDirectory() as folder:
             try:
-                found = one(family, Path(folder))
+                row = one(family, Path(folder))
             except ImportError as error:
                 print(f"{family}: left out ({error})", flush=True)
                 continue
-        rows.append((family, found[".pt2"], found[".onnx"]))
-        if not options.table:
-            print(*rows[-1], sep="  ", flush=True)
-    if options.table:
-        print("| network | `.pt2` | ONNX |\n|---|---|---|")
-        for row in rows:
-            print(f"| {' | '.join(row)} |")
+        lines.append(f"| {' | '.join(row)} |\n")
+        print(lines[-1].strip(), f"({time.perf_counter() - start:.0f} s)", flush=True)
+    if not options.families:
+        Path(__file__).with_name("EXPORTS.md").write_text(heading() + "".join(lines))
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ pruned = fxprune.prune(model, x, ratio=0.5)
 with TemporaryDirectory() as folder:
     # 1. For PyTorch, C++ included. It is for inference: fxprune.save writes what can be trained.
     written = fxprune.export(pruned, x, Path(folder) / "narrow.pt2")
-    print(written.batch)  # any batch size
+    print(written.sizes)  # any batch, height, width
     program = torch.export.load(written.path).module()
     torch.testing.assert_close(program(x[:1]), pruned(x[:1]))
 
-    # 2. ONNX, which takes any batch size, too.
+    # 2. ONNX, which takes any batch and images of any size, too.
     written = fxprune.export(pruned, x, Path(folder) / "narrow.onnx")
-    print(written.checked)  # equal in onnxruntime, with two batch sizes
+    print(written.checked)  # equal in onnxruntime, at other sizes of the inputs, too
     session = onnxruntime.InferenceSession(str(written.path), providers=["CPUExecutionProvider"])
     for batch in (1, 4):
         (got,) = session.run(None, {session.get_inputs()[0].name: x[:batch].numpy()})

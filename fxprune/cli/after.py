@@ -114,7 +114,7 @@ def _export(options: argparse.Namespace) -> int:
                 say(f"{path}, {size(files[-1]['bytes'])}, weights and plan")
                 continue
             written = export(pruned or loaded.model, loaded.inputs, path)
-            say(f"{path}, {size(written.bytes)}, {written.batch}; {written.checked}")
+            say(f"{path}, {size(written.bytes)}, {written.sizes}; {written.checked}")
             files.append({**asdict(written), "path": str(path)})
     if options.json:
         show({"command": "export", "model": options.model, "files": files})

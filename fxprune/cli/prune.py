@@ -327,9 +327,9 @@ def _carry_out(
                 say(f"{path}, {size(files[-1]['bytes'])}, weights and plan")
             else:
                 written = export(pruned, inputs, path)
-                files.append({"path": str(path), "bytes": written.bytes, "batch": written.batch})
+                files.append({"path": str(path), "bytes": written.bytes, "sizes": written.sizes})
                 files[-1]["checked"] = written.checked
-                say(f"{path}, {size(written.bytes)}, {written.batch}; {written.checked}")
+                say(f"{path}, {size(written.bytes)}, {written.sizes}; {written.checked}")
     if not options.out:
         progress.note("write", "no file (--out FILE.safetensors or FILE.pt2 writes one)")
     elif all(path.suffix != ".safetensors" for path in options.out):
