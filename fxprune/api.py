@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
@@ -20,11 +20,15 @@ from .capture.numbers import Comparison
 from .capture.patches import without_collector
 from .capture.symbolic import function_name
 from .compensation import Pick, Reconstruction, compensated
+from .compensation.depth import Depth, Judge, Order, saved
 from .configurations import has_config, solve_config
+from .coupling.branches import Branch
 from .coupling.graph import WHOLE_ROWS, CouplingGraph, Source
+from .coupling.groups import Group
 from .coupling.outputs import fill, hold_zeros
 from .errors import CaptureError, PlanError, RewriteError, SelectionError
 from .importance import score
+from .importance.base import Scores
 from .inputs import describe_inputs, in_dtype_of, normalize, restore_inputs, to_meta
 from .origins import remember
 from .own_class import Generation, holds, line_notes, marked_copy, rewrite_in_class
@@ -32,8 +36,9 @@ from .passes import Rewritten, rewrite
 from .passes.check import Violation
 from .passes.remove_branches import unknown, without_branches
 from .planning.budget import Budget
+from .planning.cost_model import CostModel
 from .planning.latency import Meter
-from .planning.patterns import nearest
+from .planning.patterns import Names, nearest
 from .planning.plan import Problem, PruningPlan
 from .planning.plan_diff import architectures, listed
 from .planning.select import repeated, select
@@ -371,12 +376,13 @@ def _analyzed(
     return _explored(own.source, args, kwargs, free, zeros)
 
 
-def _plan(
-    given: nn.Module | CouplingGraph, example_inputs: Any, selection: Selection
-) -> tuple[PruningPlan, CouplingGraph, Rewritten]:
+_Decided = tuple[PruningPlan, CouplingGraph, Rewritten]
+"""A plan, the analysis that it is for, and what it rewrites."""
+
+
+def _plan(given: nn.Module | CouplingGraph, example_inputs: Any, selection: Selection) -> _Decided:
     """The plan, the analysis that it is for, and what it rewrites."""
     selection = resolved(selection)
-    importance, seed = selection.importance, selection.seed
     model = model_of(given)
     own = _OwnClass.of(selection.into, model)
     analyzed = _analyzed(given, example_inputs, selection, own)
@@ -385,16 +391,103 @@ def _plan(
         raise SelectionError(
             'several calls need into="module": a graph makes one. Give that, or the inputs of one call.'
         )
-    graph, dissolved = analyzed.loose(), analyzed.source.dissolved
+    graph = analyzed.loose()
     graph = graph.hold({WHOLE_ROWS}) if selection.uniform else graph
-    graph = without_branches(graph, _branches(selection, own, graph))
+    names = _branches(selection, own, graph)
+    if selection.depth and selection.budget is not None:
+        return _deep(selection, own, model, args, kwargs, graph, names)
+    return _decided(selection, own, model, args, kwargs, without_branches(graph, names))[0]
+
+
+def _deep(
+    selection: Selection,
+    own: _OwnClass,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    graph: CouplingGraph,
+    names: tuple[str, ...],
+) -> _Decided:
+    """As :func:`_decided`, with the number of residual branches for which the least is lost."""
+    fixed = [graph.branches[name] for name in names]
+    owner = _owner(graph, model)
+    may_go = _may_go(selection, owner, graph, names)
+    assert selection.budget is not None
+    share = saved(CostModel(graph), selection.budget, _meter(owner, args, kwargs, selection.budget))
+    if not any(map(share, may_go.values())):  # no branch can go, or nothing has to
+        return _decided(selection, own, model, args, kwargs, without_branches(graph, names))[0]
+    judge = Judge(graph, selection.calibrate or (), selection.pick, selection.seed)
+    scores: Callable[[Group], Scores] | None = None
+
+    def decide(more: list[str]) -> _Decided:
+        nonlocal scores
+        left = without_branches(graph, (*names, *more))
+        found, scores = _decided(selection, own, model, args, kwargs, left, scores)
+        return found
+
+    def loss(found: _Decided) -> float:
+        made, left, rewritten = found
+        return judge.narrowed(rewritten.materialize(), left, made.removed)
+
+    most = len(may_go) if selection.depth is True else int(selection.depth)
+    search = Depth(Order(judge, may_go, fixed, share), most, decide, loss)
+    made, left, rewritten = search.run()
+    made = replace(made, notes=(*made.notes, search.note), settings={**made.settings, **search.settings})
+    return made, left, rewritten
+
+
+def _may_go(
+    selection: Selection, owner: nn.Module, graph: CouplingGraph, names: Collection[str]
+) -> dict[str, Branch]:
+    """The residual branches that may go besides those in ``names``."""
+    scopes = [part for key in selection.scopes for part in (key if isinstance(key, tuple) else (key,))]
+    named = {"keep": selection.kept, "ratios": selection.ratios, "scopes": scopes}
+    layers = Names(owner, graph) if any(named.values()) else None
+    if layers is not None:
+        for what, patterns in named.items():
+            for pattern in patterns:
+                layers.groups(pattern, what)  # refuses what is no pattern, or means nothing
+    apart = [pattern for patterns in named.values() for pattern in patterns]
+    where = selection.where
+    kept = [group for group in graph.groups if where is not None and not where(group)]
+    staying = [{member.axis.name for member in group.members if member.trainable} for group in kept]
+    gone = {node for name in names for node in graph.branches[name].nodes}
+    return {
+        name: branch
+        for name, branch in graph.branches.items()
+        if name not in names
+        and branch.addition not in gone
+        and not any(own <= set(branch.tensors) for own in staying)
+        and not (layers and any(layers.means(p, t) for p in apart for t in branch.tensors))
+    }
+
+
+def _owner(graph: CouplingGraph, model: nn.Module) -> nn.Module:
+    """What is run for gradients and activations: with its parameters as its own, a graph can be, too."""
+    return graph.whole.captured.program.module() if takes_tensors(model) else model
+
+
+def _decided(
+    selection: Selection,
+    own: _OwnClass,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    graph: CouplingGraph,
+    earlier: Callable[[Group], Scores] | None = None,
+) -> tuple[_Decided, Callable[[Group], Scores]]:
+    """What to remove from the network of ``graph``, and the scores that say so.
+
+    ``earlier`` are scores for another analysis of it, so that data are gone through once.
+    """
+    importance, seed = selection.importance, selection.seed
+    dissolved = graph.source.dissolved
     generating, note = Generation.of(model, args, kwargs) if own.marked is not None else (None, "")
     notes = [note] if note else []
-    # With its parameters as its own, a graph can be run for gradients and activations.
-    owner = graph.whole.captured.program.module() if takes_tensors(model) else model
+    owner = _owner(graph, model)
     meter = _meter(owner, args, kwargs, selection.budget)
     without = graph.captured.program.module().train(model.training) if graph.removed_branches else owner
-    scores = score(graph, importance, seed, without)
+    scores = score(graph, importance, seed, without, earlier)
     ties: set[tuple[str, ...]] = set()
     for _ in range(_ATTEMPTS):
         selected = select(graph, selection, scores, owner, meter, sorted(ties))
@@ -490,7 +583,7 @@ def _plan(
             **({"measured": meter.measured} if meter is not None else {}),
         },
     )
-    return made, graph, rewritten
+    return (made, graph, rewritten), scores
 
 
 def _branches(selection: Selection, own: _OwnClass, graph: CouplingGraph) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from .importance import Importance, score
 from .origins import remember
 from .passes import Narrowing, rewrite
 from .passes.parameters import narrow, surviving
+from .passes.remove_branches import without_branches
 from .planning.budget import Budget
 from .planning.plan import PruningPlan
 from .planning.selection import AUTO, Selection
@@ -188,6 +189,7 @@ def _steps(
                 current, example_inputs, free_outputs=total.free_outputs, fill_outputs=total.fill_outputs
             )
             carried = _carried(total, original, graph, resolved(goal).importance, goal.seed)
+            goal = _without_gone(goal, total)
             wider, total = total, plan(original, replace(goal, importance=carried))
             total = replace(total, settings={**total.settings, "importance": wider.settings["importance"]})
             made = since(total, wider, original, graph)
@@ -209,6 +211,14 @@ def _steps(
                 )
 
 
+def _without_gone(goal: Selection, total: PruningPlan) -> Selection:
+    """The selection when the residual branches that ``total`` removes are gone for good."""
+    depth = goal.depth
+    if not isinstance(depth, bool) and isinstance(depth, int):  # they count among those that may go
+        depth = max(depth - len(set(total.branches) - set(goal.branches)), 0)
+    return replace(goal, branches=tuple({*goal.branches, *total.branches}), depth=depth)
+
+
 def _shapes(model: nn.Module) -> dict[str, list[int]]:
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name: list(tensor.shape) for name, tensor in tensors}
@@ -219,8 +229,9 @@ def then(first: PruningPlan, second: PruningPlan, model: nn.Module | CouplingGra
     steps = _Steps(first, model, second=second)
     dissolved = tuple(sorted({*first.dissolved, *second.dissolved}))
     graph = steps.wide
-    if dissolved != first.dissolved:
-        graph = graph_of(replace(first, dissolved=dissolved), model)
+    branches = (*first.branches, *second.branches)
+    if dissolved != first.dissolved or second.branches:
+        graph = graph_of(replace(first, dissolved=dissolved, branches=branches), model)
     after = Narrowing(steps.narrow, second.removed)
     alive = {}
     for slab in steps.slabs(graph):
@@ -232,6 +243,7 @@ def then(first: PruningPlan, second: PruningPlan, model: nn.Module | CouplingGra
     return replace(
         _plan_of(graph, alive, first, both),
         dissolved=dissolved,
+        branches=graph.removed_branches,
         notes=(*first.notes, *second.notes),
         settings={"steps": [*_settings(first), *_settings(second)]},
     )
@@ -261,6 +273,13 @@ def since(
     """
     steps = _Steps(first, model, pruned, total.dissolved, total.held)
     after = Narrowing(graph_for(total, model), total.removed)
+    missing = ", ".join(name for name in first.branches if name not in total.branches)
+    if missing:
+        raise PlanError(
+            f"the second plan keeps residual branches that the first removes ({missing}), so it cannot be "
+            f"reached from there. Prune the original anew."
+        )
+    left = without_branches(steps.narrow, [name for name in total.branches if name not in first.branches])
     alive = {}
     for slab in steps.slabs(after.graph):
         outer = slab.alive(after.graph, after)
@@ -277,7 +296,8 @@ def since(
         shapes=steps.narrow.tensor_names(),
         sizes={},
         removed={},
-        held=steps.narrow.held,
+        branches=left.removed_branches,
+        held=left.held,
         dissolved=total.dissolved,
         free_outputs=total.free_outputs,
         fill_outputs=total.fill_outputs,
@@ -285,7 +305,7 @@ def since(
         notes=total.notes,
         settings=total.settings,
     )
-    return _plan_of(steps.narrow, alive, of, "the second plan cannot be reached from the first")
+    return _plan_of(left, alive, of, "the second plan cannot be reached from the first")
 
 
 def _carried(
@@ -400,13 +420,16 @@ class _Steps:
             nodes = self.pruned.graph.nodes if isinstance(self.pruned, fx.GraphModule) else ()
             names = {node.name for node in nodes}
             held = tuple(name for name in held if name in names)
-            like = replace(first, removed={}, sizes={}, shapes=shapes, held=held, dissolved=dissolved)
+            like = replace(first, removed={}, branches=(), sizes={}, shapes=shapes, held=held)
+            like = replace(like, dissolved=dissolved)
             self.narrow = graph_of(like, given)
 
     def slabs(self, other: CouplingGraph) -> Iterator[_Slab]:
-        """Every axis that has a label in one of the networks, or in ``other``."""
+        """Every axis of ``other`` that has a label there, or in one of the networks."""
         graphs = [self.wide, self.narrow, other]
         for name, tensor in self.wide.captured.program.tensors.items():
+            if name not in other.captured.program.tensors:  # it goes with a residual branch
+                continue
             tables = [_labels(graph, name) for graph in graphs if name in graph.captured.program.tensors]
             for axis in range(tensor.dim()):
                 if all(table[axis] is None for table in tables):

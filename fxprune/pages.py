@@ -16,10 +16,11 @@ from .coupling.graph import CouplingGraph, tree_values
 from .coupling.groups import Group
 from .errors import ImportanceError
 from .importance import BUILT_IN, score
+from .passes.remove_branches import without_branches
 from .planning.cost_model import CostModel
 from .planning.plan import PruningPlan
 from .repeats import joined, starred
-from .report import GroupEntry
+from .report import GroupEntry, Report
 
 __all__ = ["draw", "graph_html", "group_html", "plan_html", "report_html", "write_report"]
 
@@ -69,21 +70,30 @@ def graph_html(graph: CouplingGraph) -> str:
     report = graph.report()
     return _page(
         f"{report.model}: {len(graph)} groups",
-        [_text(report.capture), _shares(report), _groups(graph, report.blocks, None), _frozen(graph)],
+        [
+            _text(report.capture),
+            _shares(report),
+            _groups(graph, report.blocks, None),
+            _branches(report, ()),
+            _frozen(graph),
+        ],
     )
 
 
 def report_html(graph: CouplingGraph, plan: PruningPlan) -> str:
     """One page on what a plan does to a network: costs by block, groups, the graph, what is held, and why."""
+    graph = graph.whole
     report = graph.report()
+    left = without_branches(graph, plan.branches)
     parts = [
         _text(report.capture),
         _heading("What it costs"),
         _costs(plan),
-        _blocks(graph, plan),
+        _blocks(graph, left, plan),
+        _branches(report, plan.branches),
         _heading("Groups: what goes together, and how much of it"),
-        _groups(graph, report.blocks, plan),
-        _scores(graph, plan),
+        _groups(left, left.report().blocks if plan.branches else report.blocks, plan),
+        _scores(left, plan),
         _heading("The network: each line is a node, coloured by the groups that it carries"),
         _svg(graph),
         _heading("What is held, and why"),
@@ -179,10 +189,21 @@ def _shares(report: Any) -> str:
     return _table(("", "total", "can be removed", ""), rows)
 
 
-def _blocks(graph: CouplingGraph, plan: PruningPlan) -> str:
-    """Parameters and bytes by block before and after."""
-    model = CostModel(graph)
-    full, left = (model.sizes(model.alive(removed)) for removed in ({}, plan.removed))
+def _branches(report: Report, gone: Sequence[str]) -> str:
+    """The residual branches that can go as a whole, and which do."""
+    rows = [
+        (_code(branch.name), branch.params, branch.macs, "goes" if branch.name in gone else "stays")
+        for branch in report.branches
+    ]
+    return _table(("residual branch", "parameters", "multiply-accumulates", ""), rows) if rows else ""
+
+
+def _blocks(graph: CouplingGraph, left: CouplingGraph, plan: PruningPlan) -> str:
+    """Parameters and bytes by block before and after; ``left`` is without the branches that go."""
+    costs = [CostModel(graph)]
+    costs.append(costs[0] if left is graph else CostModel(left))
+    sizes = [model.sizes(model.alive(gone)) for model, gone in zip(costs, ({}, plan.removed), strict=True)]
+    both = [*zip(costs, sizes, strict=True)]
     blocks: dict[str, None] = {}
     for name in graph.tensor_names():
         parts = name.split(".")[:-1]
@@ -190,8 +211,8 @@ def _blocks(graph: CouplingGraph, plan: PruningPlan) -> str:
         blocks[".".join(parts[:depth])] = None
     rows = []
     for block in filter(None, blocks):
-        before, after = (model.params(sizes, f"{block}.") for sizes in (full, left))
-        stored = [model.bytes(sizes, f"{block}.") for sizes in (full, left)]
+        before, after = (model.params(sizes, f"{block}.") for model, sizes in both)
+        stored = [model.bytes(sizes, f"{block}.") for model, sizes in both]
         if before:
             rows.append((_code(block), before, after, _bar(after / before, "#3572b0"), *stored))
     return _table(("block", "parameters before", "after", "", "bytes before", "after"), rows)

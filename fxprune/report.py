@@ -89,6 +89,23 @@ class FrozenEntry:
 
 
 @dataclass(frozen=True)
+class BranchEntry:
+    """A residual branch that can be removed as a whole.
+
+    Attributes:
+        name: for ``branches`` of :class:`fxprune.Selection`.
+        params: parameter entries that go with it.
+        macs: multiply-accumulates that go with it.
+        source: ``file:line in function`` of the addition, or empty.
+    """
+
+    name: str
+    params: int
+    macs: int
+    source: str
+
+
+@dataclass(frozen=True)
 class RegionEntry:
     """A submodule that is captured, where the model as a whole cannot be.
 
@@ -126,6 +143,7 @@ class Report:
         zeros: outputs that hold zeros in place of what is removed, in a sentence; empty where there are none.
         advice: what would make much more removable; empty where nothing is known that would.
         sizes: which sizes of the inputs are free and which are pinned, in a sentence.
+        branches: residual branches that can be removed as a whole, in the order of the graph.
     """
 
     model: str
@@ -141,6 +159,7 @@ class Report:
     zeros: str = ""
     advice: str = ""
     sizes: str = ""
+    branches: tuple[BranchEntry, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -191,6 +210,12 @@ class Report:
             yield self._group_table(groups if all else groups[:MOST])
             yield from _left_out(len(groups) - MOST, "groups", all)
         yield Text()
+        if self.branches:
+            yield Text(f"{len(self.branches)} residual branches, which can go as a whole")
+            branches = self.branches if all else _joined_branches(self.branches)
+            yield self._branch_table(branches if all else branches[:MOST])
+            yield from _left_out(len(branches) - MOST, "branches", all)
+            yield Text()
         frozen = self.frozen if all else _joined_frozen(self.frozen)
         yield Text(f"{len(self.frozen)} frozen axes")
         for entry in frozen if all else frozen[:MOST]:
@@ -212,6 +237,17 @@ class Report:
                 f"{share.prunable / share.total:.1%}" if share.total else "-",
                 region.rung or "called as it is",
                 Text(", ".join(region.linked), overflow="fold"),
+            )
+        return table
+
+    def _branch_table(self, branches: tuple[BranchEntry, ...]) -> Table:
+        table = _table("branch", ("params", "right"), ("MACs", "right"), ("added at", "left"))
+        for branch in branches:
+            table.add_row(
+                Text(branch.name, overflow="fold"),
+                f"{branch.params / max(self.params.total, 1):.1%}",
+                f"{branch.macs / max(self.macs.total, 1):.1%}",
+                Text(branch.source, overflow="fold"),
             )
         return table
 
@@ -301,6 +337,26 @@ def report(graph: CouplingGraph) -> Report:
         hold_zeros(tuple(graph.fill_outputs)),
         graph.advice,
         str(graph.sizes),
+        tuple(
+            BranchEntry(name, branch.entries, costs.branch(branch).macs, branch.source)
+            for name, branch in graph.branches.items()
+        ),
+    )
+
+
+def _joined_branches(entries: tuple[BranchEntry, ...]) -> tuple[BranchEntry, ...]:
+    """Branches that are alike in one entry; what goes is that of all."""
+    alike: dict[Any, list[BranchEntry]] = {}
+    for entry in entries:
+        alike.setdefault((starred(entry.name), entry.params, entry.macs, entry.source), []).append(entry)
+    return tuple(
+        BranchEntry(
+            joined([entry.name for entry in same]),
+            sum(entry.params for entry in same),
+            sum(entry.macs for entry in same),
+            same[0].source,
+        )
+        for same in alike.values()
     )
 
 
@@ -343,4 +399,4 @@ def _frozen_text(entry: FrozenEntry) -> Text:
     return Text(f"{entry.axis}, {entry.size} wide: {entry.reason}{at}{source}{remedy}")
 
 
-__all__ = ["FrozenEntry", "GroupEntry", "RegionEntry", "Report", "Share", "report"]
+__all__ = ["BranchEntry", "FrozenEntry", "GroupEntry", "RegionEntry", "Report", "Share", "report"]

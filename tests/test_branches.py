@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
-from fxprune import coupling
+from fxprune import coupling, iterative
 from fxprune.errors import PlanError, SelectionError
 from fxprune.passes import remove_branches
 
@@ -196,6 +196,36 @@ def test_what_is_left_is_compensated_towards_the_original() -> None:
     pruned = fxprune.prune(model, x, 0.0, branches=names, calibrate=batches)
     found = pruned.meta["compensation"]
     assert 0 < found.after < found.before
+
+
+def test_plans_with_branches_follow_each_other() -> None:
+    model, x = network(3), torch.randn(2, 3, 6, 6)
+    one, two, *_ = fxprune.analyze(model, x).branches
+    first = fxprune.plan(model, x, 0.3, branches=[one])
+    pruned = first.apply(model)
+    second = fxprune.plan(pruned, x, 0.4, branches=[two])
+    both = first.then(second, model)
+    assert set(both.branches) == {one, two}
+    wanted = second.apply(pruned).state_dict()
+    got = both.apply(model).state_dict()
+    assert wanted.keys() == got.keys()
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+    rest = iterative.since(both, first, model)
+    assert (rest.branches, rest.removed) == (second.branches, second.removed)
+    with pytest.raises(PlanError, match=f"keeps residual branches that the first removes .{one}"):
+        iterative.since(fxprune.plan(model, x, 0.6), first, model)
+
+
+def test_a_schedule_with_branches_ends_where_one_step_does() -> None:
+    model, x = network(3), torch.randn(2, 3, 6, 6)
+    name = next(iter(fxprune.analyze(model, x).branches))
+    steps = list(fxprune.schedule(model, x, 0.5, steps=2, branches=[name]))
+    assert steps[0].plan.branches == (name,)
+    assert steps[1].plan.branches == ()
+    assert steps[1].total.branches == (name,)
+    once = fxprune.prune(model, x, 0.5, branches=[name])
+    shapes = {key: tensor.shape for key, tensor in steps[1].model.state_dict().items()}
+    assert shapes == {key: tensor.shape for key, tensor in once.state_dict().items()}
 
 
 class Odd(nn.Module):

@@ -661,6 +661,23 @@ class TestCommands:
         assert fitted(torch.zeros(1, 3, 8, 8)).shape == (1, 5)
         assert "there is no file apart/other.py" in refused(capsys, "count", "apart/other.py:build")
 
+    def test_branches_and_depth(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        text = "from test_branches import Residual, Unit\n\ndef build():\n    "
+        (folder / "nets.py").write_text(f"{text}return Residual([Unit('plain', 8), Unit('plain', 8)])\n")
+        save_file({"images": torch.randn(16, 3, 6, 6)}, "images.safetensors")
+        source = ["nets:build", "--input-shape", "1,3,6,6"]
+        assert main(["inspect", *source]) == 0
+        assert "2 residual branches, which can go as a whole" in capsys.readouterr().out
+        argv = ["prune", *source, "--no-latency", "--report", "page.html"]
+        assert main([*argv, "--ratio", "0", "--branch", "units.1", "--out", "short.safetensors"]) == 0
+        (plan,) = plans_in(Path("short.safetensors"))[1]
+        assert (plan.branches, plan.removed) == (("units.1",), {})
+        page = Path("page.html").read_text()
+        assert page.count("<td>goes</td>") == page.count("<td>stays</td>") == 1
+        more = ["--params", "0.6", "--calibrate", "images.safetensors", "--depth", "1"]
+        assert main([*argv, *more, "--json", "--dry-run"]) == 0
+        assert set(json.loads(capsys.readouterr().out)["settings"]["branches_tried"]) == {"0", "1"}
+
     def test_timm(self, capsys: pytest.CaptureFixture[str]) -> None:
         pytest.importorskip("timm")
         assert load("timm:resnet10t").inputs[0].shape[1] == 3

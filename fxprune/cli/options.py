@@ -142,6 +142,22 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         "remove, 0 <= HEADS < 1; what remains is narrowed as all else (default: 0)",
     )
     pruning.add_argument(
+        "--branch",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="remove this residual branch as a whole; fxprune inspect names those that can go; repeatable",
+    )
+    pruning.add_argument(
+        "--depth",
+        metavar="N",
+        nargs="?",
+        type=int,
+        const=True,
+        help="with --calibrate and a budget, let whole residual branches go where that costs the outputs "
+        "less than narrower layers, N of them at most; 0 for none (default: for a latency only)",
+    )
+    pruning.add_argument(
         "--into",
         choices=["graph", "module"],
         default="graph",

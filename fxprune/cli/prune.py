@@ -182,7 +182,7 @@ def run_prune(options: argparse.Namespace) -> int:
     else:
         pruned = None
         plan, selection = _planned(options, progress, graph, given, budget)
-    wanted = bool(options.ratio != 0 or options.heads)
+    wanted = bool(options.ratio != 0 or options.heads or options.branch)
     if options.report is not None:
         with progress.step("report") as say:
             say(f"{options.report}, {size(write_report(graph, plan, options.report))}")
@@ -194,7 +194,7 @@ def run_prune(options: argparse.Namespace) -> int:
             show(_plan_data(options, plan, plan_files))
         else:
             progress.out(str(plan))
-        return NOTHING_REMOVED if wanted and not plan.removed else 0
+        return NOTHING_REMOVED if wanted and not (plan.removed or plan.branches) else 0
     fit = selection if options.calibrate and not options.lossless else None
     return _carry_out(options, progress, loaded, plan, fit, plan_files, wanted, pruned)
 
@@ -218,6 +218,8 @@ def _planned(
         keep=options.keep,
         budget=budget,
         heads=options.heads,
+        branches=options.branch,
+        depth="auto" if options.depth is None else options.depth,
         into=options.into,
         calibrate=load_data(options.calibrate) if options.calibrate else None,
     )
@@ -254,7 +256,7 @@ def run_apply(options: argparse.Namespace) -> int:
         loaded = load_source(options)
         say(options.model)
     _say_source(progress, loaded)
-    return _carry_out(options, progress, loaded, plan, None, [], bool(plan.removed))
+    return _carry_out(options, progress, loaded, plan, None, [], bool(plan.removed or plan.branches))
 
 
 def _say_source(progress: Progress, loaded: Loaded) -> None:

@@ -34,13 +34,8 @@ def read(program: Program, batches: Iterable[Any], pick: Pick | None, device: An
     Raises:
         CalibrationError: for what is no series of batches, without a batch, for one that does not fit.
     """
-    if isinstance(batches, (torch.Tensor, Mapping, str)) or not isinstance(batches, Iterable):
-        raise CalibrationError(
-            f"calibration data are gone through batch by batch: give a list of batches or a data loader, got "
-            f"{kind(batches)}. A single batch is given as a list that holds it."
-        )
     count = 0
-    for batch in progress(batches, "calibration data"):
+    for batch in progress(series(batches), "calibration data"):
         inputs = batch if pick is None else pick(batch)
         try:
             args, kwargs = normalize(tuple(inputs) if type(inputs) is list else inputs, True)
@@ -58,6 +53,20 @@ def read(program: Program, batches: Iterable[Any], pick: Pick | None, device: An
             "the calibration data hold no batch. An iterator that was gone through before is empty, too: "
             "give a list or a data loader."
         )
+
+
+def series(batches: Any) -> Iterable[Any]:
+    """Calibration data that are a series of batches.
+
+    Raises:
+        CalibrationError: for others.
+    """
+    if isinstance(batches, (torch.Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise CalibrationError(
+            f"calibration data are gone through batch by batch: give a list of batches or a data loader, got "
+            f"{kind(batches)}. A single batch is given as a list that holds it."
+        )
+    return batches
 
 
 def _room(values: list[Any]) -> int:

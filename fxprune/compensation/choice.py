@@ -23,7 +23,7 @@ from torch import fx, nn
 from ..calls import as_one
 from ..coupling.graph import CouplingGraph
 from ..coupling.groups import Group, Member
-from ..coupling.units import Ids
+from ..coupling.units import Axis, Ids
 from ..importance.base import Criterion, Scores
 from ..importance.calibration import Sums, collect, progress
 from ..importance.magnitude import magnitude
@@ -230,12 +230,38 @@ class Reconstruction(Criterion):
             found[group.name] = _Given(group, consumers, *_order(group, consumers, by_class[group.units]))
         seen.forget()
         worth = _Worth(graph, self.cost, seen).of(list(found.values())) if self.cost else {}
-        scores: dict[str, Scores] = {}
+        scores = _ByAxis()
         for name, given in found.items():
             values = np.empty(given.group.size)
             values[given.order] = np.maximum.accumulate(given.added) * worth.get(name, 1.0)
-            scores[name] = values
-        return lambda group: scores[group.name]
+            scores.add(given.group, values)
+        return scores
+
+
+class _ByAxis:
+    """Scores of units by where they are: in another analysis the same axes may form other groups."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[Axis, tuple[int, ...]], Scores] = {}
+
+    def add(self, group: Group, scores: Scores) -> None:
+        """The scores of a group, ``(group.size,)``."""
+        for member in group.members:
+            at = self._at(member)
+            inside = member.units >= 0
+            at[inside] = np.fmax(at[inside], scores[member.units[inside]])
+
+    def __call__(self, group: Group) -> Scores:
+        """Scores of a group, ``(group.size,)``; what was in no group before goes last."""
+        found = np.full(group.size, np.nan)
+        for member in group.members:
+            inside = member.units >= 0
+            np.fmax.at(found, member.units[inside], self._at(member)[inside])
+        return np.where(np.isnan(found), np.nanmax(found, initial=0.0), found)
+
+    def _at(self, member: Member) -> Scores:
+        key = member.axis, member.units.shape
+        return self.known.setdefault(key, np.full(member.units.shape, np.nan))
 
 
 @dataclass(frozen=True, eq=False)
@@ -479,7 +505,7 @@ class _Seen:
                 leaves = tensors((args, kwargs))
                 samples += leaves[0].shape[0] if leaves and leaves[0].dim() else 1
             if product is not None:
-                found.classes = _classes(out, *product)
+                found.classes = classes(out, *product)
             last = product = None
 
         found.sums, _ = collect("Reconstruction", model, data, step, seed, gradients=False)
@@ -540,7 +566,7 @@ class _Seen:
         return None
 
 
-def _classes(out: Any, y: torch.Tensor, channel: int) -> dict[int, int]:
+def classes(out: Any, y: torch.Tensor, channel: int) -> dict[int, int]:
     """Tensors of ``out`` that are all of a product's outputs ``y``, and where they have its channels."""
     found = {}
     for place, leaf in enumerate(tensors(out)):
@@ -571,4 +597,4 @@ def _running_mean(node: fx.Node) -> str:
     return ""
 
 
-__all__ = ["Reconstruction"]
+__all__ = ["Reconstruction", "classes"]

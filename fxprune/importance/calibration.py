@@ -157,9 +157,9 @@ def collect(
                 step(batch, sums)
                 count += 1
     except Exception as error:
-        _across_ranks({}, 0, f"{type(error).__name__}: {error}")
+        across_ranks({}, 0, f"{type(error).__name__}: {error}")
         raise
-    sums, count = _across_ranks(sums, count, "")
+    sums, count = across_ranks(sums, count, "")
     if not count:
         raise ImportanceError(
             f"{owner} got no batch: the data is empty. An iterator that was used before is empty, too; give "
@@ -278,8 +278,11 @@ def progress(data: Iterable[Any], owner: str) -> Iterable[Any]:
     return track(data, owner, console=console, transient=True, disable=not console.is_terminal)
 
 
-def _across_ranks(sums: Sums, count: int, failure: str) -> tuple[Sums, int]:
-    """Add up over all ranks. A rank that failed takes part, so that no other waits for it."""
+def across_ranks(sums: Sums, count: int, failure: str = "") -> tuple[Sums, int]:
+    """Add up over all ranks of ``torch.distributed``, if it is initialised.
+
+    A rank that failed takes part, so that no other waits for it.
+    """
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return sums, count
     mine = (failure, count, {key: (tuple(value.shape), value.dtype) for key, value in sums.items()})

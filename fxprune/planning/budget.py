@@ -65,6 +65,18 @@ class Budget:
                 what = "an amount" if name == "size_mb" else "a share up to 1, or an amount"
                 raise BudgetError(f"{name} is {what} to keep, larger than 0; got {value!r}.")
 
+    def shares(self, costs: CostModel) -> dict[str, float]:
+        """What is given as shares of what the network has now; of the latency only where it is one."""
+        full = costs.full
+        found = {}
+        for name, value in self.settings().items():
+            if name == "latency":
+                found[name] = min(value, 1.0)
+            else:
+                share = value <= 1 and name != "size_mb"
+                found[name] = value if share else value / max(_measured(costs, name)(full), 1e-9)
+        return found
+
     def settings(self) -> dict[str, Any]:
         """What is given, by name."""
         given = {name: value for name in METRICS if (value := getattr(self, name)) is not None}

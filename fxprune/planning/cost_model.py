@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
+from ..coupling.branches import Branch
 from ..coupling.graph import CouplingGraph
 from ..coupling.interpreter import interpret
 from ..coupling.units import Ids, Label, Value
@@ -49,6 +51,7 @@ class Call:
         kwargs: keyword arguments.
         out: the result.
         dims: ``dims`` of all operands, one after the other.
+        node: name of the graph node that makes the call.
     """
 
     operator: Any
@@ -56,6 +59,7 @@ class Call:
     kwargs: Any
     out: Any
     dims: Ids
+    node: str
 
     def given(self, sizes: Ids, make: Callable[[list[int], torch.dtype], Any]) -> tuple[Any, Any, Any]:
         """``(args, kwargs, out)`` with ``make(shape, dtype)`` in place of each operand."""
@@ -116,19 +120,24 @@ class CostModel:
 
     def _interpret(self) -> Iterable[Call]:
         seen: list[tuple[Any, Any]] = []
+        nodes: list[str] = []
 
         def observe(operator: Any, args: Any, kwargs: Any, out: Any) -> None:
             value = self.graph.run.coupler.value
             seen.append((operator, pytree.tree_map_only(torch.Tensor, value, (args, kwargs, out))))
 
+        def follow(node: fx.Node | None, *_: Any) -> None:  # comes after the calls that it made
+            nodes.extend([node.name if node is not None else ""] * (len(seen) - len(nodes)))
+
         with torch.inference_mode(False):  # where a linear layer would not dissolve
-            run = interpret(self.graph.captured.program, self.graph.inputs, observe=observe)
+            run = interpret(self.graph.captured.program, self.graph.inputs, observe=observe, follow=follow)
+        follow(None)
         assert run.coupler.units.count == self.graph.run.coupler.units.count  # the same numbers again
         # Axes of parameters take their labels from what they meet, so that all are known only now.
-        for operator, tree in seen:
+        for node, (operator, tree) in zip(nodes, seen, strict=True):
             dims: list[int] = []
             args, kwargs, out = pytree.tree_map_only(Value, partial(self._operand, dims=dims), tree)
-            yield Call(operator, args, kwargs, out, np.array(dims, dtype=np.int64))
+            yield Call(operator, args, kwargs, out, np.array(dims, dtype=np.int64), node)
 
     def _operand(self, value: Value, dims: list[int]) -> Operand:
         own = tuple(self._place(value.label(d), size) for d, size in enumerate(value.shape))
@@ -232,11 +241,19 @@ class CostModel:
 
     def activations(self, sizes: Ids) -> int:
         """Entries that convolutions, matrix products and attention put out."""
-        total = 0
-        for call in self._counted:
-            first = call.out if isinstance(call.out, Operand) else call.out[0]
-            total += int(sizes[list(first.dims)].prod())
-        return total
+        return sum(_put_out(call, sizes) for call in self._counted)
+
+    def branch(self, branch: Branch) -> Count:
+        """What goes with a residual branch of the network, at its full widths."""
+        sizes, nodes = self.full, set(branch.nodes)
+        inside = [call for call in self._counted if call.node in nodes]
+        stored = np.isin(self._names, branch.tensors) * self._stored
+        return Count(
+            branch.entries,
+            sum(self.flops(call, sizes) for call in inside) // 2,
+            sum(_put_out(call, sizes) for call in inside),
+            int((sizes[self._dims].prod(axis=1) * stored).sum()),
+        )
 
     def largest(self, sizes: Ids, n: int = 3) -> list[tuple[str, int]]:
         """The ``n`` largest parameters and their numbers of entries."""
@@ -250,6 +267,12 @@ class CostModel:
 
 
 _NONE: Ids = np.empty(0, dtype=np.int64)
+
+
+def _put_out(call: Call, sizes: Ids) -> int:
+    """Entries that a call puts out."""
+    first = call.out if isinstance(call.out, Operand) else call.out[0]
+    return int(sizes[list(first.dims)].prod())
 
 
 def _meta(shape: list[int], dtype: torch.dtype) -> torch.Tensor:

@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
 from ..convolution import with_fitting_groups
+from ..coupling.branches import Branch
 from ..coupling.units import Ids
 from ..errors import BudgetError
 from ..measure import measure_latency
@@ -177,12 +178,17 @@ class Latency:
         """Share of the latency that is left."""
         return self.seconds(sizes) / self._full if self._full else 1.0
 
-    def seconds(self, sizes: Ids) -> float:
-        """Sum over all calls."""
+    def seconds(self, sizes: Ids, nodes: Collection[str] | None = None) -> float:
+        """Sum over all calls, or over those that these nodes make."""
         total = 0.0
         for call, works, seconds in self._curves:
-            total += float(np.interp(work(call, self.costs, sizes), works, seconds))
+            if nodes is None or call.node in nodes:
+                total += float(np.interp(work(call, self.costs, sizes), works, seconds))
         return total
+
+    def branch(self, branch: Branch) -> float:
+        """Share of the latency that goes with a residual branch, at its full widths."""
+        return self.seconds(self.costs.full, set(branch.nodes)) / self._full if self._full else 0.0
 
 
 class Meter:

@@ -67,7 +67,7 @@ class Names:
             frozen = [
                 f
                 for f in self._graph.frozen
-                if self._is_output(f.axis.name, f.axis) and self._means(pattern, f.axis.name)
+                if self._is_output(f.axis.name, f.axis) and self.means(pattern, f.axis.name)
             ]
             because = f" {frozen[0]}." if frozen else ""
             raise RatioError(
@@ -76,7 +76,8 @@ class Names:
             )
         return found
 
-    def _means(self, pattern: Any, parameter: str) -> bool:
+    def means(self, pattern: Any, parameter: str) -> bool:
+        """Whether ``pattern`` names a parameter or buffer, or a module that holds it."""
         parts = [parameter, *_ancestors(parameter)]
         if isinstance(pattern, str):
             return any(part == pattern or fnmatchcase(part, pattern) for part in parts)

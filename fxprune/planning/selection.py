@@ -68,6 +68,11 @@ class Selection:
             that remain are narrowed as all else; ``ratio=0, heads=0.25`` removes heads only.
         branches: names of residual branches to remove as a whole, the ``f`` of ``y = x + f(x)``, as
             ``fxprune.analyze(model, x).branches`` has them; what else goes is decided for what is left.
+        depth: with calibration data and a budget, whether further residual branches go as a whole where that
+            costs the outputs less than narrower layers: True, False, or the largest number of them. Numbers
+            of branches are tried, so that the choice takes several times as long. None goes that holds a
+            layer of ``keep``, ``ratios`` or ``scopes``, or a group that is not in ``where``. ``"auto"`` is
+            True for a latency, where the result is a graph and not ``uniform``, else False.
         free_outputs: as for :func:`fxprune.analyze`.
         fill_outputs: as for :func:`fxprune.analyze`; with ``into="module"`` none, since the code stays.
         into: the form of the result. ``"graph"``: a ``torch.fx.GraphModule``, in which every literal can be
@@ -104,6 +109,7 @@ class Selection:
     budget: Budget | None = None
     heads: float = 0.0
     branches: Sequence[str] = ()
+    depth: bool | int | Literal["auto"] = "auto"
     free_outputs: str | Sequence[str] = ()
     fill_outputs: str | Sequence[str] = AUTO
     into: Form = "graph"
@@ -120,6 +126,7 @@ class Selection:
         self._check_bounds()
         self._check_rounding()
         self._check_branches()
+        self._check_depth()
         for name in ("free_outputs", "fill_outputs"):
             self._set(name, output_names(name, getattr(self, name)))
         if self.into == "module" and set(self.fill_outputs) - {AUTO}:
@@ -222,6 +229,32 @@ class Selection:
             )
         self._set("branches", tuple(sorted(names, key=str)))
 
+    def _check_depth(self) -> None:
+        depth, budget = self.depth, self.budget
+        if depth == AUTO:
+            by_clock = self.calibrate is not None and budget is not None and budget.latency is not None
+            self._set("depth", by_clock and self.into == "graph" and not self.uniform)
+            return
+        if not isinstance(depth, int) or depth < 0:
+            raise SelectionError(
+                f"depth is True, False, {AUTO!r} or the largest number of residual branches that may go; got "
+                f"{depth!r}. Those that are to go by name are given as branches."
+            )
+        if not depth:
+            return
+        if self.calibrate is None or budget is None:
+            raise SelectionError(
+                "depth needs a budget, which says how much goes, and calibration data, which say whether "
+                "residual branches are worth more than widths: give budget and calibrate, or name the "
+                "branches that are to go."
+            )
+        if self.into != "graph" or self.uniform:
+            other = "uniform=True" if self.uniform else 'into="module"'
+            raise SelectionError(
+                f"depth={depth!r} removes residual branches from a graph, which {other} does not allow. "
+                f"Leave one of the two out."
+            )
+
     def shares(self) -> dict[str, float]:
         """All shares that are to go, by the argument that says so."""
         found: dict[str, float] = {"ratio": self.ratio or 0.0, "heads": self.heads}
@@ -261,6 +294,8 @@ class Selection:
             found["heads"] = self.heads
         if self.uniform:
             found["uniform"] = True
+        if self.depth:
+            found["depth"] = self.depth
         if self.budget is not None:
             found["budget"] = self.budget.settings()
         return found | {"importance": describe(self.importance), "seed": self.seed}

@@ -1,0 +1,277 @@
+"""Depth: residual branches that go as a whole, where that costs the outputs less than narrower layers.
+
+The branches go one after the other, next the one whose loss costs the outputs least for what it saves. Every
+number of them leaves another part of the budget to the widths: numbers from 0 on are tried, each with the
+choice of widths for what is left and with compensation, on a part of the calibration data, and that counts
+whose outputs come nearest to the original's on other calibration data.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from ..coupling.branches import Branch
+from ..coupling.graph import CouplingGraph
+from ..errors import BudgetError
+from ..importance.calibration import across_ranks, progress
+from ..importance.products import Products, Site
+from ..passes.remove_branches import remove_branches
+from ..planning.budget import Budget
+from ..planning.cost_model import CostModel
+from ..planning.latency import Meter
+from . import compensated
+from .batches import Pick, read, series
+from .choice import classes
+from .outputs import Difference, own, private, tensors
+from .walk import quiet
+
+_BATCHES = 4
+"""Batches of calibration data that tries are compensated with; so many others compare them, if there are."""
+
+_SAMPLES, _NUMBERS = 128, 1 << 25
+"""Outputs are compared on batches that hold about so many samples, or give so many numbers."""
+
+_SAME = 1e-9
+"""Losses of outputs that differ by no more are the same."""
+
+_WORSE = 2
+"""After so many numbers of branches, each twice the last, that bring nothing, no more are tried."""
+
+_T = TypeVar("_T")
+
+
+class Judge:
+    """Compares narrowed networks with the original on calibration data.
+
+    Args:
+        graph: an analysis of the original.
+        batches: calibration data; of them the first few are looked at.
+        pick: see :data:`.batches.Pick`.
+        seed: for the positions of large inputs that are looked at.
+
+    Raises:
+        CalibrationError: for data that are empty, or do not fit the model.
+    """
+
+    def __init__(self, graph: CouplingGraph, batches: Iterable[Any], pick: Pick | None, seed: int) -> None:
+        self.program = graph.whole.captured.program
+        self.pick, self.seed = pick, seed
+        some = list(itertools.islice(series(batches), 2 * _BATCHES))
+        self.fitted, held = some[:_BATCHES], some[_BATCHES:] or some
+        device = next((tensor.device for tensor in self.program.tensors.values()), torch.device("cpu"))
+        dense = private(self.program).module().eval()
+        self.probes: list[list[Any]] = []
+        self.wanted: list[Any] = []
+        self.classes: dict[int, int] = {}
+        product: tuple[torch.Tensor, int] | None = None
+
+        def see(site: Site, x: torch.Tensor, y: torch.Tensor, bias: Any) -> None:
+            nonlocal product
+            product = y, site.channel
+
+        samples = numbers = 0
+        with quiet():
+            for values in read(self.program, held, pick, device):
+                with Products(dense, see):
+                    out = dense.forward(*own(values))
+                self.classes = classes(out, *product) if product is not None else {}
+                product = None
+                self.probes.append(values)
+                self.wanted.append(out)
+                leaves = tensors(values)
+                samples += leaves[0].shape[0] if leaves and leaves[0].dim() else 1
+                numbers += sum(leaf.numel() for leaf in tensors(out))
+                if samples >= _SAMPLES or numbers >= _NUMBERS:
+                    break
+
+    def without(self, branches: Sequence[Branch]) -> float:
+        """What is lost of the outputs without these branches, and with nothing to make up for them."""
+        return self._lost(private(remove_branches(self.program, branches)).module())
+
+    def narrowed(
+        self, module: nn.Module, graph: CouplingGraph, removed: Mapping[str, Sequence[int]]
+    ) -> float:
+        """What is lost of the outputs by a narrowed network, which is compensated before, in place."""
+        compensated(module, graph, removed, self.fitted, self.pick, seed=self.seed)
+        return self._lost(module)
+
+    def _lost(self, module: nn.Module) -> float:
+        modes = [(part, part.training) for part in module.modules()]
+        module.eval()
+        difference = Difference(self.classes)
+        with quiet():
+            for values, wanted in zip(self.probes, self.wanted, strict=True):
+                difference.add(wanted, module.forward(*own(values)))
+        for part, mode in modes:
+            part.training = mode
+        loss = torch.tensor(difference.lost(), dtype=torch.float64)
+        sums, ranks = across_ranks({("outputs",): loss}, 1)  # so that all ranks decide alike
+        return float(sums["outputs",]) / ranks
+
+
+@dataclass
+class Order:
+    """Branches in the order in which they go: next the one that costs the outputs least for what it saves.
+
+    The loss of a branch that has been measured while others were still there is measured again only when it
+    would be the next one (a lazy greedy search: Minoux, 1978).
+
+    Args:
+        judge: measures what is lost.
+        branches: those that may go, by name.
+        fixed: those that are gone from the beginning.
+        saved: for a branch the share of what has to go that goes with it, by metric.
+    """
+
+    judge: Judge
+    branches: Mapping[str, Branch]
+    fixed: Sequence[Branch]
+    saved: Callable[[Branch], Mapping[str, float]]
+    names: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._next = self._search()
+
+    def first(self, count: int) -> list[str]:
+        """The first ``count`` names, or all that there are: fewer, where fewer leave nothing else to go."""
+        self.names += itertools.islice(self._next, max(count - len(self.names), 0))
+        return self.names[:count]
+
+    def _search(self) -> Iterator[str]:
+        gone = list(self.fixed)
+        total: dict[str, float] = {}
+        left = dict(self.branches)
+        before = self.judge.without(gone) if gone else 0.0
+
+        def price(branch: Branch) -> float:
+            added = max(self.judge.without([*gone, branch]) - before, _SAME)
+            return added / max(sum(self.saved(branch).values()), 1e-12)
+
+        prices = {name: price(branch) for name, branch in progress([*left.items()], "residual branches")}
+        while left and not (total and all(share >= 1 for share in total.values())):
+            fresh: set[str] = set() if gone[len(self.fixed) :] else set(left)
+            while (name := min(left, key=prices.__getitem__)) not in fresh:
+                prices[name] = price(left[name])
+                fresh.add(name)
+            chosen = left.pop(name)
+            gone.append(chosen)
+            before = self.judge.without(gone)
+            for metric, share in self.saved(chosen).items():
+                total[metric] = total.get(metric, 0.0) + share
+            left = {name: branch for name, branch in left.items() if branch.addition not in chosen.nodes}
+            yield name
+
+
+def saved(costs: CostModel, budget: Budget, meter: Meter | None) -> Callable[[Branch], dict[str, float]]:
+    """A function from a branch to the share of what has to go for a budget that goes with it, by metric."""
+    shares = budget.shares(costs)
+    latency = meter.estimate(costs) if meter is not None else None
+    if meter is not None:
+        shares["latency"] = meter.aim
+    now = costs({})
+
+    def of(branch: Branch) -> dict[str, float]:
+        count = costs.branch(branch)
+        found = {}
+        for name, share in shares.items():
+            if latency is not None and name == "latency":
+                part = latency.branch(branch)
+            elif name == "size_mb":
+                part = count.bytes / max(now.bytes, 1)
+            else:
+                part = getattr(count, name) / max(getattr(now, name), 1)
+            if share < 1:
+                found[name] = part / (1 - share)
+        return found
+
+    return of
+
+
+@dataclass
+class Depth(Generic[_T]):
+    """The search for the number of branches.
+
+    Attributes:
+        order: the branches in their order.
+        most: no more of them go.
+        decide: what to remove when these branches are gone.
+        judge: what of the outputs is lost then.
+        tried: by number of branches what was lost; infinite where the budget cannot be met.
+        count: the best number, after :meth:`run`.
+    """
+
+    order: Order
+    most: int
+    decide: Callable[[list[str]], _T]
+    judge: Callable[[_T], float]
+    tried: dict[int, float] = field(default_factory=dict, init=False)
+    count: int = field(default=0, init=False)
+    _best: _T | None = field(default=None, init=False)
+    _least: float = field(default=math.inf, init=False)
+    _error: BudgetError | None = field(default=None, init=False)
+
+    def run(self) -> _T:
+        """The best decision.
+
+        Raises:
+            BudgetError: if the budget can be met with no number of branches.
+        """
+        count, worse = 0, 0
+        while worse < _WORSE:
+            better = self._try(count)
+            worse = 0 if better or self._best is None else worse + 1
+            following = len(self.order.first(min(max(2 * count, 1), self.most)))
+            if following == count:
+                break
+            count = following
+        counts = sorted(self.tried)
+        at = counts.index(self.count)
+        for low, high in itertools.pairwise(counts[max(at - 1, 0) : at + 2]):
+            if high - low > 1:
+                self._try((low + high) // 2)
+        if self._best is None:
+            assert self._error is not None
+            raise self._error
+        return self._best
+
+    @property
+    def note(self) -> str:
+        """What was tried, for people."""
+        losses = ", ".join(
+            f"{loss:.3g} with {count}" if math.isfinite(loss) else f"the budget is not met with {count}"
+            for count, loss in sorted(self.tried.items())
+        )
+        return (
+            f"{self.count} of {len(self.order.branches)} residual branches go, by what the outputs lose on "
+            f"held-out calibration data: {losses}"
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The same as plain data; None where the budget is not met."""
+        losses = {str(n): x if math.isfinite(x) else None for n, x in sorted(self.tried.items())}
+        return {"branches_tried": losses}
+
+    def _try(self, count: int) -> bool:
+        """Whether this many branches are better than all numbers before."""
+        try:
+            found = self.decide(self.order.first(count))
+        except BudgetError as error:
+            self._error, self.tried[count] = error, math.inf
+            return False
+        loss = self.tried[count] = self.judge(found)
+        alike = abs(loss - self._least) <= _SAME
+        if self._best is not None and not (count > self.count if alike else loss < self._least):
+            return False
+        self._best, self._least, self.count = found, loss, count
+        return True
+
+
+__all__ = ["Depth", "Judge", "Order", "saved"]
