@@ -95,6 +95,16 @@ def test_branches_stay_where_narrower_layers_cost_less() -> None:
     assert tried["0"] < 1e-6 < 1e-4 < min(tried["1"], tried["2"])
 
 
+def test_dead_channels_go_from_all_layers_before_living_ones_go() -> None:
+    model, data = residual((), units=3), images()
+    with torch.no_grad():
+        for unit in model.units:
+            unit.bn1.weight[::2] = unit.bn1.bias[::2] = 0
+    plan = fxprune.plan(model, data[0], budget=Budget(params=0.7), calibrate=data)
+    assert plan.removed
+    assert all(set(gone) <= {0, 2, 4} for gone in plan.removed.values())
+
+
 @pytest.mark.parametrize("most", [0, 1, False])
 def test_no_more_branches_go_than_may(most: int) -> None:
     model, data = residual((0, 2)), images()

@@ -52,6 +52,11 @@ _STEPS = 64
 """A group is given up in about so many steps at least."""
 
 
+_NOTHING = 2 * _RIDGE
+"""Units with no more than this share of a group's errors may be dead: what is lost without them says nothing
+about the others."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Read:
     """Second moments of what one or more consumers read.
@@ -318,7 +323,7 @@ class _Worth:
 
     def of(self, groups: list[_Given]) -> dict[str, float]:
         """For each group the factor of its errors."""
-        halves = {given.group.name: _half(given.group, given.order) for given in groups}
+        halves = {given.group.name: _half(given) for given in groups}
         saved = {}
         for name, gone in halves.items():
             full, less = self.costs({}), self.costs({name: gone.tolist()})
@@ -409,16 +414,17 @@ def _amount(count: Any, metric: str) -> float:
     return float(count.bytes if metric == "size_mb" else getattr(count, metric))
 
 
-def _half(group: Group, order: Ids) -> Ids:
-    """Half of the units of each row, those that go first."""
-    place = np.empty(group.size, dtype=np.int64)
-    place[order] = np.arange(group.size)
-    rows = [row for band in group.balance for row in band]
-    return (
-        np.concatenate([row[np.argsort(place[row])][: row.size // 2] for row in rows])
-        if rows
-        else order[: order.size // 2]
-    )
+def _half(given: _Given) -> Ids:
+    """Half of the units of each row, those that go first; more where half of them add no error."""
+    place = np.empty(given.group.size, dtype=np.int64)
+    place[given.order] = np.arange(given.group.size)
+    rows = [row[np.argsort(place[row])] for band in given.group.balance for row in band] or [given.order]
+    gone = given.order[:0]
+    for share in (1 / 2, 3 / 4, 7 / 8, 1):
+        gone = np.concatenate([row[: min(int(share * row.size), row.size - 1)] for row in rows])
+        if given.added[place[gone]].sum() > _NOTHING * given.added.sum():
+            break
+    return gone
 
 
 def _mask(tensor: torch.Tensor, member: Member, gone: Ids) -> None:
