@@ -675,6 +675,7 @@ class TestCommands:
         page = Path("page.html").read_text()
         assert page.count("<td>goes</td>") == page.count("<td>stays</td>") == 1
         more = ["--params", "0.6", "--calibrate", "images.safetensors", "--depth", "1"]
+        capsys.readouterr()
         assert main([*argv, *more, "--json", "--dry-run"]) == 0
         assert set(json.loads(capsys.readouterr().out)["settings"]["branches_tried"]) == {"0", "1"}
 

@@ -74,11 +74,12 @@ def test_frozen_axes_say_what_to_do(graph: fxprune.CouplingGraph) -> None:
 
 
 def test_text_is_short_unless_asked(graph: fxprune.CouplingGraph) -> None:
-    """The short form has a line for the five blocks, the long one five; rich prints the short one."""
+    """The short form has a line for the groups of the five blocks and one for their branches, the long one
+    five each; rich prints the short one."""
     report = graph.report()
     short, long = str(report), report.text(all=True)
-    assert short.count("blocks.") == 1
-    assert long.count("blocks.") == 5
+    assert short.count("blocks.") == 2
+    assert long.count("blocks.") == 10
     assert short.startswith("captured Blocks by symbolic tracing")
     assert "what to do: fxprune.register_rule" in " ".join(short.split())
     console = Console(width=110, highlight=False)
