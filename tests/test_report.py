@@ -75,7 +75,8 @@ def test_frozen_axes_say_what_to_do(graph: fxprune.CouplingGraph) -> None:
 
 def test_text_is_short_unless_asked(graph: fxprune.CouplingGraph) -> None:
     """The short form has a line for the groups of the five blocks and one for their branches, the long one
-    five each; rich prints the short one."""
+    five each; rich prints the short one.
+    """
     report = graph.report()
     short, long = str(report), report.text(all=True)
     assert short.count("blocks.") == 2
