@@ -42,7 +42,8 @@ class _Analysis:
 @dataclass
 class _Kept:
     lock: threading.Lock = field(default_factory=threading.Lock)
-    by_model: dict[int, tuple[weakref.ref[nn.Module], _Analysis]] = field(default_factory=dict)
+    by_graph: dict[int, tuple[weakref.ref[nn.Module], _Analysis]] = field(default_factory=dict)
+    """By the identity of an analysis its model, and itself: other plans of the model may have others."""
 
 
 _kept = _Kept()
@@ -53,18 +54,18 @@ def link(made: PruningPlan, model: nn.Module, graph: CouplingGraph, rewritten: R
     if isinstance(graph.captured.program, RegionProgram):
         return  # it holds the model, which would live as long as its analysis
     analysis = _Analysis(graph, _state(model), rewritten, made.removed)
-    key = id(model)
+    key = id(graph)
 
     def forget(gone: weakref.ref[nn.Module]) -> None:
-        entry = _kept.by_model.get(key)
+        entry = _kept.by_graph.get(key)
         if entry is not None and entry[0] is gone:
-            del _kept.by_model[key]
+            del _kept.by_graph[key]
 
     with _kept.lock:
-        _kept.by_model.pop(key, None)
-        _kept.by_model[key] = weakref.ref(model, forget), analysis
-        while len(_kept.by_model) > _MOST:
-            del _kept.by_model[next(iter(_kept.by_model))]
+        _kept.by_graph.pop(key, None)
+        _kept.by_graph[key] = weakref.ref(model, forget), analysis
+        while len(_kept.by_graph) > _MOST:
+            del _kept.by_graph[next(iter(_kept.by_graph))]
     made.come_from(weakref.ref(graph))
 
 
@@ -84,8 +85,8 @@ def rewritten_by(made: PruningPlan, model: nn.Module) -> Rewritten | None:
 
 
 def _found(made: PruningPlan, model: nn.Module) -> _Analysis | None:
-    entry = _kept.by_model.get(id(model))
-    if entry is None or entry[0]() is not model or made.came_from() is not entry[1].graph:
+    entry = _kept.by_graph.get(id(made.came_from()))
+    if entry is None or entry[0]() is not model:
         return None
     return entry[1] if entry[1].state == _state(model) else None
 

@@ -222,6 +222,14 @@ def test_other_copies_and_loaded_plans_make_an_analysis_of_their_own(
     assert made == 4 * ONCE
 
 
+def test_another_plan_of_the_model_takes_no_plan_its_counts(model: nn.Module, made: list[str]) -> None:
+    first, second = (fxprune.plan(model, X, ratio) for ratio in (0.5, 0.25))
+    assert first.counts()["params"][1] < second.counts()["params"][1] < second.counts()["params"][0]
+    done = len(made)
+    first.apply(model)
+    assert len(made) == done
+
+
 def test_plans_and_analyses_keep_no_model_alive(model: nn.Module) -> None:
     other = copy.deepcopy(model)
     plan, gone = fxprune.plan(other, X), weakref.ref(other)
