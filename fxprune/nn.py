@@ -12,6 +12,7 @@ from torch.fx.node import has_side_effect
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from .errors import PinnedError
 from .trees import Structure, flatten
 
 
@@ -83,8 +84,9 @@ class Unpack(nn.Module):
     def forward(self, tree: Any) -> list[Tensor]:
         tensors, structure = flatten(tree)
         if structure != self.structure:
-            raise ValueError(
-                f"the input {self.name!r} was {self.structure} when the model was captured; got {structure}."
+            raise PinnedError(
+                f"the input {self.name!r} was {self.structure} when the model was captured; got {structure}. "
+                f"Next: analyse the model again with an example like this one."
             )
         return tensors
 

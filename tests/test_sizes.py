@@ -308,3 +308,134 @@ def test_what_was_kept_for_the_shape_of_the_last_call_is_computed(ran):
     for size in [(1, 8, 8), (2, 12, 10), (3, 7, 9)]:
         x = torch.randn(size[0], 3, *size[1:])
         torch.testing.assert_close(pruned(x), net(x))
+
+
+class Ends(nn.Module):
+    """Convolutions, a flat layer, and ``end`` of its results."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.a, self.b, self.o, self.end = nn.Conv2d(3, 16, 1), nn.Linear(16, 12), nn.Linear(12, 4), end
+
+    def forward(self, x):
+        y = self.b(self.a(x).relu().mean((2, 3), keepdim=True).squeeze()).relu()
+        return self.end(self.o(y))
+
+
+ENDS = {
+    "as it is": lambda y: y,
+    "squeezed": lambda y: y.squeeze(0),
+    "with what has no batch": lambda y: {"y": y, "mean": y.mean().reshape(1, 1)},
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_batch_of_one_that_is_squeezed_away_is_free(end):
+    torch.manual_seed(0)
+    net, x = Ends(ENDS[end]).eval(), torch.randn(1, 3, 4, 4)
+    plan = fxprune.plan(net, x, ratio=0.5)
+    assert not plan.notes
+    pruned = plan.apply(net)
+    verdict = fxprune.verify(net, pruned, plan, x, more_inputs=[torch.randn(n, 3, 5, 4) for n in (1, 2, 5)])
+    assert verdict.exact
+    assert verdict.inputs == 4
+
+
+def test_what_couples_otherwise_for_a_batch_of_one_stays():
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.table, self.o = nn.Linear(8, 4), nn.Parameter(torch.randn(4, 1)), nn.Linear(4, 2)
+
+        def forward(self, x):
+            y = self.a(x).squeeze()  # (4,) of a batch of one, else (batch, 4)
+            return (
+                self.o((y.unsqueeze(-1) * self.table).sum(-1)) if y.dim() == 1 else self.o(y * self.table.T)
+            )
+
+    net, x = Table().eval(), torch.randn(1, 8)
+    plan = fxprune.plan(net, x, ratio=0.5)
+    pruned = plan.apply(net)
+    fxprune.verify(net, pruned, plan, x)
+    with pytest.raises(PinnedError, match="'x' has size 3 in dimension 0"):
+        pruned(torch.randn(3, 8))
+
+
+class Flat(nn.Module):
+    """Where the code has a number for what is flattened, other images become other batches."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.a, self.b, self.o = nn.Conv2d(3, 16, 1), nn.Linear(16 * 16, 12), nn.Linear(12, 4)
+        self.shape = shape
+
+    def forward(self, x):
+        return self.o(self.b(self.a(x).reshape(self.shape)).relu())
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "bad"),
+    [((-1, 256), 2, (2, 3, 8, 4)), ((-1, 256), 2, (2, 3, 8, 8)), ((2, 256), 0, (4, 3, 4, 4))],
+)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_sizes_that_numbers_in_the_code_fold_are_refused(shape, dim, bad, batch):
+    shape = (batch, *shape[1:]) if shape[0] > 0 else shape
+    torch.manual_seed(0)
+    net, x = Flat(*shape).eval(), torch.randn(batch, 3, 4, 4)
+    plan = fxprune.plan(net, x, ratio=0.5)
+    assert "pinned at" in plan.notes[0]
+    pruned = plan.apply(net)
+    assert fxprune.verify(net, pruned, plan, x).exact
+    with pytest.raises((PinnedError, RuntimeError), match=rf"size {bad[dim]} in dimension {dim}|invalid for"):
+        pruned(torch.randn(bad))
+
+
+def test_directions_of_a_recurrent_layer_are_no_batch():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.r, self.o = nn.LSTM(8, 12, bidirectional=True, batch_first=True), nn.Linear(24, 4)
+
+        def forward(self, x):
+            y, (h, _) = self.r(x)
+            return self.o(y), h
+
+    assert fxprune.analyze(Both().eval(), torch.randn(2, 5, 8)).sizes.free
+
+
+def test_values_of_inputs_are_said_and_refused_by_name():
+    class Tasks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.heads = nn.Linear(8, 16), nn.ModuleList(nn.Linear(16, 3) for _ in range(3))
+
+        def forward(self, x, task=0, scale=1.0):
+            return scale * self.heads[task](self.a(x).relu())
+
+    net, x = Tasks().eval(), torch.randn(2, 8)
+    plan = fxprune.plan(net, {"x": x, "task": 1, "scale": 1.0}, ratio=0.5)
+    assert [note for note in plan.notes if "analysed with task=1 alone" in note]
+    with pytest.raises(PinnedError, match=r"'task' was 1 .* got 2\. Next"):
+        plan.apply(net)(x, task=2)
+    assert not fxprune.plan(net, x, ratio=0.5).notes
+
+
+def test_types_of_numbers_are_themselves():
+    """Where code asks for them as such; elsewhere other classes stand for them, which take sizes."""
+
+    class Typed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.factor = nn.Linear(8, 16), nn.Linear(16, 4), 2
+
+        def forward(self, x):
+            if len(x) > 100 or type(self.factor) is not int:
+                raise ValueError
+            shift = torch.zeros(len(x), 1, dtype=float)
+            return self.b(self.a(x).relu()).to(float) * self.factor + shift
+
+    net, x = Typed().eval(), torch.randn(2, 8)
+    graph = fxprune.analyze(net, x)
+    assert graph.captured.rung == "symbolic tracing with known shapes"
+    assert graph.sizes.free
+    torch.testing.assert_close(fxprune.plan(graph, ratio=0.0).apply(net)(x), net(x))

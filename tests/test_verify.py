@@ -280,3 +280,45 @@ def test_random_numbers_are_not_compared_and_named() -> None:
         result.b.weight[0, 0] += 1
     with pytest.raises(VerificationError):
         fxprune.verify(model, result, plan, X)
+
+
+class Normed(nn.Module):
+    """What its head reads in training mode on a batch of one is zero, to rounding."""
+
+    def __init__(self, average):
+        super().__init__()
+        self.a, self.n, self.b = nn.Conv2d(3, 99, 3), nn.BatchNorm2d(99), nn.Conv2d(99, 16, 1)
+        self.norm, self.average, self.head = nn.BatchNorm2d(16), average, nn.Linear(16, 5)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x):
+        return self.head(self.average(self.norm(self.b(self.n(self.a(x)).relu()))).flatten(1))
+
+
+AVERAGES = {
+    "a layer": nn.AdaptiveAvgPool2d(1),
+    "mean": lambda x: x.mean((2, 3)),
+    "sum": lambda x: x.sum((2, 3)),
+    "a function": lambda x: nn.functional.avg_pool2d(x, 6),
+}
+
+
+@pytest.mark.parametrize("into", ["graph", "module"])
+@pytest.mark.parametrize("average", AVERAGES)
+def test_what_cancels_to_rounding_errors_is_no_difference(average, into):
+    torch.manual_seed(0)
+    model, x = Normed(AVERAGES[average]).eval(), torch.randn(1, 3, 8, 8)
+    plan = fxprune.plan(model, x, ratio=0.5, into=into)
+    pruned = plan.apply(model)
+    with torch.no_grad():  # as another order of the same additions might do
+        pruned.get_parameter("b.weight").mul_(1 + 2**-21)
+    verdict = fxprune.verify(model, pruned, plan, x, dtype=torch.float32)
+    assert verdict.exact
+    assert verdict.modes == ("evaluation", "training")
+    with torch.no_grad():  # in evaluation mode it makes no difference, in training mode it does
+        pruned.get_parameter("b.weight").mul_(2.0)
+        pruned.get_parameter("b.bias").mul_(2.0)
+        pruned.get_buffer("norm.running_mean").mul_(2.0)
+        pruned.get_buffer("norm.running_var").mul_(4.0).add_(3e-5)
+    with pytest.raises(VerificationError):
+        fxprune.verify(model, pruned, plan, x)

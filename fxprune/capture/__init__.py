@@ -7,6 +7,7 @@ Where none can, the last rung captures the largest submodules that one of the ot
 
 from __future__ import annotations
 
+import inspect
 import keyword
 import re
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from ..errors import CaptureError, ExampleInputsError
 from ..inputs import to_meta
 from ..program import Program, computed_tensors, named_tensors, own_train, unwrapped
 from ..region_program import RegionProgram
-from ..sizes import Change, Trial
+from ..sizes import BATCH, Change, Trial
 from . import dynamo, exported, free_sizes, patches, regions, symbolic
 from .composites import dissolve as dissolve_composites
 from .gradient_hooks import note_on_gradient_hooks
@@ -216,6 +217,8 @@ def _climb(
                 _check_names(program)
             inputs = _inputs(name, program, args, kwargs)
             captured = _captured(name, rung, program, inputs, refusals, tuple(computed_tensors(model)))
+            if rung in RUNGS:
+                captured = replace(captured, notes=(*captured.notes, *_note_on_values(program, model)))
             captured = replace(captured, trials=_trials(program, free, args, kwargs))
             accept(captured)
             return captured
@@ -236,6 +239,20 @@ def _climb(
         f"Next: capture the part that can be (prune model.backbone, say), or move the control flow that "
         f"depends on tensor values out of forward."
     ) from refusals[-1][1]
+
+
+def _note_on_values(program: Program, model: nn.Module) -> list[str]:
+    """Which inputs that are no tensors were given, and are not what they are by default."""
+    parameters = inspect.signature(unwrapped(model).forward).parameters
+    found: dict[str, str] = {}
+    for node in program.graph.nodes:
+        if node.target is symbolic.check_value:
+            given, expected, name = node.args
+            default = parameters[name].default if name in parameters else None
+            if expected is not None and expected is not default and given.op == "placeholder":
+                found[name] = f"{name}={expected!r:.40}"
+    said = f"analysed with {', '.join(found.values())} alone; fxprune.Calls takes calls with other values"
+    return [said] if found else []
 
 
 def _with_switches(program: Program, model: nn.Module) -> Program:
@@ -274,7 +291,13 @@ def _trials(
     program: Program, free: tuple[Change, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Trial, ...]:
     tree = to_meta((args, kwargs))
-    return tuple(Trial(change, program.bind(*sizes.resized(tree, change))) for change in free if change)
+    same_batch = [{kind: how for kind, how in change.items() if kind != BATCH} for change in free]
+    changes = [change for change in (*free, *same_batch) if change]
+    return tuple(
+        Trial(change, program.bind(*sizes.resized(tree, change)))
+        for number, change in enumerate(changes)
+        if change not in changes[:number]
+    )
 
 
 _FREE, _KNOWN, _EXPORTED = RUNGS

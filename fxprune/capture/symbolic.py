@@ -34,7 +34,7 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
-from ..errors import CaptureError, ExampleInputsError
+from ..errors import CaptureError, ExampleInputsError, PinnedError
 from ..graph_module import clone_module
 from ..guards import check_number
 from ..inputs import meta_like, to_meta
@@ -113,7 +113,10 @@ def _unmark(nodes: Iterable[fx.Node]) -> None:
 def check_value(value: Any, expected: Any, name: str) -> None:
     """In captured graphs: refuse a non-tensor input that differs from the captured one."""
     if value is not expected and value != expected:
-        raise ValueError(f"the input {name!r} was {expected!r} when the model was captured; got {value!r}.")
+        raise PinnedError(
+            f"the input {name!r} was {expected!r} when the model was captured; got {value!r}. Next: analyse "
+            f"the model again with this value, or with fxprune.Calls that hold both."
+        )
 
 
 class _Flag(int):
@@ -142,6 +145,10 @@ def _is_numbers(given: Any) -> bool:
 
 
 _WRITTEN = frozenset(["grad", "real", "imag", "names"])
+_DTYPES: dict[type, torch.dtype] = {
+    bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128,
+}  # fmt: skip
+"""What these types mean to functions of torch, as in ``x.to(float)``; torch.fx takes none of them."""
 _PLAIN = frozenset([type(None), bool, int, float, str, torch.dtype, torch.device])
 """Types of values that stand in a graph as they are."""
 
@@ -604,6 +611,8 @@ class _Tracer(fx.Tracer):
             return a
         if kind is tuple:
             return tuple([self.create_arg(item) for item in a])
+        if isinstance(a, type) and a in _DTYPES:
+            return _DTYPES[a]
         if isinstance(a, np.generic):  # a number of NumPy, which generated code could not name
             return a.item()
         if isinstance(a, _Flag):

@@ -31,7 +31,7 @@ from .branches import Branch, Branches, find_branches
 from .coupler import Coupler
 from .grouping import form_groups
 from .groups import Group, Grouping, RowSet
-from .input_sizes import input_sizes, refusal
+from .input_sizes import input_sizes, pin_folded, refusal
 from .interpreter import Run, interpret
 from .operator_calls import OperatorCalls
 from .other_sizes import differing, run_at, same_batch
@@ -194,6 +194,8 @@ class CouplingGraph:
         Returns:
             Which sizes were others (see :mod:`fxprune.sizes`).
         """
+        folded: dict[str, str] = {}
+        seen: Change = {}
         for trial in self.captured.trials:
             try:
                 other = run_at(self.captured.program, trial.inputs, calls, self._run)
@@ -201,12 +203,16 @@ class CouplingGraph:
                 self._refusals |= dict.fromkeys(trial.change, refusal(error))
                 continue
             if not same_batch(self._run, self.inputs, other, trial.inputs):
-                because = "numbers in the code fold other sizes into the batch"
-                self._refusals |= dict.fromkeys(trial.change, because)
+                folded |= dict.fromkeys(trial.change, "numbers in the code fold other sizes into the batch")
                 continue  # the model is for these sizes alone
             self._run.coupler.frozen.extend(differing(self._run, other))
-            return trial.change
-        return {}
+            seen = trial.change
+            break
+        for kind in seen:
+            folded.pop(kind, None)
+        self._refusals |= folded
+        pin_folded(self.captured, folded)
+        return seen
 
     def _regroup(self) -> None:
         run, program = self._run, self.captured.program

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..capture import Captured
+from ..capture.free_sizes import pin
 from ..errors import FxpruneError
 from ..nodes import describe_source
 from ..region_program import RegionProgram
@@ -63,6 +64,22 @@ def input_sizes(captured: Captured, change: Change, refusals: Mapping[str, str])
     return InputSizes(tuple(found))
 
 
+def pin_folded(captured: Captured, because: Mapping[str, str]) -> None:
+    """Have the graph refuse other sizes of these kinds, at which nobody looked at its couplings.
+
+    Args:
+        captured: its graph is changed in place.
+        because: by kind of a size why it is pinned.
+    """
+    checked = {check.name for check in guarded(captured.program.graph)}
+    titles = [str(node.target) for node in captured.program.placeholders()]
+    inputs = dict(zip(titles, captured.inputs, strict=True))
+    names = {place.kind: place.name for place in places(inputs)}
+    bounds = {kind: 0 for kind in because if names.get(kind) not in checked}
+    if bounds:
+        pin(captured.program.graph, inputs, bounds, dict(because))
+
+
 def _finest(captured: Captured, kind: str) -> int:
     """The smallest power of two by which sizes of a kind may differ; 0 where none is known."""
     for step in (2, 4, 8, 16):
@@ -81,4 +98,4 @@ def refusal(error: FxpruneError) -> str:
     return f"the model does not run at another ({lines[0][:160]}{f'; {where}' if where else ''})"
 
 
-__all__ = ["input_sizes", "refusal"]
+__all__ = ["input_sizes", "pin_folded", "refusal"]

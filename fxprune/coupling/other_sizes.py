@@ -19,6 +19,7 @@ from .interpreter import Run, interpret
 from .operator_calls import OperatorCalls, UnlikeError
 from .units import FIXED, Event, Ids, Label
 
+Shape = tuple[int, ...]
 REASON = "couples differently at other sizes of the inputs"
 
 
@@ -77,16 +78,30 @@ def _twice(a: Ids, b: Ids) -> Mask:
 
 
 def same_batch(run: Run, inputs: list[Any], other: Run, others: list[Any]) -> bool:
-    """Whether outputs that have the batch of the inputs as first dimension have it at other sizes, too."""
+    """Whether outputs that have the batch of the inputs as first dimension have it at other sizes, too.
+
+    A batch of one that was squeezed away may stand in any place there. A first dimension that stays what it
+    is may be equal to the batch by chance, as the two directions of a recurrent layer are to a batch of two.
+    """
     mine, theirs = _batch(inputs), _batch(others)
-    for region, outputs in run.outputs.items():
-        for leaf, value in outputs.items():
-            there = other.outputs.get(region, {}).get(leaf)
-            if there is None or len(there.shape) != len(value.shape):
-                return False
-            if value.shape[:1] == (mine,) and there.shape[:1] != (theirs,):
-                return False
-    return True
+    pairs: list[tuple[Shape, Shape | None]] = [
+        (tuple(value.shape), tuple(there.shape) if there is not None else None)
+        for region, outputs in run.outputs.items()
+        for leaf, value in outputs.items()
+        for there in [other.outputs.get(region, {}).get(leaf)]
+    ]
+    moves = any(here[:1] == (mine,) and there is not None and there[:1] == (theirs,) for here, there in pairs)
+
+    def alike(here: Shape, there: Shape | None) -> bool:
+        if there is None:
+            return False
+        if len(there) != len(here):
+            return mine == 1 and len(there) == len(here) + 1 and theirs in there
+        if here[:1] != (mine,) or there[:1] == (theirs,):
+            return True
+        return there[:1] == (mine,) and (mine == 1 or moves or theirs in there)
+
+    return all(alike(here, there) for here, there in pairs)
 
 
 def _batch(inputs: list[Any]) -> int | None:
