@@ -386,6 +386,8 @@ def test_sizes_that_numbers_in_the_code_fold_are_refused(shape, dim, bad, batch)
     assert "pinned at" in plan.notes[0]
     pruned = plan.apply(net)
     assert fxprune.verify(net, pruned, plan, x).exact
+    own = fxprune.plan(net, x, ratio=0.5, into="module")
+    assert fxprune.verify(net, own.apply(net), own, x).exact
     with pytest.raises((PinnedError, RuntimeError), match=rf"size {bad[dim]} in dimension {dim}|invalid for"):
         pruned(torch.randn(bad))
 

@@ -26,6 +26,7 @@ from ..program import Program, computed_tensors, named_tensors, own_train, unwra
 from ..region_program import RegionProgram
 from ..sizes import BATCH, Change, Trial
 from . import dynamo, exported, free_sizes, patches, regions, symbolic
+from .arguments import Arguments
 from .composites import dissolve as dissolve_composites
 from .gradient_hooks import note_on_gradient_hooks
 from .train_methods import switches
@@ -188,6 +189,11 @@ def recapture(
         program = _with_switches(trace(model, args, kwargs), model)
         if captured.trials or sizes.guarded(captured.program.graph):  # it was looked at with other sizes
             program, _ = _free_sizes(captured.rung, trace, model, program, args, kwargs)
+        mine = sizes.guarded(program.graph)
+        folded = [axis for axis in sizes.guarded(captured.program.graph) if axis not in mine]
+        if folded:  # which the look at its couplings showed
+            keys = dict(sizes.named(Arguments.of(model, args, kwargs).all()))
+            sizes.guard(program.graph, [(axis, keys[axis.input]) for axis in folded])
     dissolve_composites(program.graph, program.tensors)
     return program
 
