@@ -282,16 +282,17 @@ def solve(
     }
     for equation in sorted(equations, key=lambda e: len(set(places(e.origin)))):
         missing = set(places(equation.origin)) - known.keys()
-        if len(missing) != 1:
-            continue
-        (place,) = missing
         values: dict[Place | Size, int] = dict([*sizes.items(), *old.items(), *known.items()])
-        if _holds(equation, values):
+        if not missing or _holds(equation, values):
             continue
-        for value in range(1, old[place]):
-            if _holds(equation, {**values, place: value}):
-                known[place] = value
-                break
+        found = {
+            place: value
+            for place in missing
+            for value in range(old[place] - 1, 0, -1)
+            if _holds(equation, {**values, place: value})
+        }
+        if len(found) == 1:  # one number has to be another, and only one can; the least that will do
+            known.update(found)
     values = dict([*sizes.items(), *old.items(), *known.items()])
     unmet = [
         violation
@@ -329,6 +330,10 @@ def _unmet(equation: _Equation, equations: list[_Equation], narrowing: Narrowing
             return wide
     dims = () if equation.dim is None else (equation.dim,)
     same = [e for e in equations if e.origin == equation.origin and e.dim is not None]
+    if any(e.value != equation.value and e.node == equation.node for e in same):
+        return [
+            Violation(equation.node, f"{reason} of all parts", dims, (f"{equation.node}[{equation.dim}]",))
+        ]
     most = max((e.value for e in same), default=0)
     if isinstance(equation.origin, tuple) and any(e.value < most for e in same):
         also = f"{reason}, which is {most} elsewhere"
@@ -379,9 +384,11 @@ def _equations(before: Program, after: Program, narrowing: Narrowing) -> Iterato
         same = len(leaves) == len(written)
         if not same:
             if operator_name(node) == "split" and isinstance(new.args[1], (list, tuple)) and 1 in origins:
-                yield _Equation(
-                    origins[1], new.args[1][0], node.name
-                )  # sizes of parts in place of one for all
+                dim: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+                last = narrowing.tree(node.name)[-1].shape
+                rest, dim = last[dim] < leaves[1], dim % len(last)
+                for size in dict.fromkeys(new.args[1][:-1] if rest else new.args[1]):
+                    yield _Equation(origins[1], int(size), node.name, dim)  # of parts that are all as wide
                 continue
             put_together = _entries(node, len(written) - 1)
             if put_together is None:

@@ -182,6 +182,31 @@ def test_what_is_linked_by_a_count_loses_the_same_share(fused: bool) -> None:
     assert pruned(Counted(fused), ratio=0.6, keep="inp")[1].heads == 4
 
 
+class Paths(nn.Module):
+    """Parts of one width, which is computed from two numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.paths = 16, 2
+        self.inp, self.out = nn.Linear(8, 16), nn.Linear(6, 3)
+        self.each = nn.ModuleList(nn.Linear(8, 6) for _ in range(2))
+        stir(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = torch.split(self.inp(x), self.width // self.paths, -1)
+        return self.out(self.each[0](parts[0]) + self.each[1](parts[1]).relu())
+
+
+def test_parts_of_one_width_stay_so() -> None:
+    for options in (
+        {"ratio": 0.5},
+        {"ratios": {"each.0": 0.5}, "ratio": 0.25},
+        {"ratio": 0.4, "scope": "global"},
+    ):
+        _, result = pruned(Paths(), **options)
+        assert result.each[0].in_features == result.each[1].in_features == result.width // 2 < 8
+
+
 def test_a_budget_counts_what_goes_along() -> None:
     budget = fxprune.Budget(params=0.5)
     plan, result = pruned(Counted(True), budget=budget, scope="global")
