@@ -8,11 +8,9 @@ proxies take part in NumPy's protocols (:func:`ufunc`, :func:`of_numpy`).
 from __future__ import annotations
 
 import operator
-import re
 import sys
 from collections.abc import Callable, Iterable
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -53,25 +51,6 @@ def tables(classes: Iterable[type]) -> list[dict[str, Any]]:
         if file.partition(".")[0] in packages and file not in found and module is not None:
             found[file] = vars(module)
     return list(found.values())
-
-
-@cache
-def _as_types(path: str) -> frozenset[str]:
-    """Which of ``int`` and ``float`` the code in a file asks for as the very types.
-
-    As in ``type(x) is int`` and ``dtype=float``, where nothing else will do, in whatever thread. There the
-    names stay, and a number that is made of a proxy is that of the example.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8", errors="ignore")
-    except OSError:  # a notebook's, say
-        return frozenset()
-    return frozenset(found.group(1) for found in _AS_TYPE.finditer(text))
-
-
-_AS_TYPE = re.compile(
-    r"(?:\bis\s+(?:not\s+)?|\bdtype\s*=\s*|\.(?:to|type|astype)\((?:[^()]*[\s,])?)(int|float)\b(?!\s*\()"
-)
 
 
 class _Named(type):
@@ -162,9 +141,8 @@ def patch(
                 session.note(table, name)
                 chosen = session.own(table.get(name, original), replacement)
                 session._begin.append(partial(table.__setitem__, name, chosen))
-            taken = {*table, *_as_types(str(table.get("__file__")))}
             for kind, replacement in own.items():
-                if kind.__name__ not in taken:
+                if kind.__name__ not in table:
                     session.note(table, kind.__name__)
                     session._begin.append(partial(table.__setitem__, kind.__name__, replacement))
         session.put(torch, "Size", _Shape("Size", (), {}))  # to other threads it is what it was
