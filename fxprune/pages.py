@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from . import files
+from .compensation.report import Compensation
 from .coupling.graph import CouplingGraph, tree_values
 from .coupling.groups import Group
 from .errors import ImportanceError
@@ -80,8 +81,14 @@ def graph_html(graph: CouplingGraph) -> str:
     )
 
 
-def report_html(graph: CouplingGraph, plan: PruningPlan) -> str:
-    """One page on what a plan does to a network: costs by block, groups, the graph, what is held, and why."""
+def report_html(graph: CouplingGraph, plan: PruningPlan, compensation: Compensation | None = None) -> str:
+    """One page on what a plan does to a network: costs by block, groups, the graph, what is held, and why.
+
+    Args:
+        graph: the analysis.
+        plan: the plan.
+        compensation: what became of the layers that are left, or None where they stay as they were.
+    """
     graph = graph.whole
     report = graph.report()
     left = without_branches(graph, plan.branches)
@@ -94,6 +101,7 @@ def report_html(graph: CouplingGraph, plan: PruningPlan) -> str:
         _heading("Groups: what goes together, and how much of it"),
         _groups(left, left.report().blocks if plan.branches else report.blocks, plan),
         _scores(left, plan),
+        *_compensation(compensation),
         _heading("The network: each line is a node, coloured by the groups that it carries"),
         _svg(graph),
         _heading("What is held, and why"),
@@ -105,14 +113,16 @@ def report_html(graph: CouplingGraph, plan: PruningPlan) -> str:
     return f'<!DOCTYPE html><html lang="en">{head}<body>{page}</body></html>'
 
 
-def write_report(graph: CouplingGraph, plan: PruningPlan, path: Path) -> int:
+def write_report(
+    graph: CouplingGraph, plan: PruningPlan, path: Path, compensation: Compensation | None = None
+) -> int:
     """Write :func:`report_html` to a file, which appears there only when it is whole; its size in bytes.
 
     Raises:
         OutputError: if it cannot be written.
     """
     files.check_output(path, (".html",))
-    text = report_html(graph, plan)
+    text = report_html(graph, plan, compensation)
     return files.write(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
@@ -198,8 +208,30 @@ def _branches(report: Report, gone: Sequence[str]) -> str:
     return _table(("residual branch", "parameters", "multiply-accumulates", ""), rows) if rows else ""
 
 
+def _compensation(done: Compensation | None) -> list[str]:
+    """What each step of a compensation brought."""
+    if done is None:
+        return []
+    rows = [
+        (_code(entry.name), entry.step, f"{entry.before:.3g}", f"{entry.after:.3g}", _esc(entry.reason))
+        for entry in done.layers
+    ]
+    said = (
+        f"The outputs differ from the original's by {done.before:.3g} of their variance as narrowed, by "
+        f"{done.after:.3g} afterwards ({done.batches} calibration batches)."
+    )
+    errors = "Errors are mean squares, as a share of what the layer should give."
+    named = ("layer", "step", "error before", "after", "as it was, because")
+    return [
+        _heading("What compensation brought"),
+        _text(f"{said} {errors if rows else ''}"),
+        _table(named, rows) if rows else "",
+        _list(done.notes),
+    ]
+
+
 def _blocks(graph: CouplingGraph, left: CouplingGraph, plan: PruningPlan) -> str:
-    """Parameters and bytes by block before and after; ``left`` is without the branches that go."""
+    """Parameters, MACs and bytes by block before and after; ``left`` is without the branches that go."""
     costs = [CostModel(graph)]
     costs.append(costs[0] if left is graph else CostModel(left))
     sizes = [model.sizes(model.alive(gone)) for model, gone in zip(costs, ({}, plan.removed), strict=True)]
@@ -212,10 +244,12 @@ def _blocks(graph: CouplingGraph, left: CouplingGraph, plan: PruningPlan) -> str
     rows = []
     for block in filter(None, blocks):
         before, after = (model.params(sizes, f"{block}.") for model, sizes in both)
+        work = [model.macs(sizes, f"{block}.") for model, sizes in both]
         stored = [model.bytes(sizes, f"{block}.") for model, sizes in both]
         if before:
-            rows.append((_code(block), before, after, _bar(after / before, "#3572b0"), *stored))
-    return _table(("block", "parameters before", "after", "", "bytes before", "after"), rows)
+            rows.append((_code(block), before, after, _bar(after / before, "#3572b0"), *work, *stored))
+    names = ("block", "parameters before", "after", "", "MACs before", "after", "bytes before", "after")
+    return _table(names, rows)
 
 
 def _groups(graph: CouplingGraph, entries: Sequence[GroupEntry], plan: PruningPlan | None) -> str:

@@ -13,6 +13,7 @@ from test_files import Net
 
 import fxprune
 from fxprune.cli import main
+from fxprune.compensation.report import Compensation, LayerEntry
 from fxprune.errors import OutputError
 from fxprune.importance import score
 from fxprune.pages import report_html
@@ -65,7 +66,13 @@ def test_a_report_says_what_the_plan_does(
     assert texts[at + 1 : at + 3] == ["12", "6"]
     at = texts.index("blocks.1")
     assert texts[at + 1] == f"{12 * 6 + 12 + 6 * 12 + 6:,}"
-    assert texts[at + 3] == f"{4 * (12 * 6 + 12 + 6 * 12 + 6):,}"
+    narrow = plan.apply(Net())
+    work = [
+        sum(2 * 64 * p.numel() for name, p in m.named_parameters() if re.search(r"blocks\.1\..*weight", name))
+        for m in (Net(), narrow)
+    ]
+    assert texts[at + 3 : at + 5] == [f"{macs:,}" for macs in work]
+    assert texts[at + 5] == f"{4 * (12 * 6 + 12 + 6 * 12 + 6):,}"
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
     assert "<script" not in text
 
@@ -120,6 +127,18 @@ def test_a_deep_network_has_a_small_report(tmp_path: Path) -> None:
     text = report_html(graph, fxprune.plan(graph, 0.5))
     assert len(text) < 400_000
     assert "blocks.*.0.weight[0] (x150)" in text
+
+
+def test_a_report_says_what_compensation_brought() -> None:
+    done = Compensation(
+        0.5, 0.25, (LayerEntry("a.weight", "least squares", 0.4, 0.1), LayerEntry("b", "", reason="<few>")), 3
+    )
+    graph = fxprune.analyze(Net(), X)
+    texts = Checked(report_html(graph, fxprune.plan(graph, 0.5), done)).texts
+    at = texts.index("a.weight", texts.index("What compensation brought"))
+    assert texts[at + 1 : at + 4] == ["least squares", "0.4", "0.1"]
+    assert "<few>" in texts
+    assert any("by 0.5 of their variance as narrowed, by 0.25 afterwards" in text for text in texts)
 
 
 def test_on_the_command_line(tmp_path: Path) -> None:

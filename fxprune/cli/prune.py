@@ -283,6 +283,7 @@ def _carry_out(
     from ..exporting import export, quiet
     from ..inputs import normalize
     from ..measure import count, measure_latency
+    from ..pages import write_report
     from .progress import costs, number, show, size, table
 
     model, inputs = loaded.model, loaded.inputs
@@ -311,6 +312,9 @@ def _carry_out(
                 pruned, model, selection.calibrate, pick=selection.pick, seed=selection.seed
             )
             say(str(pruned.meta["compensation"]).splitlines()[0])
+        analysis = plan.came_from()
+        if options.report is not None and analysis is not None:
+            write_report(analysis, plan, options.report, pruned.meta["compensation"])
     seconds: dict[str, float] = {}
     if not options.no_latency:
         with progress.step("latency") as say, nullcontext() if options.debug else quiet():

@@ -174,7 +174,7 @@ class Uses:
             return
         argument, dims = _argument(*read, self.call) if read is not None else (None, ())
         for axis, region in self._sources(weight, dim).items():
-            use = Use(role, node, _module(node), operator, region, argument, dims)
+            use = Use(role, node, module_of(node), operator, region, argument, dims)
             known = self.by_axis.setdefault(axis, [])
             if not any(use.same_as(other) for other in known):
                 known.append(use)
@@ -223,7 +223,8 @@ def _entries(value: Value) -> int:
     return math.prod(value.shape)
 
 
-def _module(node: fx.Node) -> str:
+def module_of(node: fx.Node) -> str:
+    """Path of the module that a node is called in, as far as known."""
     if node.op == "call_module":
         return str(node.target)
     stack = node.meta.get("nn_module_stack")
@@ -335,4 +336,4 @@ def factor(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int],
     return groups
 
 
-__all__ = ["Region", "Role", "Use", "Uses", "factor", "in_module", "makes_outputs"]
+__all__ = ["Region", "Role", "Use", "Uses", "factor", "in_module", "makes_outputs", "module_of"]

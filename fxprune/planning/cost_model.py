@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from ..coupling.branches import Branch
 from ..coupling.graph import CouplingGraph
 from ..coupling.interpreter import interpret
+from ..coupling.roles import module_of
 from ..coupling.units import Ids, Label, Value
 from ..measure import Count
 
@@ -226,10 +227,17 @@ class CostModel:
     def _within(self, start: str) -> Mask:
         return np.array([name.startswith(start) for name in self._names], dtype=bool)
 
-    def macs(self, sizes: Ids) -> int:
-        """Multiply-accumulates of one forward pass over the example inputs' batch."""
+    def macs(self, sizes: Ids, within: str = "") -> int:
+        """Multiply-accumulates of one forward pass over the example inputs' batch.
+
+        Of those alone that modules make whose paths, with a dot behind, start with ``within``.
+        """
+        counted = self._counted
+        if within:
+            modules = {n.name: f"{module_of(n)}." for n in self.graph.captured.program.graph.nodes}
+            counted = [call for call in counted if modules.get(call.node, "").startswith(within)]
         # torch counts a multiplication and an addition as two
-        return sum(self.flops(call, sizes) for call in self._counted) // 2
+        return sum(self.flops(call, sizes) for call in counted) // 2
 
     def flops(self, call: Call, sizes: Ids) -> int:
         """What torch counts for one call."""
