@@ -1,10 +1,13 @@
-"""What captured graphs check when they run: that the inputs are like the example in all that was pinned."""
+"""What captured graphs check when they run: that the inputs are like the example in all that was pinned.
+
+Where a graph is traced again, its checks become nodes of the new one.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.node import has_side_effect
 
 from .errors import PinnedError
@@ -19,7 +22,9 @@ def check_number(value: Any, expected: Any, where: str) -> None:
         expected: the number that the graph was made with.
         where: the line of the model that asks for it.
     """
-    if value != expected:
+    if isinstance(value, fx.Proxy):
+        value.tracer.create_proxy("call_function", check_number, (value, expected, where), {})
+    elif value != expected:
         got = value.item() if isinstance(value, Tensor) else value
         raise PinnedError(
             f"{where} asks for a value that was {expected!r} for the example inputs, and the graph goes on "
@@ -43,6 +48,10 @@ def check_size(
         role: what the dimension is: batch, length, height ...
         because: why no other size is right.
     """
+    if isinstance(tensor, fx.Proxy):
+        given = (tensor, name, dim, expected, step, role, because)
+        tensor.tracer.create_proxy("call_function", check_size, given, {})
+        return
     size = tensor.shape[dim]
     if size != expected and (not step or (size - expected) % step):
         right = f"{expected}, or differs from it by a multiple of {step}" if step else f"{expected}"

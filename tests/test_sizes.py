@@ -438,3 +438,23 @@ def test_a_type_of_numbers_stands_for_its_dtype():
     assert graph.captured.rung == "symbolic tracing with known shapes"
     assert graph.sizes.free
     torch.testing.assert_close(fxprune.plan(graph, ratio=0.0).apply(net)(x), net(x))
+
+
+def test_checks_stay_where_a_result_is_traced_again():
+    pruned = fxprune.prune(Folding().eval(), torch.randn(2, 3, 4, 4), ratio=0.5)
+    again = torch.fx.symbolic_trace(pruned)
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(again(x), pruned(x))
+    with pytest.raises(PinnedError, match="height"):
+        again(torch.randn(2, 3, 8, 8))
+
+
+class Folding(nn.Module):
+    """Numbers in the code make other images into more samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 16, 4)
+
+    def forward(self, x):
+        return self.b(self.a(x).relu().view(-1, 8 * 16))
