@@ -35,7 +35,13 @@ def check_number(value: Any, expected: Any, where: str) -> None:
 
 @has_side_effect
 def check_size(
-    tensor: Tensor, name: str, dim: int, expected: int, step: int, role: str = "", because: str = ""
+    tensor: Tensor | fx.Proxy,
+    name: str,
+    dim: int,
+    expected: int,
+    step: int,
+    role: str = "",
+    because: str = "",
 ) -> None:
     """Refuse an input of a size that the graph is not right for.
 
