@@ -394,35 +394,52 @@ def _plan(given: nn.Module | CouplingGraph, example_inputs: Any, selection: Sele
     graph = analyzed.loose()
     graph = graph.hold({WHOLE_ROWS}) if selection.uniform else graph
     names = _branches(selection, own, graph)
+    asked = _Asked(selection, own, model, args, kwargs)
     if selection.depth and selection.budget is not None:
-        return _deep(selection, own, model, args, kwargs, graph, names)
-    return _decided(selection, own, model, args, kwargs, without_branches(graph, names))[0]
+        return _deep(asked, graph, names)
+    return _decided(asked, without_branches(graph, names))[0]
 
 
-def _deep(
-    selection: Selection,
-    own: _OwnClass,
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    graph: CouplingGraph,
-    names: tuple[str, ...],
-) -> _Decided:
+@dataclass(frozen=True)
+class _Asked:
+    """What a plan is asked for.
+
+    Attributes:
+        selection: what is to go.
+        own: the form of the result.
+        model: the user's model.
+        args: positional inputs of the example.
+        kwargs: keyword inputs of the example.
+    """
+
+    selection: Selection
+    own: _OwnClass
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def meter(self, owner: nn.Module) -> Meter | None:
+        """What holds a latency against the clock, where the budget has one."""
+        return _meter(owner, self.args, self.kwargs, self.selection.budget)
+
+
+def _deep(asked: _Asked, graph: CouplingGraph, names: tuple[str, ...]) -> _Decided:
     """As :func:`_decided`, with the number of residual branches for which the least is lost."""
+    selection = asked.selection
     fixed = [graph.branches[name] for name in names]
-    owner = _owner(graph, model)
+    owner = _owner(graph, asked.model)
     may_go = _may_go(selection, owner, graph, names)
     assert selection.budget is not None
-    share = saved(CostModel(graph), selection.budget, _meter(owner, args, kwargs, selection.budget))
+    share = saved(CostModel(graph), selection.budget, asked.meter(owner))
     if not any(map(share, may_go.values())):  # no branch can go, or nothing has to
-        return _decided(selection, own, model, args, kwargs, without_branches(graph, names))[0]
+        return _decided(asked, without_branches(graph, names))[0]
     judge = Judge(graph, selection.calibrate or (), selection.pick, selection.seed)
     scores: Callable[[Group], Scores] | None = None
 
     def decide(more: list[str]) -> _Decided:
         nonlocal scores
         left = without_branches(graph, (*names, *more))
-        found, scores = _decided(selection, own, model, args, kwargs, left, scores)
+        found, scores = _decided(asked, left, scores)
         return found
 
     def loss(found: _Decided) -> float:
@@ -468,24 +485,20 @@ def _owner(graph: CouplingGraph, model: nn.Module) -> nn.Module:
 
 
 def _decided(
-    selection: Selection,
-    own: _OwnClass,
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    graph: CouplingGraph,
-    earlier: Callable[[Group], Scores] | None = None,
+    asked: _Asked, graph: CouplingGraph, earlier: Callable[[Group], Scores] | None = None
 ) -> tuple[_Decided, Callable[[Group], Scores]]:
     """What to remove from the network of ``graph``, and the scores that say so.
 
     ``earlier`` are scores for another analysis of it, so that data are gone through once.
     """
+    selection, own, model = asked.selection, asked.own, asked.model
+    args, kwargs = asked.args, asked.kwargs
     importance, seed = selection.importance, selection.seed
     dissolved = graph.source.dissolved
     generating, note = Generation.of(model, args, kwargs) if own.marked is not None else (None, "")
     notes = [note] if note else []
     owner = _owner(graph, model)
-    meter = _meter(owner, args, kwargs, selection.budget)
+    meter = asked.meter(owner)
     without = graph.captured.program.module().train(model.training) if graph.removed_branches else owner
     scores = score(graph, importance, seed, without, earlier)
     ties: set[tuple[str, ...]] = set()

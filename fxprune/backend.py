@@ -36,7 +36,9 @@ __all__ = ["backend", "parameters", "state_dict"]
 _LOG = logging.getLogger("fxprune")
 _OWN = ("inner", "inner_options", "mode", "plan")
 _LOSSLESS = "lossless"
-_PLANNING = tuple(item.name for item in fields(Selection))
+_BRANCHES = ("branches", "depth")
+"""What the backend leaves alone: another compilation of the model would not know which branches went."""
+_PLANNING = tuple(item.name for item in fields(Selection) if item.name not in _BRANCHES)
 
 
 def backend(
@@ -54,13 +56,13 @@ def backend(
     Args:
         gm: the graph.
         example_inputs: its inputs.
-        options: the arguments of :func:`fxprune.plan` by name, ``{"ratio": 0.5, "importance": "l1"}``; or
-            ``"plan"``, a :class:`~fxprune.PruningPlan` for the model or the path of a plan file, in place of
-            them; or ``"mode": "lossless"``, which removes what :func:`fxprune.lossless` does, and leaves a
-            graph in training mode as it is (compile again after training). With ``"calibrate"`` the layers
-            that are left make up for what went: its batches are inputs of the model, as a dict by name where
-            the graph takes several. ``"inner"`` is the backend that compiles the narrow graph,
-            ``"inductor"`` unless given; ``"inner_options"`` are its own options.
+        options: the arguments of :func:`fxprune.plan` by name, ``{"ratio": 0.5, "importance": "l1"}``,
+            without ``branches`` and ``depth``; or ``"plan"``, a :class:`~fxprune.PruningPlan` for the model
+            or the path of a plan file, in place of them; or ``"mode": "lossless"``, which removes what
+            :func:`fxprune.lossless` does, and leaves a graph in training mode as it is (compile again after
+            training). With ``"calibrate"`` the layers that are left make up for what went: its batches are
+            inputs of the model, as a dict by name where the graph takes several. ``"inner"`` is the backend
+            that compiles the narrow graph, ``"inductor"`` unless given, and ``"inner_options"`` its options.
         mode: mode of the inner backend, ``"max-autotune"`` say.
 
     Raises:
@@ -68,6 +70,11 @@ def backend(
     """
     given = dict(options or {})
     unknown = [name for name in given if name not in (*_OWN, *_PLANNING)]
+    if set(unknown) & set(_BRANCHES):
+        raise SelectionError(
+            f"the backend fxprune narrows layers; it removes no residual branches ({unknown[0]!r}). Compile "
+            f"what fxprune.prune returns, with any backend."
+        )
     if unknown:
         close = ", ".join(map(repr, nearest(str(unknown[0]), (*_OWN, *_PLANNING))))
         raise SelectionError(f"the backend fxprune has no option {unknown[0]!r}; the nearest are {close}.")
@@ -241,7 +248,7 @@ class _Run:
                 **options,
                 "where": lambda group: group.name not in fixed and (where is None or where(group)),
             }
-        return plan(gm, inputs, **options)
+        return plan(gm, inputs, **options, depth=False)
 
     def _share(self, pruned: nn.Module, named: Mapping[str, Tensor], exactly: bool) -> bool:
         """Give ``pruned`` the narrow tensors that are there; false where they are others.
@@ -321,8 +328,13 @@ def _of_plan(graph: CouplingGraph, given: PruningPlan, fixed: set[str]) -> dict[
     """What of a plan for the model this graph can do, by the graph's own names of groups.
 
     Raises:
-        PlanError: if a group has another size in the plan.
+        PlanError: if a group has another size in the plan, or the plan removes residual branches.
     """
+    if given.branches:
+        raise PlanError(
+            "the plan removes residual branches, which the backend fxprune does not. Compile what "
+            "plan.apply(model) returns, with any backend."
+        )
     places = {name: i for i, name in enumerate(given.shapes)}
     wanted: dict[str, list[int]] = {}
     for name, (group, order) in _begin(graph, lambda tensor: places.get(tensor, len(places))).items():

@@ -291,7 +291,7 @@ def solve(
             for value in range(old[place] - 1, 0, -1)
             if _holds(equation, {**values, place: value})
         }
-        if len(found) == 1:  # one number has to be another, and only one can; the least that will do
+        if len(found) == 1:  # of all its numbers only this one can make it hold; its least such value
             known.update(found)
     values = dict([*sizes.items(), *old.items(), *known.items()])
     unmet = [

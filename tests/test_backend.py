@@ -258,6 +258,11 @@ def test_calibration_data_of_several_inputs_are_given_by_name() -> None:
             compiled(model, ratio=0.5, calibrate=[(d["x"], d["y"]) for d in data])(*inputs)
 
 
+def _without_a_branch(model: nn.Module) -> fxprune.PruningPlan:
+    graph = fxprune.analyze(model, IMAGE)
+    return fxprune.plan(graph, ratio=0.0, branches=[next(iter(graph.branches))])
+
+
 def test_wrong_options() -> None:
     model = Residual().eval()
     for options, words in (
@@ -267,6 +272,8 @@ def test_wrong_options() -> None:
         ({"mode": "lossless", "ratio": 0.5}, "leave out 'ratio'"),
         ({"plan": 3}, "'plan' takes a plan"),
         ({"plan": "nowhere.json"}, "nowhere.json"),
+        ({"budget": fxprune.Budget(macs=0.5), "depth": 2}, "no residual branches .'depth'."),
+        ({"plan": _without_a_branch(model)}, "the plan removes residual branches"),
     ):
         torch._dynamo.reset()
         with pytest.raises(Exception, match=words):

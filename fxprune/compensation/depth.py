@@ -156,7 +156,8 @@ class Order:
 
         prices = {name: price(branch) for name, branch in progress([*left.items()], "residual branches")}
         while left and not (total and all(share >= 1 for share in total.values())):
-            fresh: set[str] = set() if gone[len(self.fixed) :] else set(left)
+            nothing_went = len(gone) == len(self.fixed)
+            fresh = set(left) if nothing_went else set()  # whose prices are those without what went
             while (name := min(left, key=prices.__getitem__)) not in fresh:
                 prices[name] = price(left[name])
                 fresh.add(name)

@@ -81,7 +81,7 @@ def interpret(
     coupler: Coupler | None = None,
     seed: Callable[[str], list[Label | None] | None] = lambda name: None,
     known: Callable[[fx.Node], Callable[[], Any] | None] | None = None,
-    observe: Callable[[Any, Any, Any, Any], None] | None = None,
+    observe: Follow | None = None,
     labels: bool = True,
     follow: Follow | None = None,
 ) -> Run:
@@ -94,8 +94,8 @@ def interpret(
         seed: gives the labels of a parameter's or buffer's axes by its name, for a check; None for none.
         known: for a node that need not be run, a function that gives its values (a tree of
             :class:`Value` and numbers) when they are asked for; None for one that does.
-        observe: called as ``observe(operator, args, kwargs, out)`` after each ATen call; inside of modules
-            that are registered as a whole, with unlabelled values in place of tensors.
+        observe: called as ``follow`` is, but not for the calls of the other mode; inside of modules that are
+            registered as a whole, too, with unlabelled values in place of tensors.
         labels: apply rules; without, shapes are all that is found out.
         follow: called after each ATen call, also without labels (see :data:`.calls.Follow`).
 
@@ -139,7 +139,7 @@ class _Interpreter(TorchDispatchMode):
         coupler: Coupler,
         seed: Callable[[str], list[Label | None] | None],
         known: Callable[[fx.Node], Callable[[], Any] | None] | None,
-        observe: Callable[[Any, Any, Any, Any], None] | None,
+        observe: Follow | None,
         labels: bool,
         follow: Follow | None,
     ) -> None:
@@ -221,9 +221,9 @@ class _Interpreter(TorchDispatchMode):
                 if numbers:
                     self._numbers.append((coupler.operator.rstrip("_"), *numbers))
         if self.observe is not None and not self._idle:
-            self.observe(func, args, kwargs, out)
+            self.observe(coupler.node, func, args, kwargs, out)
         if self.follow is not None:
-            self.follow(self.coupler.node, func, args, kwargs, out)
+            self.follow(coupler.node, func, args, kwargs, out)
         return out
 
     def _slice(self, node: fx.Node, args: Any) -> None:
@@ -461,7 +461,7 @@ class _Interpreter(TorchDispatchMode):
         assert leaf.couple is not None
         result = None
         try:
-            with _Observed(self.observe):
+            with _Observed(self.observe, self.coupler.node):
                 result = module(*args, **kwargs) if leaf.runs else None
         except Exception as error:  # whatever a user's forward raises on shapes
             if leaf.outputs is None or not isinstance(error, (NotImplementedError, _ValuesNeeded)):
@@ -639,15 +639,15 @@ _DEPTH = 4
 class _Observed(TorchDispatchMode):
     """Shows ATen calls to an observer, without labels: nobody knows how they couple."""
 
-    def __init__(self, observe: Callable[[Any, Any, Any, Any], None] | None) -> None:
+    def __init__(self, observe: Follow | None, node: fx.Node | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.observe = observe
+        self.observe, self.node = observe, node
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = _on_shapes(func, args, kwargs or {})
         tree = (args, kwargs or {}, out)
         if self.observe is not None:
-            self.observe(func, *pytree.tree_map_only(torch.Tensor, self._plain, tree))
+            self.observe(self.node, func, *pytree.tree_map_only(torch.Tensor, self._plain, tree))
         return out
 
     @staticmethod

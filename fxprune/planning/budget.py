@@ -195,7 +195,7 @@ class Search:
     def _chosen(self, taken: Mask) -> Ids:
         """Number of steps that each set loses, ``(sets,)``."""
         steps: Ids = np.bincount(self.owner[taken[: self.owner.size]], minlength=self.sets)
-        return evened(self.together, steps)
+        return equal_steps(self.together, steps)
 
     def _sizes(self, taken: Mask) -> Ids:
         if self.together:
@@ -242,7 +242,7 @@ class Search:
         )
 
 
-def evened(together: Iterable[list[int]], steps: Ids) -> Ids:
+def equal_steps(together: Iterable[list[int]], steps: Ids) -> Ids:
     """As many steps, ``(sets,)``, for all sets that go together as the most that one of them loses."""
     even = steps.copy()
     for numbers in together:
@@ -250,4 +250,4 @@ def evened(together: Iterable[list[int]], steps: Ids) -> Ids:
     return even
 
 
-__all__ = ["Budget", "Search", "evened"]
+__all__ = ["Budget", "Search", "equal_steps"]

@@ -120,22 +120,17 @@ class CostModel:
         return self if self.graph.whole is self.graph else CostModel(self.graph.whole)
 
     def _interpret(self) -> Iterable[Call]:
-        seen: list[tuple[Any, Any]] = []
-        nodes: list[str] = []
+        seen: list[tuple[str, Any, Any]] = []
 
-        def observe(operator: Any, args: Any, kwargs: Any, out: Any) -> None:
-            value = self.graph.run.coupler.value
-            seen.append((operator, pytree.tree_map_only(torch.Tensor, value, (args, kwargs, out))))
-
-        def follow(node: fx.Node | None, *_: Any) -> None:  # comes after the calls that it made
-            nodes.extend([node.name if node is not None else ""] * (len(seen) - len(nodes)))
+        def observe(node: fx.Node | None, operator: Any, args: Any, kwargs: Any, out: Any) -> None:
+            tree = pytree.tree_map_only(torch.Tensor, self.graph.run.coupler.value, (args, kwargs, out))
+            seen.append((node.name if node is not None else "", operator, tree))
 
         with torch.inference_mode(False):  # where a linear layer would not dissolve
-            run = interpret(self.graph.captured.program, self.graph.inputs, observe=observe, follow=follow)
-        follow(None)
+            run = interpret(self.graph.captured.program, self.graph.inputs, observe=observe)
         assert run.coupler.units.count == self.graph.run.coupler.units.count  # the same numbers again
         # Axes of parameters take their labels from what they meet, so that all are known only now.
-        for node, (operator, tree) in zip(nodes, seen, strict=True):
+        for node, operator, tree in seen:
             dims: list[int] = []
             args, kwargs, out = pytree.tree_map_only(Value, partial(self._operand, dims=dims), tree)
             yield Call(operator, args, kwargs, out, np.array(dims, dtype=np.int64), node)

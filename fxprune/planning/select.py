@@ -28,7 +28,7 @@ from torch import nn
 from ..coupling.graph import CouplingGraph
 from ..coupling.groups import Group
 from ..coupling.units import Ids
-from .budget import Search, evened
+from .budget import Search, equal_steps
 from .cost_model import CostModel
 from .latency import Meter
 from .patterns import Names, Pattern, spelled
@@ -156,7 +156,7 @@ def select(
         chosen, left = search.run(selection.budget)
         notes = (*notes, *search.notes)
         steps = steps + chosen
-    steps = evened(together, steps)
+    steps = equal_steps(together, steps)
     removed: dict[str, list[int]] = defaultdict(list, rows)
     for number, own in enumerate(sets):
         if steps[number]:
