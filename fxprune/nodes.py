@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -96,6 +97,21 @@ def writes(node: fx.Node) -> bool:
         return bool(schema.is_mutable)
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     return name.endswith("_") or name == "setitem"
+
+
+_COMPARISONS = frozenset(
+    [operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.not_]
+)
+
+
+def drop_questions(graph: fx.Graph) -> None:
+    """Remove comparisons that nothing reads: control flow asked for them, and the graph has what it did then.
+
+    Left there they would be made again, and ``torch.export`` would build in what they compare.
+    """
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and node.target in _COMPARISONS and not node.users:
+            graph.erase_node(node)
 
 
 def describe_source(node: fx.Node | None) -> str:

@@ -22,6 +22,7 @@ from .. import sizes
 from ..calls import as_one
 from ..errors import CaptureError, ExampleInputsError
 from ..inputs import to_meta
+from ..nodes import drop_questions
 from ..program import Program, computed_tensors, named_tensors, own_train, unwrapped
 from ..region_program import RegionProgram
 from ..sizes import BATCH, Change, Trial
@@ -195,6 +196,7 @@ def recapture(
             keys = dict(sizes.named(Arguments.of(model, args, kwargs).all()))
             sizes.guard(program.graph, [(axis, keys[axis.input]) for axis in folded])
     dissolve_composites(program.graph, program.tensors)
+    drop_questions(program.graph)
     return program
 
 
@@ -219,6 +221,7 @@ def _climb(
             if other_sizes:
                 program, free = _free_sizes(rung, trace, model, program, args, kwargs)
             dissolve_composites(program.graph, program.tensors)
+            drop_questions(program.graph)
             if not isinstance(program, RegionProgram):  # whose code stays that of the model
                 _check_names(program)
             inputs = _inputs(name, program, args, kwargs)
