@@ -192,7 +192,8 @@ def heading() -> str:
         f"Written by `exports.py`, {datetime.date.today()}; Python {platform.python_version()}, {versions}. "
         "Random weights, ratio 0.5.\n"
         "`.pt2` and ONNX: the largest difference from the pruned network over all batches and sizes that "
-        "were run, as a share of the\nspread of its outputs over different inputs; where entries are large and hardly depend on the inputs\n(coordinates of boxes), rounding is a large share of it.\n\n"
+        "were run, as a share of the\nspread of its outputs over different inputs; where entries are large "
+        "and hardly depend on the inputs\n(coordinates of boxes), rounding is a large share of it.\n\n"
         "| network | spread | sizes that the file takes | were run | `.pt2` | ONNX |\n"
         "|---|---|---|---|---|---|\n"
     )
