@@ -611,8 +611,8 @@ class _Tracer(fx.Tracer):
             return a
         if kind is tuple:
             return tuple([self.create_arg(item) for item in a])
-        if isinstance(a, type) and getattr(a, "kind", a) in _DTYPES:  # also what stands for it in a capture
-            return _DTYPES[getattr(a, "kind", a)]
+        if isinstance(a, type) and a in _DTYPES:  # what stands for one in a capture is equal to it
+            return _DTYPES[a]
         if isinstance(a, np.generic):  # a number of NumPy, which generated code could not name
             return a.item()
         if isinstance(a, _Flag):
