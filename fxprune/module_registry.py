@@ -21,7 +21,7 @@ Attributes = Callable[[Any, Shapes, Shape | None, Shape | None], Mapping[str, An
 
 
 @dataclass(frozen=True)
-class Leaf:
+class LeafClass:
     """A registered module class.
 
     Attributes:
@@ -61,11 +61,11 @@ class Registration:
         self.remove()
 
 
-_LEAVES: dict[type | str, Leaf] = {}
-_FOUND: weakref.WeakKeyDictionary[type, Leaf | None] = weakref.WeakKeyDictionary()
+_LEAVES: dict[type | str, LeafClass] = {}
+_FOUND: weakref.WeakKeyDictionary[type, LeafClass | None] = weakref.WeakKeyDictionary()
 
 
-def leaf_for(module: nn.Module) -> Leaf | None:
+def leaf_for(module: nn.Module) -> LeafClass | None:
     """The registration of a module's class, or of the nearest class that it inherits from."""
     kind = type(module)
     if kind not in _FOUND:
@@ -102,7 +102,7 @@ def own_kind(kind: type) -> type:
     return kind
 
 
-def register_leaf(leaf: Leaf, same: Callable[[Any, Any], bool]) -> None:
+def register_leaf(leaf: LeafClass, same: Callable[[Any, Any], bool]) -> None:
     """Add a registration; one that says the same may be there already."""
     present = _LEAVES.get(leaf.module_class)
     if present is not None and not same(present.given, leaf.given):
@@ -115,7 +115,7 @@ def register_leaf(leaf: Leaf, same: Callable[[Any, Any], bool]) -> None:
     _FOUND.clear()
 
 
-def leaf_registrations() -> tuple[Leaf, ...]:
+def leaf_registrations() -> tuple[LeafClass, ...]:
     """All registrations."""
     return tuple(_LEAVES.values())
 
@@ -176,7 +176,7 @@ def attribute_rule(given: Any, name: str) -> Attributes | None:
 
 __all__ = [
     "Attributes",
-    "Leaf",
+    "LeafClass",
     "Registration",
     "attribute_rule",
     "leaf_for",

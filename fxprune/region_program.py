@@ -28,7 +28,7 @@ from .program import Program, Skeleton, named_tensors
 
 
 @dataclass(frozen=True)
-class Link:
+class RegionLink:
     """A tensor that goes from one region to another and is used by nothing else.
 
     Attributes:
@@ -69,11 +69,11 @@ class Region:
     outside: tuple[str, ...]
     placeholders: Mapping[str, str]
     skeleton: Skeleton
-    links: tuple[Link, ...] = ()
+    links: tuple[RegionLink, ...] = ()
 
 
 @dataclass(frozen=True)
-class Part:
+class CapturedRegion:
     """What a region is made of.
 
     Attributes:
@@ -90,7 +90,7 @@ class Part:
     rung: str
     inputs: Any
     outside: tuple[str, ...] = ()
-    links: tuple[Link, ...] = ()
+    links: tuple[RegionLink, ...] = ()
 
 
 def handed(outputs: Any) -> Any:
@@ -224,7 +224,7 @@ class RegionProgram(Program):
 def unite(
     model: nn.Module,
     skeleton: Skeleton,
-    parts: Mapping[str, Part],
+    parts: Mapping[str, CapturedRegion],
     refused: tuple[str, ...],
 ) -> RegionProgram:
     """One program for several submodules of ``model``.
@@ -381,4 +381,4 @@ def _unpickle(original: type[nn.Module], view: OwnedModule, state: dict[str, Any
     return module
 
 
-__all__ = ["Link", "Part", "Region", "RegionModule", "RegionProgram", "unite"]
+__all__ = ["CapturedRegion", "Region", "RegionLink", "RegionModule", "RegionProgram", "unite"]

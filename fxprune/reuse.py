@@ -40,13 +40,13 @@ class _Analysis:
 
 
 @dataclass
-class _Kept:
+class _Analyses:
     lock: threading.Lock = field(default_factory=threading.Lock)
     by_graph: dict[int, tuple[weakref.ref[nn.Module], _Analysis]] = field(default_factory=dict)
     """By the identity of an analysis its model, and itself: other plans of the model may have others."""
 
 
-_kept = _Kept()
+_analyses = _Analyses()
 
 
 def link(made: PruningPlan, model: nn.Module, graph: CouplingGraph, rewritten: Rewritten) -> None:
@@ -57,15 +57,15 @@ def link(made: PruningPlan, model: nn.Module, graph: CouplingGraph, rewritten: R
     key = id(graph)
 
     def forget(gone: weakref.ref[nn.Module]) -> None:
-        entry = _kept.by_graph.get(key)
+        entry = _analyses.by_graph.get(key)
         if entry is not None and entry[0] is gone:
-            del _kept.by_graph[key]
+            del _analyses.by_graph[key]
 
-    with _kept.lock:
-        _kept.by_graph.pop(key, None)
-        _kept.by_graph[key] = weakref.ref(model, forget), analysis
-        while len(_kept.by_graph) > _MOST:
-            del _kept.by_graph[next(iter(_kept.by_graph))]
+    with _analyses.lock:
+        _analyses.by_graph.pop(key, None)
+        _analyses.by_graph[key] = weakref.ref(model, forget), analysis
+        while len(_analyses.by_graph) > _MOST:
+            del _analyses.by_graph[next(iter(_analyses.by_graph))]
     made.come_from(weakref.ref(graph))
 
 
@@ -85,7 +85,7 @@ def rewritten_by(made: PruningPlan, model: nn.Module) -> Rewritten | None:
 
 
 def _found(made: PruningPlan, model: nn.Module) -> _Analysis | None:
-    entry = _kept.by_graph.get(id(made.came_from()))
+    entry = _analyses.by_graph.get(id(made.came_from()))
     if entry is None or entry[0]() is not model:
         return None
     return entry[1] if entry[1].state == _state(model) else None

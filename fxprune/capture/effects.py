@@ -12,7 +12,7 @@ from ..program import named_modules
 from .twin import holds
 
 
-class Kept:
+class AttributesBefore:
     """What modules hold in attributes before a forward runs, and what it leaves there for its next call."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -185,4 +185,4 @@ def _is_number(node: fx.Node) -> bool:
     return module in ("_operator", "math", "builtins") and bool(inputs) and all(map(_is_number, inputs))
 
 
-__all__ = ["AUGMENTED", "Kept", "not_kept", "write_in_place"]
+__all__ = ["AUGMENTED", "AttributesBefore", "not_kept", "write_in_place"]

@@ -34,7 +34,7 @@ from ..program import Program, Skeleton, named_tensors
 from ..trees import Structure, flatten
 from . import patches
 from .arguments import Arguments, packing
-from .effects import Kept, not_kept
+from .effects import AttributesBefore, not_kept
 from .free_sizes import pin, steps
 from .numbers import Recorder, carries_numbers
 from .symbolic import blame, check_value
@@ -73,7 +73,7 @@ class _Flat(nn.Module):
     def forward(self, *tensors: Any) -> list[Any]:
         _refuse_sizes_from_values(tensors)
         args, kwargs = self._rebuild(tensors)
-        kept, buffers = Kept(self.model), dict(self.model.named_buffers(remove_duplicate=False))
+        kept, buffers = AttributesBefore(self.model), dict(self.model.named_buffers(remove_duplicate=False))
         with Recorder() if self._marked else contextlib.nullcontext():
             results = self.model(*args, **kwargs)
         outputs, structure = flatten(results)

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import CaptureError, ExampleInputsError, FxpruneError, PlanError
 from ..inputs import describe_inputs, restore_inputs
 from ..program import Program, Skeleton, named_tensors
-from ..region_program import Link, Part, RegionProgram, unite
+from ..region_program import CapturedRegion, RegionLink, RegionProgram, unite
 from .arguments import Arguments
 from .symbolic import blame, is_leaf
 
@@ -46,7 +46,7 @@ def find(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], whole:
         CaptureError: if the model does not run, or no submodule with parameters can be captured.
     """
     seen = observe(model, args, kwargs)
-    found: dict[str, Part] = {}
+    found: dict[str, CapturedRegion] = {}
     refusals: list[str] = []
     visited = {model}
 
@@ -77,7 +77,7 @@ def find(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], whole:
     return unite(model, Skeleton.of(model), parts, tuple(refusals))
 
 
-def _worthwhile(parts: dict[str, Part]) -> dict[str, Part]:
+def _worthwhile(parts: dict[str, CapturedRegion]) -> dict[str, CapturedRegion]:
     """Without leaves that are linked to nothing: there is nothing in them but their boundary."""
     linked = {path for path, part in parts.items() if part.links}
     linked |= {link.source for part in parts.values() for link in part.links}
@@ -92,7 +92,9 @@ def again(model: nn.Module, regions: Mapping[str, Any], whole: Whole) -> RegionP
         if path not in modules:
             raise CaptureError(f"{type(model).__name__} has no submodule {path!r}.")
         try:
-            links = tuple(Link(**{**link, "read": tuple(link["read"])}) for link in region.get("links", ()))
+            links = tuple(
+                RegionLink(**{**link, "read": tuple(link["read"])}) for link in region.get("links", ())
+            )
         except (TypeError, KeyError) as error:
             raise PlanError(f"the plan's links of the region {path!r} are malformed.") from error
         part = _part(modules[path], path, [region["inputs"]], whole)
@@ -126,7 +128,7 @@ def real_inputs(
     return observe(model, args, kwargs, {region.path for region in program.regions}).kept
 
 
-def _part(module: nn.Module, path: str, calls: list[Any], whole: Whole) -> Part:
+def _part(module: nn.Module, path: str, calls: list[Any], whole: Whole) -> CapturedRegion:
     """The submodule ``module``, whose program must be the same for all ``calls``."""
     odd = next((call for call in calls if isinstance(call, FxpruneError)), None)
     if odd is not None:
@@ -140,7 +142,7 @@ def _part(module: nn.Module, path: str, calls: list[Any], whole: Whole) -> Part:
     for other in calls[1:]:
         if str(whole(module, *restore_inputs(other))[0].graph) != code:
             raise CaptureError("its graph differs from call to call")
-    return Part(program, root, rung, calls[0])
+    return CapturedRegion(program, root, rung, calls[0])
 
 
 def _leaf(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, str]:
@@ -311,8 +313,8 @@ class _Watch(TorchFunctionMode):
 
 
 def _linked(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], parts: dict[str, Part]
-) -> dict[str, Part]:
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], parts: dict[str, CapturedRegion]
+) -> dict[str, CapturedRegion]:
     """The same parts with links, each after those that it is linked to."""
     if len(parts) < 2:
         return parts
@@ -323,7 +325,7 @@ def _linked(
         return parts
     links = trail.links()
     waiting = {path: replace(part, links=links.get(path, ())) for path, part in parts.items()}
-    ordered: dict[str, Part] = {}
+    ordered: dict[str, CapturedRegion] = {}
     while waiting:
         ready = (p for p, part in waiting.items() if not {k.source for k in part.links} & waiting.keys())
         path = next(ready, None)
@@ -451,7 +453,7 @@ class _Trail(TorchFunctionMode):
         if any(not isinstance(leaf, _PLAIN) for leaf in pytree.tree_leaves(tree)):
             self.used.update(self.sources.values())  # nobody knows what is in there
 
-    def links(self) -> dict[str, tuple[Link, ...]]:
+    def links(self) -> dict[str, tuple[RegionLink, ...]]:
         """By region what comes to it from others."""
         for place, sources in self.fed.items():
             for source in sources - {None}:
@@ -459,11 +461,11 @@ class _Trail(TorchFunctionMode):
                     len(sources) > 1 or source[0] == place[0] or self.shapes[source] != self.shapes[place]
                 ):
                     self.used.add(source)
-        links: dict[str, tuple[Link, ...]] = {}
+        links: dict[str, tuple[RegionLink, ...]] = {}
         for (path, name, leaf), sources in self.fed.items():
             for source in sources:
                 if source is not None and source not in self.used:
-                    link = Link(*source, name, leaf, tuple(sorted(self.read.get(source, ()))))
+                    link = RegionLink(*source, name, leaf, tuple(sorted(self.read.get(source, ()))))
                     links[path] = (*links.get(path, ()), link)
         return links
 

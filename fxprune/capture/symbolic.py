@@ -48,7 +48,7 @@ from ..trees import TENSORS, flatten
 from ..value_dependent import AS_LIST, ON_SHAPES, OnShapes, kept_whole
 from . import patches, traced_sizes
 from .arguments import LITERALS, Arguments, packing
-from .effects import AUGMENTED, Kept, not_kept, write_in_place
+from .effects import AUGMENTED, AttributesBefore, not_kept, write_in_place
 from .merge import Call, Trace, merge, same_in_both
 from .numbers import note_question, settle
 from .recording import Following, PartedError, Recording
@@ -219,7 +219,7 @@ class _Tracer(fx.Tracer):
         for number, (tensor, _) in self.twin.tensors.items():
             if id(tensor) in self.tensor_names:
                 self.tensor_names[number] = self.tensor_names[id(tensor)]
-        self.kept = Kept(self.twin.model)
+        self.kept = AttributesBefore(self.twin.model)
         self.under_no_grad: dict[fx.Node, bool] = {}  # whether a node there may have a gradient all the same
         self.stops: dict[fx.Node, fx.Node] = {}
         self.merged: dict[fx.Node, Any] = {}  # what nodes of the graph for both modes are on shapes alone

@@ -28,7 +28,7 @@ from ..nn import MultiheadAttention
 from ..passes import rewrite
 from ..passes.modules import free_attention
 from ..program import Program, named_modules, named_tensors
-from .batches import Kept, Pick, read
+from .batches import BatchValues, Pick, read
 from .choice import Reconstruction
 from .layers import Layers
 from .outputs import Difference, own, private
@@ -86,7 +86,7 @@ def compensated(
     plain = copy.deepcopy(narrow).eval()
     layers = Layers(dense, narrow.eval(), rewritten.narrowing, least_squares, seed)
     probes: list[list[Any]] = []
-    with quiet(), Kept() as state, Kept() as again:
+    with quiet(), BatchValues() as state, BatchValues() as again:
         for number, values in enumerate(read(program, batches, pick, device)):
             state.add((layers.dense.start(own(values)), layers.narrow.start(own(values))))
             if rebuild:

@@ -77,7 +77,7 @@ def _room(values: list[Any]) -> int:
     return max(_IN_MEMORY, torch.cuda.mem_get_info(device)[0] // 4)
 
 
-class Kept(AbstractContextManager["Kept"]):
+class BatchValues(AbstractContextManager["BatchValues"]):
     """The values of both networks for each batch; in a temporary folder where they are many."""
 
     def __init__(self) -> None:

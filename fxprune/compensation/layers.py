@@ -24,7 +24,7 @@ from ..nodes import ADDS, operator_name
 from ..passes import Narrowing
 from ..passes.parameters import narrow as narrowed
 from ..program import named_tensors
-from .batches import Kept, Values
+from .batches import BatchValues, Values
 from .moments import BIAS_ONLY, RIDGES, Problem, inputs, matrix, outputs, places, write
 from .report import LayerEntry
 from .walk import Norm, Product, Runner
@@ -43,7 +43,7 @@ _SAME = frozenset(["dropout", "dropout_", "contiguous", "clone", "alias", "detac
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
+class _Fit:
     """(Part of) a parameter, what is added to its products, and what was seen of them."""
 
     site: Site
@@ -84,7 +84,7 @@ class Layers:
         self.products: Counter[str] = Counter()
         self.absorbing: dict[str, str] = {}
 
-    def run(self, state: Kept) -> list[LayerEntry]:
+    def run(self, state: BatchValues) -> list[LayerEntry]:
         """Go through the network once; ``state`` holds both networks' inputs for each batch."""
         self._at = (0, 0)
         for name, what in progress(self._stages(state.get(0)[1]), "layers"):
@@ -97,7 +97,7 @@ class Layers:
                 pass
         return self.entries
 
-    def _reached(self, state: Kept, name: str) -> Iterator[tuple[Values, Values]]:
+    def _reached(self, state: BatchValues, name: str) -> Iterator[tuple[Values, Values]]:
         """Both networks' values for each batch, when it has come to a node, which is not run yet."""
         start, stop = self._at, (self.dense.place[name], self.narrow.place[name])
         for number in range(len(state)):
@@ -219,9 +219,9 @@ class Layers:
 
     def _parts(
         self, reached: Iterator[tuple[Values, Values]], batches: int, node: str, name: str
-    ) -> str | list[_Part]:
+    ) -> str | list[_Fit]:
         """What was seen over all batches of each used part of a parameter; or why there is nothing."""
-        parts: dict[Any, _Part] = {}
+        parts: dict[Any, _Fit] = {}
         for number, (wanted, own) in enumerate(reached):
             got = self._calls(self.narrow, own, node, name)
             aims = self._calls(self.dense, wanted, node, name)
@@ -245,7 +245,7 @@ class Layers:
                 if u.shape[1] != entries or y.shape[1] != weight.shape[1]:
                     return "its inputs are laid out in a way that is not known"
                 key = tuple((part.start, part.stop) for part in mine.site.region)
-                part = parts.setdefault(key, _Part(mine.site, mine.bias, Problem()))
+                part = parts.setdefault(key, _Fit(mine.site, mine.bias, Problem()))
                 t = outputs(mine.site, target, at)
                 part.problem.add(u, t - y, t, number, batches)
         if not all(part.problem.held.count and part.problem.fit.count for part in parts.values()):

@@ -15,7 +15,7 @@ from ..coupling.units import Value
 from ..importance.calibration import progress
 from ..passes import Narrowing
 from ..passes.parameters import narrow as narrowed
-from .batches import Kept, Values
+from .batches import BatchValues, Values
 from .outputs import own
 from .report import LayerEntry
 from .walk import Runner
@@ -51,7 +51,7 @@ class Rebuild:
         self.generator = torch.Generator().manual_seed(seed)
         self.parameters = dict(narrow.module.named_parameters(remove_duplicate=False))
 
-    def run(self, state: Kept) -> list[LayerEntry]:
+    def run(self, state: BatchValues) -> list[LayerEntry]:
         """Go through the network once; ``state`` holds both networks' inputs for each batch."""
         entries = []
         start = start_dense = 0
@@ -96,7 +96,7 @@ class Rebuild:
         read = [str(before.target) for before in node.all_input_nodes if before.op == "get_attr"]
         return [name for name in read if name in self.free and name in self.parameters]
 
-    def _fit(self, state: Kept, place: _Place) -> LayerEntry | None:
+    def _fit(self, state: BatchValues, place: _Place) -> LayerEntry | None:
         """Fit one part; None where there is nothing to fit, or nothing to judge it by."""
         start, stop = place[:2]
         names = {name for node in self.narrow.nodes[start:stop] for name in self._own(node)}
@@ -140,7 +140,7 @@ class Rebuild:
         reason = "" if least < before else "no change is better on held-out calibration data"
         return LayerEntry(name, "rebuilding", before, least, reason=reason)
 
-    def _mean_error(self, state: Kept, numbers: list[int], place: _Place) -> float:
+    def _mean_error(self, state: BatchValues, numbers: list[int], place: _Place) -> float:
         errors = []
         for number in numbers:
             wanted, mine = state.get(number)

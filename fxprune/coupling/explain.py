@@ -18,7 +18,7 @@ from .units import Axis, Ids
 
 
 @dataclass(frozen=True)
-class Step:
+class RemovalStep:
     """One line of a removal.
 
     Attributes:
@@ -50,7 +50,7 @@ class Removal:
     root: Axis
     indices: tuple[int, ...]
     removed: dict[str, list[int]]
-    steps: tuple[Step, ...]
+    steps: tuple[RemovalStep, ...]
     balance: tuple[str, ...]
     kept: tuple[str, ...]
 
@@ -177,7 +177,7 @@ def _kept(indices: tuple[int, ...], movable: np.ndarray, explanation: Explanatio
     return (f"{ranges(stuck)}: {frozen.reason}{at}{source}",)
 
 
-def _steps(explanation: Explanation, groups: list[tuple[Group, Ids]]) -> tuple[Step, ...]:
+def _steps(explanation: Explanation, groups: list[tuple[Group, Ids]]) -> tuple[RemovalStep, ...]:
     """The axes as a tree below the root, in depth-first order."""
     texts: dict[Axis, list[str]] = {}
     for group, units in groups:
@@ -197,14 +197,16 @@ def _steps(explanation: Explanation, groups: list[tuple[Group, Ids]]) -> tuple[S
             if link.axis not in links and link.axis != explanation.axis:
                 links[link.axis] = link
                 below.setdefault(link.via, []).append(link.axis)
-    steps: list[Step] = []
+    steps: list[RemovalStep] = []
     stack = [(explanation.axis, 0)] if texts else []
     while stack:
         axis, depth = stack.pop()
-        steps.append(Step(axis, " and ".join(texts.get(axis, ())), links.get(axis), depth))
+        steps.append(RemovalStep(axis, " and ".join(texts.get(axis, ())), links.get(axis), depth))
         stack += [(other, depth + 1) for other in reversed(below.get(axis, []))]
     reached = {step.axis for step in steps}
-    steps += [Step(axis, " and ".join(text), None, 1) for axis, text in texts.items() if axis not in reached]
+    steps += [
+        RemovalStep(axis, " and ".join(text), None, 1) for axis, text in texts.items() if axis not in reached
+    ]
     return tuple(steps)
 
 
@@ -257,4 +259,4 @@ def _balance(group: Group, units: Ids) -> list[str]:
     return texts
 
 
-__all__ = ["Removal", "Step", "removable"]
+__all__ = ["Removal", "RemovalStep", "removable"]

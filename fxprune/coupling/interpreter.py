@@ -461,7 +461,7 @@ class _Interpreter(TorchDispatchMode):
         assert leaf.couple is not None
         result = None
         try:
-            with _Observed(self.observe, self.coupler.node):
+            with _Unlabelled(self.observe, self.coupler.node):
                 result = module(*args, **kwargs) if leaf.runs else None
         except Exception as error:  # whatever a user's forward raises on shapes
             if leaf.outputs is None or not isinstance(error, (NotImplementedError, _ValuesNeeded)):
@@ -636,7 +636,7 @@ _DEPTH = 4
 """How many nodes may lie between a weight and what it is computed from."""
 
 
-class _Observed(TorchDispatchMode):
+class _Unlabelled(TorchDispatchMode):
     """Shows ATen calls to an observer, without labels: nobody knows how they couple."""
 
     def __init__(self, observe: Follow | None, node: fx.Node | None) -> None:

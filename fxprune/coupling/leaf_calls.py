@@ -22,7 +22,7 @@ Own = Callable[[str], torch.Tensor | None]
 """A module's own parameter or buffer by name, None where it has none."""
 Call = Callable[..., Any]
 """Makes an ATen call: ``call(operator, *args)``."""
-Leaf = Callable[[Any, torch.Tensor, Own, Call], Any]
+PlainCall = Callable[[Any, torch.Tensor, Own, Call], Any]
 aten = torch.ops.aten
 
 _OVERRIDABLE = frozenset(["forward", "weight", "bias", "running_mean", "running_var", "num_batches_tracked"])
@@ -131,7 +131,7 @@ def _global_average(module: Any, x: torch.Tensor, own: Own, call: Call) -> Any:
     return call(aten.mean.dim, x, [-1, -2], True)
 
 
-PLAIN_MODULES: dict[type, Leaf] = {
+PLAIN_MODULES: dict[type, PlainCall] = {
     nn.Identity: _identity,
     **dict.fromkeys([nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d], _dropout),
     nn.ReLU: partial(_pointwise, aten.relu.default, aten.relu_.default, ()),

@@ -14,7 +14,14 @@ import torch
 from torch import nn
 
 from ..errors import RuleError
-from ..module_registry import Attributes, Leaf, Registration, attribute_rule, register_leaf, unregister_leaf
+from ..module_registry import (
+    Attributes,
+    LeafClass,
+    Registration,
+    attribute_rule,
+    register_leaf,
+    unregister_leaf,
+)
 from .coupler import Coupler
 from .equations import Equation
 
@@ -81,7 +88,7 @@ def module_rule(module_class: str, outputs: Callable[..., Any]) -> Callable[[Mod
     def register(couple: ModuleApply) -> ModuleApply:
         code = inspect.unwrap(couple).__code__
         site = f"{code.co_filename}:{code.co_firstlineno}"
-        register_leaf(Leaf(module_class, couple, outputs, None, site, couple, runs=False), _same)
+        register_leaf(LeafClass(module_class, couple, outputs, None, site, couple, runs=False), _same)
         return couple
 
     return register
@@ -175,7 +182,7 @@ def register_module(
     change = attribute_rule(attributes, module_class.__qualname__)
     frame = inspect.stack()[1]
     site = f"{frame.filename}:{frame.lineno}"
-    register_leaf(Leaf(module_class, couple, make, change, site, (how, attributes)), _same)
+    register_leaf(LeafClass(module_class, couple, make, change, site, (how, attributes)), _same)
     return Registration(lambda: unregister(module_class))
 
 

@@ -192,7 +192,7 @@ class Products(TorchDispatchMode):
                 return part
         return None
 
-    def _site(self, operand: _Operand) -> Site | None:
+    def _site(self, operand: _ProductOperand) -> Site | None:
         part = self._part(operand.weight)
         if part is None:
             return None
@@ -268,7 +268,7 @@ class _Source:
 
 
 @dataclass(frozen=True, eq=False)
-class _Operand:
+class _ProductOperand:
     """A factor of a call that may be a parameter.
 
     Attributes:
@@ -295,38 +295,38 @@ class _Operand:
     convolution: Convolution | None = None
 
 
-def _matrices(args: Any, bias: Any = None) -> list[_Operand]:
+def _matrices(args: Any, bias: Any = None) -> list[_ProductOperand]:
     a, b = args
     first = 0 if bias is None else 1
     return [
-        _Operand(b, 0, 1, None, a, 1, first, bias),
-        _Operand(a, 1, 0, None, b, 0, first + 1, bias),
+        _ProductOperand(b, 0, 1, None, a, 1, first, bias),
+        _ProductOperand(a, 1, 0, None, b, 0, first + 1, bias),
     ]
 
 
-def _batches(args: Any, bias: Any = None) -> list[_Operand]:
+def _batches(args: Any, bias: Any = None) -> list[_ProductOperand]:
     a, b = args
     first = 0 if bias is None else 1
     return [
-        _Operand(b, 1, 2, 0, a, 2, first, bias),
-        _Operand(a, 2, 1, 0, b, 1, first + 1, bias),
+        _ProductOperand(b, 1, 2, 0, a, 2, first, bias),
+        _ProductOperand(a, 2, 1, 0, b, 1, first + 1, bias),
     ]
 
 
-def _linear(args: Any) -> list[_Operand]:
+def _linear(args: Any) -> list[_ProductOperand]:
     x, weight, bias = (*args, None)[:3]
-    return [_Operand(weight, 1, 0, None, x, x.dim() - 1, 0, bias)]
+    return [_ProductOperand(weight, 1, 0, None, x, x.dim() - 1, 0, bias)]
 
 
-def _convolution(args: Any) -> list[_Operand]:
+def _convolution(args: Any) -> list[_ProductOperand]:
     x, weight, bias = args[:3]
     how = Convolution.of(args)
     if bias is not None:
         bias = bias.reshape(-1, *[1] * (x.dim() - 2))
-    return [_Operand(weight, how.inner, how.outer, None, x, 1, 0, bias, how)]
+    return [_ProductOperand(weight, how.inner, how.outer, None, x, 1, 0, bias, how)]
 
 
-_READERS: dict[Any, Callable[[Any], list[_Operand]]] = {
+_READERS: dict[Any, Callable[[Any], list[_ProductOperand]]] = {
     torch.ops.aten.mm: _matrices,
     torch.ops.aten.addmm: lambda args: _matrices(args[1:3], args[0]),
     torch.ops.aten.bmm: _batches,
