@@ -4,50 +4,36 @@ from __future__ import annotations
 
 import copy
 import functools
-import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
+from .analysis import analyzed, explored
 from .calls import CALLS
-from .capture import Captured, capture
-from .capture.dynamo import named_inputs, takes_tensors
-from .capture.numbers import Comparison
+from .capture.dynamo import named_inputs
 from .capture.patches import without_collector
-from .capture.symbolic import function_name
 from .compensation import Pick, Reconstruction, compensated
 from .compensation.depth import Depth, Judge, Order, saved
-from .configurations import has_config, solve_config
 from .coupling.branches import Branch
-from .coupling.graph import WHOLE_ROWS, CouplingGraph, Source
+from .coupling.graph import WHOLE_ROWS, CouplingGraph
 from .coupling.groups import Group
-from .coupling.outputs import fill, hold_zeros
-from .errors import CaptureError, PlanError, RewriteError, SelectionError
-from .importance import score
+from .deciding import Asked, Decided, Decision, OwnClass, called_function, owner_of
+from .errors import PlanError, SelectionError
 from .importance.base import Scores
-from .inputs import describe_inputs, in_dtype_of, normalize, restore_inputs, to_meta
+from .inputs import in_dtype_of, normalize, restore_inputs
 from .origins import remember
-from .own_class import Generation, holds, line_notes, marked_copy, rewrite_in_class
 from .passes import Rewritten, rewrite
-from .passes.check import Violation
 from .passes.remove_branches import unknown, without_branches
-from .planning.budget import Budget
 from .planning.cost_model import CostModel
-from .planning.latency import Meter
-from .planning.patterns import Names, nearest
+from .planning.patterns import Names
 from .planning.plan import Problem, PruningPlan
 from .planning.plan_diff import architectures, listed
-from .planning.select import repeated, select
-from .planning.selection import AUTO, Selection, output_names, takes_selection
-from .planning.validate import check_balance, problems, unequal_rows
-from .pretrained import said_by_config
+from .planning.selection import AUTO, Selection, takes_selection
+from .planning.validate import check_balance, problems
 from .reuse import analysis_of, link, rewritten_by
-
-_ATTEMPTS = 100
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -99,62 +85,7 @@ def analyze(
         SelectionError: if the model has no such output; names the nearest.
     """
     args, kwargs = normalize(example_inputs, several=True)
-    return _explored(model, args, kwargs, free_outputs, fill_outputs)
-
-
-def _explored(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    free_outputs: str | Sequence[str],
-    fill_outputs: str | Sequence[str],
-) -> CouplingGraph:
-    """As :func:`analyze`."""
-    describe_inputs(args, kwargs)  # a plan could not be made for others
-    free, zeros = output_names("free_outputs", free_outputs), output_names("fill_outputs", fill_outputs)
-    named = (tuple(name for name in names if name != AUTO) for names in (free, zeros))
-    graph = _analyze(model, args, kwargs, frozenset(), None, *named)
-    graph = graph.freed() if AUTO in free else graph
-    graph = graph.filled() if AUTO in zeros else graph
-    return graph.keep(model, args, kwargs)
-
-
-def _analyze(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dissolve: frozenset[str] = frozenset(),
-    regions: Mapping[str, Any] | None = None,
-    free_outputs: tuple[str, ...] = (),
-    fill_outputs: tuple[str, ...] = (),
-) -> CouplingGraph:
-    graphs: list[CouplingGraph] = []
-
-    def accept(captured: Captured) -> None:
-        source = Source(weakref.ref(model), to_meta(args), to_meta(kwargs), dissolve)
-        program = replace(captured.program, free_outputs=free_outputs)
-        if fill_outputs and not captured.regions:
-            program = fill(program, fill_outputs)
-        graphs.append(CouplingGraph(replace(captured, program=program), source))
-
-    capture(model, args, kwargs, dissolve, regions, accept)
-    graph = graphs[-1]
-    for option, pattern in [
-        *(("free_outputs", name) for name in free_outputs),
-        *(("fill_outputs", name) for name in fill_outputs),
-    ]:
-        if graph.captured.regions:
-            raise SelectionError(
-                f"{option} names {pattern!r}, but {graph.captured.class_name} could be captured in "
-                f"parts only, and its outputs are made by the code around them."
-            )
-        outputs = graph.run.outputs[""]
-        if not any(leaf.named([pattern]) for leaf in outputs):
-            close = ", ".join(map(repr, nearest(pattern, map(str, outputs))))
-            raise SelectionError(
-                f"{option} names {pattern!r}, and there is no such output; the nearest are {close}."
-            )
-    return graph
+    return explored(model, args, kwargs, free_outputs, fill_outputs)
 
 
 @takes_selection(Selection)
@@ -276,7 +207,7 @@ def apply(made: PruningPlan, given: nn.Module | CouplingGraph) -> nn.Module:
     model = model_of(given)
     rewritten = rewritten_by(made, model) if made.into == "graph" else None
     if rewritten is None:
-        own = _OwnClass.of(made.into, model)
+        own = OwnClass.of(made.into, model)
         rewritten = rewrite(graph_for(made, given if own.marked is None else own.source), made.removed)
         if not rewritten.violations:
             args, kwargs = restore_inputs(in_dtype_of(model, made.inputs))
@@ -326,7 +257,7 @@ def graph_of(made: PruningPlan, given: nn.Module | CouplingGraph) -> CouplingGra
     regions = {path: in_dtype_of(model, region) for path, region in made.regions.items()}
     dissolved = frozenset(made.dissolved)
     free, zeros = tuple(made.free_outputs), tuple(made.fill_outputs)
-    graph = without_branches(_analyze(model, args, kwargs, dissolved, regions, free, zeros), made.branches)
+    graph = without_branches(analyzed(model, args, kwargs, dissolved, regions, free, zeros), made.branches)
     return graph.hold(set(made.held)) if made.held else graph
 
 
@@ -341,7 +272,7 @@ def _serves(graph: CouplingGraph, made: PruningPlan) -> bool:
         and tuple(graph.fill_outputs) == tuple(made.fill_outputs)
         and graph.captured.regions == made.regions
         and graph.source.dissolved <= dissolved
-        and not (unopened and any(_function(graph, node.name) in unopened for node in nodes))
+        and not (unopened and any(called_function(graph, node.name) in unopened for node in nodes))
     )
 
 
@@ -355,8 +286,8 @@ def check(made: PruningPlan, model: nn.Module | CouplingGraph) -> tuple[Problem,
     return tuple(problems(made, graph))
 
 
-def _analyzed(
-    given: nn.Module | CouplingGraph, example_inputs: Any, selection: Selection, own: _OwnClass
+def _start(
+    given: nn.Module | CouplingGraph, example_inputs: Any, selection: Selection, own: OwnClass
 ) -> CouplingGraph:
     """The analysis to plan for, and its inputs."""
     free, zeros = selection.free_outputs, selection.fill_outputs
@@ -373,76 +304,51 @@ def _analyzed(
         args, kwargs = normalize(example_inputs, several=True)
     if own.marked is not None:
         zeros = ()  # its own code returns what it returns
-    return _explored(own.source, args, kwargs, free, zeros)
+    return explored(own.source, args, kwargs, free, zeros)
 
 
-_Decided = tuple[PruningPlan, CouplingGraph, Rewritten]
-"""A plan, the analysis that it is for, and what it rewrites."""
-
-
-def _plan(given: nn.Module | CouplingGraph, example_inputs: Any, selection: Selection) -> _Decided:
+def _plan(given: nn.Module | CouplingGraph, example_inputs: Any, selection: Selection) -> Decided:
     """The plan, the analysis that it is for, and what it rewrites."""
     selection = resolved(selection)
     model = model_of(given)
-    own = _OwnClass.of(selection.into, model)
-    analyzed = _analyzed(given, example_inputs, selection, own)
-    args, kwargs = analyzed.source.args, analyzed.source.kwargs
+    own = OwnClass.of(selection.into, model)
+    start = _start(given, example_inputs, selection, own)
+    args, kwargs = start.source.args, start.source.kwargs
     if CALLS in kwargs and own.marked is None:
         raise SelectionError(
             'several calls need into="module": a graph makes one. Give that, or the inputs of one call.'
         )
-    graph = analyzed.loose()
+    graph = start.loose()
     graph = graph.hold({WHOLE_ROWS}) if selection.uniform else graph
     names = _branches(selection, own, graph)
-    asked = _Asked(selection, own, model, args, kwargs)
+    asked = Asked(selection, own, model, args, kwargs)
     if selection.depth and selection.budget is not None:
         return _deep(asked, graph, names)
-    return _decided(asked, without_branches(graph, names))[0]
+    return Decision(asked, without_branches(graph, names)).run()
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What a plan is asked for.
-
-    Attributes:
-        selection: what is to go.
-        own: the form of the result.
-        model: the user's model.
-        args: positional inputs of the example.
-        kwargs: keyword inputs of the example.
-    """
-
-    selection: Selection
-    own: _OwnClass
-    model: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def meter(self, owner: nn.Module) -> Meter | None:
-        """What holds a latency against the clock, where the budget has one."""
-        return _meter(owner, self.args, self.kwargs, self.selection.budget)
-
-
-def _deep(asked: _Asked, graph: CouplingGraph, names: tuple[str, ...]) -> _Decided:
-    """As :func:`_decided`, with the number of residual branches for which the least is lost."""
+def _deep(asked: Asked, graph: CouplingGraph, names: tuple[str, ...]) -> Decided:
+    """As :class:`Decision`, with the number of residual branches for which the least is lost."""
     selection = asked.selection
     fixed = [graph.branches[name] for name in names]
-    owner = _owner(graph, asked.model)
+    owner = owner_of(graph, asked.model)
     may_go = _may_go(selection, owner, graph, names)
     assert selection.budget is not None
     share = saved(CostModel(graph), selection.budget, asked.meter(owner))
     if not any(map(share, may_go.values())):  # no branch can go, or nothing has to
-        return _decided(asked, without_branches(graph, names))[0]
+        return Decision(asked, without_branches(graph, names)).run()
     judge = Judge(graph, selection.calibrate or (), selection.pick, selection.seed)
     scores: Callable[[Group], Scores] | None = None
 
-    def decide(more: list[str]) -> _Decided:
+    def decide(more: list[str]) -> Decided:
         nonlocal scores
         left = without_branches(graph, (*names, *more))
-        found, scores = _decided(asked, left, scores)
+        decision = Decision(asked, left, scores)
+        found = decision.run()
+        scores = decision.scores
         return found
 
-    def loss(found: _Decided) -> float:
+    def loss(found: Decided) -> float:
         made, left, rewritten = found
         return judge.narrowed(rewritten.materialize(), left, made.removed)
 
@@ -479,127 +385,7 @@ def _may_go(
     }
 
 
-def _owner(graph: CouplingGraph, model: nn.Module) -> nn.Module:
-    """What is run for gradients and activations: with its parameters as its own, a graph can be, too."""
-    return graph.whole.captured.program.module() if takes_tensors(model) else model
-
-
-def _decided(
-    asked: _Asked, graph: CouplingGraph, earlier: Callable[[Group], Scores] | None = None
-) -> tuple[_Decided, Callable[[Group], Scores]]:
-    """What to remove from the network of ``graph``, and the scores that say so.
-
-    ``earlier`` are scores for another analysis of it, so that data are gone through once.
-    """
-    selection, own, model = asked.selection, asked.own, asked.model
-    args, kwargs = asked.args, asked.kwargs
-    importance, seed = selection.importance, selection.seed
-    dissolved = graph.source.dissolved
-    generating, note = Generation.of(model, args, kwargs) if own.marked is not None else (None, "")
-    notes = [note] if note else []
-    owner = _owner(graph, model)
-    meter = asked.meter(owner)
-    without = graph.captured.program.module().train(model.training) if graph.removed_branches else owner
-    scores = score(graph, importance, seed, without, earlier)
-    ties: set[tuple[str, ...]] = set()
-    for _ in range(_ATTEMPTS):
-        selected = select(graph, selection, scores, owner, meter, sorted(ties))
-        rewritten = rewrite(graph, selected.removed)
-        unequal = unequal_rows(graph, selected.removed) if not rewritten.violations else None
-        if unequal is not None:
-            rewritten = replace(rewritten, violations=(Violation(*unequal[:2]),))
-        if not rewritten.violations and own.marked is not None:
-            rewritten = own.rewritten(rewritten, args, kwargs, dissolved)
-            new = {v.ties: v for v in rewritten.violations if v.ties and v.ties not in ties}
-            if new:
-                ties |= new.keys()
-                tied = {name: violation for names, violation in new.items() for name in names}
-                notes += line_notes(graph.captured.program, tied, tied=True)
-                continue
-            if rewritten.violations and any(selected.removed.values()):
-                program = graph.captured.program
-                found = holds(program, rewritten.narrowing, rewritten.violations)
-                held = found.keys() - set(graph.held)
-                if not held:  # of these dimensions all that may stay does; now the nodes themselves
-                    held = set().union(*(_around(graph, name.partition("[")[0]) for name in found))
-                notes += line_notes(program, {name: v for name, v in found.items() if name in held} or found)
-                graph, first = graph.hold(set(held)), rewritten.violations[0]
-                continue
-            tests = [generating.fails] if generating is not None else []
-            if selection.uniform:
-                tests.append(partial(_unsaid, own.model, args, kwargs))
-            unfit, why = _unfit(own, graph, selected.removed, rewritten, tests, args, kwargs, dissolved)
-            if unfit:
-                notes.append(f"{', '.join(sorted(unfit)[:3])} and all alike stay whole: {why}")
-                graph, first = graph.hold(unfit), Violation("", why)
-                continue
-        if not rewritten.violations or not any(selected.removed.values()):  # nothing narrower, nothing wrong
-            if meter is None or meter.accepts(selected.left["latency"], rewritten.materialize()):
-                break
-            continue
-        whole = {name for v in rewritten.violations if (name := _function(graph, v.node))} - dissolved
-        if whole:
-            # The widths are numbers inside these functions: trace into them, then decide again.
-            try:
-                opened = _analyze(
-                    own.source,
-                    args,
-                    kwargs,
-                    dissolved | whole,
-                    graph.captured.regions,
-                    graph.captured.program.free_outputs,
-                    tuple(graph.fill_outputs),
-                )
-            except CaptureError as refusal:
-                notes.append(f"could not trace into {', '.join(sorted(whole))}: {refusal}")
-                opened = None
-            if opened is not None:
-                opened = without_branches(opened, graph.removed_branches)
-                graph, dissolved = opened.hold(set(graph.held)) if graph.held else opened, dissolved | whole
-                scores = score(graph, importance, seed, without, scores)
-                continue
-        first = rewritten.violations[0]
-        notes.append(f"held node {first.node}, which could not be rewritten: {first.reason}")
-        graph = graph.hold(_around(graph, first.node))
-    else:
-        raise RewriteError(f"the graph could not be rewritten at node {first.node}: {first.reason}.")
-    # What runs in the model's own class has its own code, which takes what it took.
-    sizes = graph.sizes if selection.into == "graph" and not graph.sizes.free else None
-    said = [
-        f"sizes of the inputs: {sizes}" if sizes is not None and sizes.pinned else "",
-        *graph.captured.notes,
-        *selected.notes,
-        *dict.fromkeys([*notes, *rewritten.notes]),
-        meter.note if meter is not None else "",
-    ]
-    filled = graph.fill_outputs.items()
-    zeros = [name for name, node in filled if rewritten.narrowing.changed(node.args[0])]
-    said += [hold_zeros(zeros), graph.advice]
-    said += [f"sizes of the inputs: {sizes}" if sizes is not None and not sizes.pinned else ""]
-    made = PruningPlan(
-        model=graph.captured.class_name,
-        inputs=describe_inputs(args, kwargs, graph.captured.program.reads_values),
-        shapes=graph.whole.tensor_names(),
-        branches=graph.removed_branches,
-        sizes={group.name: group.size for group in graph.groups},
-        removed=selected.removed,
-        held=graph.held,
-        dissolved=tuple(sorted(dissolved)),
-        free_outputs=graph.captured.program.free_outputs,
-        fill_outputs=tuple(graph.fill_outputs),
-        into=selection.into,
-        regions=graph.captured.regions,
-        notes=tuple(filter(None, said)),
-        settings={
-            **selection.settings(),
-            **({"left": dict(selected.left)} if selected.left else {}),
-            **({"measured": meter.measured} if meter is not None else {}),
-        },
-    )
-    return (made, graph, rewritten), scores
-
-
-def _branches(selection: Selection, own: _OwnClass, graph: CouplingGraph) -> tuple[str, ...]:
+def _branches(selection: Selection, own: OwnClass, graph: CouplingGraph) -> tuple[str, ...]:
     """Names of the residual branches to remove."""
     names = selection.branches
     for name in names:
@@ -613,91 +399,6 @@ def _branches(selection: Selection, own: _OwnClass, graph: CouplingGraph) -> tup
     return tuple(names)
 
 
-def _unsaid(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], found: Rewritten) -> str:
-    """Why no configuration of the model's class says what ``found`` is.
-
-    Empty where one does, or where the class has no configuration.
-    """
-    if not has_config(model):
-        return ""
-    if any(tensor.is_meta for tensor in model.state_dict().values()):  # shapes alone
-        shapes = {name: tuple(found.program.tensors[name].shape) for name in model.state_dict()}
-        solved, reason = solve_config(model, shapes)
-        return reason if solved is None else ""
-    values, _, reason = said_by_config(found.materialize(), args, kwargs)
-    return reason if values is None else ""
-
-
-def _unfit(
-    own: _OwnClass,
-    graph: CouplingGraph,
-    removed: Mapping[str, Sequence[int]],
-    rewritten: Rewritten,
-    tests: Sequence[Callable[[Rewritten], str]],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dissolved: frozenset[str],
-) -> tuple[set[str], str]:
-    """Axes of the groups that fail one of the ``tests`` by themselves, and why.
-
-    None where all of what is removed passes. A test says what is wrong, or nothing.
-    """
-    reason = next(filter(None, (test(rewritten) for test in tests)), "") if any(removed.values()) else ""
-    if not reason:
-        return set(), ""
-    alike = {group.name: repeated(group) for group in graph.groups}
-    unfit = set()
-    for kind in {alike[name] for name, units in removed.items() if units}:
-        part = {name: units for name, units in removed.items() if alike[name] == kind}
-        alone = own.rewritten(rewrite(graph, part), args, kwargs, dissolved)
-        failed = [v.reason for v in alone.violations] or [why for test in tests if (why := test(alone))]
-        if failed:
-            unfit |= {name.rpartition("]")[0] + "]" for name in part}
-            reason = failed[0]
-    if not unfit:  # each passes, but not all of them together
-        unfit = {name.rpartition("]")[0] + "]" for name, units in removed.items() if units}
-    return unfit, reason
-
-
-@dataclass(frozen=True)
-class _OwnClass:
-    """What it takes to decide on a result in the model's own class.
-
-    Attributes:
-        model: the original.
-        marked: a copy whose numbers remember their attributes; None where the result is a graph.
-        questions: what the copy's code asks while it is captured.
-    """
-
-    model: nn.Module
-    marked: nn.Module | None
-    questions: list[Comparison]
-
-    @staticmethod
-    def of(into: str, model: nn.Module) -> _OwnClass:
-        if into == "graph" or not isinstance(model, nn.Module):
-            return _OwnClass(model, None, [])
-        if takes_tensors(model):
-            raise SelectionError(
-                'into="module" needs the model that the graph was made from; a graph that takes its '
-                "parameters as inputs has no class of its own. Prune that model instead."
-            )
-        return _OwnClass(model, *marked_copy(model))
-
-    @property
-    def source(self) -> nn.Module:
-        """What is captured."""
-        return self.marked if self.marked is not None else self.model
-
-    def rewritten(
-        self, rewritten: Rewritten, args: tuple[Any, ...], kwargs: dict[str, Any], dissolved: frozenset[str]
-    ) -> Rewritten:
-        """``rewritten`` in the form that is asked for."""
-        if self.marked is None:
-            return rewritten
-        return rewrite_in_class(self.model, self.questions, rewritten, args, kwargs, dissolved)
-
-
 def resolved(selection: Selection) -> Selection:
     """With calibration data, units are chosen by them; for a budget, errors are those of the outputs."""
     if selection.calibrate is None or selection.importance != AUTO:
@@ -707,30 +408,6 @@ def resolved(selection: Selection) -> Selection:
         selection.calibrate, selection.pick, "macs" if metric == "latency" else metric
     )
     return replace(selection, importance=importance)
-
-
-def _meter(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], budget: Budget | None
-) -> Meter | None:
-    """What holds a budget for the latency against the clock, if there is one."""
-    if budget is None or budget.latency is None:
-        return None
-    return Meter(model, args, kwargs, budget.latency, budget.compiled, budget.table)
-
-
-def _around(graph: CouplingGraph, name: str) -> set[str]:
-    """The node ``name``; where it is held already, the nodes around all held ones; in the end, all nodes."""
-    if name not in graph.held:
-        return {name}
-    nodes = graph.captured.program.graph.nodes
-    near = {n.name for node in nodes if node.name in graph.held for n in (*node.all_input_nodes, *node.users)}
-    return near if not near <= set(graph.held) else {node.name for node in nodes}
-
-
-def _function(graph: CouplingGraph, name: str) -> str | None:
-    """Name of the Python function that the node ``name`` calls as a whole, if it does."""
-    node = next((n for n in graph.captured.program.graph.nodes if n.name == name), None)
-    return function_name(node.target) if node is not None and node.op == "call_function" else None
 
 
 def _finish(model: nn.Module, made: PruningPlan, rewritten: Rewritten) -> nn.Module:

@@ -59,7 +59,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    monkeypatch.setattr("fxprune.api.capture", counted("capture", fxprune.api.capture))
+    monkeypatch.setattr("fxprune.analysis.capture", counted("capture", fxprune.analysis.capture))
     couple = fxprune.CouplingGraph.__init__  # which looks at the graph at one size of the inputs or two
     monkeypatch.setattr(fxprune.CouplingGraph, "__init__", counted("couple", couple))
     return done

@@ -16,8 +16,8 @@ ORDER = (
     # the stages: capture, couple and group, score, plan, rewrite
     "capture", "coupling", "importance", "measure", "planning", "passes",
     # the stages composed
-    "origins", "saving", "configurations", "pretrained", "compensation", "other_ways", "own_class",
-    "reuse",
+    "analysis", "origins", "saving", "configurations", "pretrained", "compensation", "other_ways",
+    "own_class", "deciding", "reuse",
     "functional", "api",
     # what is done with the result: all modules that are not named here; no stage may import one of them
     USES := "...",

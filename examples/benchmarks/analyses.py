@@ -29,7 +29,7 @@ class Counter:
 
     def __init__(self) -> None:
         self.captures = self.couplings = 0
-        capture, couple = fxprune.api.capture, fxprune.coupling.graph.interpret
+        capture, couple = fxprune.analysis.capture, fxprune.coupling.graph.interpret
 
         def counted_capture(*args: Any, **kwargs: Any) -> Any:
             self.captures += 1
@@ -39,7 +39,7 @@ class Counter:
             self.couplings += 1
             return couple(*args, **kwargs)
 
-        fxprune.api.capture = counted_capture
+        fxprune.analysis.capture = counted_capture
         fxprune.coupling.graph.interpret = counted_coupling
 
     def of(self, use: Callable[[], Any]) -> tuple[int, int, float]:

@@ -6,6 +6,7 @@ python examples/guides/compile.py
 
 import torch
 import torchvision
+from torch.nn.utils import prune
 
 import fxprune
 from fxprune.backend import backend, parameters, state_dict
@@ -30,3 +31,14 @@ print(sum(p.numel() for p in parameters(fast)), "of", sum(p.numel() for p in mod
 plan = fxprune.plan(model, x, ratio=0.25)
 planned = torch.compile(model, backend=backend, options={"plan": plan, "inner": "eager"})
 planned(x)
+
+# Only what changes nothing. Masks of torch.nn.utils.prune are made final first: a weight that is computed
+# from a mask in each call is no parameter, whose channels could go.
+masked = torchvision.models.resnet18(num_classes=10).eval()
+prune.ln_structured(masked.layer1[0].conv1, "weight", 0.5, n=2, dim=0)
+prune.remove(masked.layer1[0].conv1, "weight")
+masked.layer1[0].bn1.bias.data[masked.layer1[0].conv1.weight.flatten(1).eq(0).all(1)] = 0
+lossless = torch.compile(masked, backend=backend, options={"mode": "lossless", "inner": "eager"})
+with torch.no_grad():
+    torch.testing.assert_close(lossless(x), masked(x), rtol=1e-4, atol=1e-5)
+assert state_dict(lossless)["layer1.0.conv1.weight"].shape[0] == 32
