@@ -313,8 +313,8 @@ class _Comparison:
             path: (piece, _without_dropout(piece.module()))
             for path, piece in _masked(self.program, narrowing, dtype).pieces().items()
         }
-        share = not any(map(writes_parameters, self.pieces.values()))
-        self.candidate = _without_dropout(_converted(pruned, dtype, share))
+        self.written = any(map(writes_parameters, self.pieces.values()))
+        self.candidate = _without_dropout(_converted(pruned, dtype, not self.written))
         self.inexact = {
             event.node.name: None
             for event in graph.run.coupler.inexact
@@ -343,12 +343,15 @@ class _Comparison:
                 return False, "in training mode, what is drawn at random depends on widths"
         return True, ""
 
-    @staticmethod
-    def _seeds(original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Outcome]:
-        """What the masked original gives with two seeds; its buffers are what they were."""
+    def _restored(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Afterwards, buffers hold what they hold now, and parameters where the forward writes to some."""
+        return _restored([*module.buffers(), *(module.parameters() if self.written else ())])
+
+    def _seeds(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Outcome]:
+        """What the masked original gives with two seeds; its tensors are what they were."""
         outcomes = []
         for seed in (0, 1):
-            with _restored(original):
+            with self._restored(original):
                 outcomes.append(call(original, args, kwargs, seed))
         return outcomes
 
@@ -368,7 +371,7 @@ class _Comparison:
         for path, (piece, original) in self.originals.items():
             _mode(original, training)
             part = self.candidate.get_submodule(path)
-            with _restored(original), _restored(part):
+            with self._restored(original), self._restored(part):
                 self._piece(path, piece, original, part, calls[path])
 
     def _piece(self, path: str, piece: Program, original: Any, part: nn.Module, inputs: Any) -> None:
@@ -379,15 +382,15 @@ class _Comparison:
             whole = not self.inexact and not linked
             if whole:
                 outputs = self.graph.run.outputs[path]
-                with _restored(original), _restored(part):
+                with self._restored(original), self._restored(part):
                     difference = _whole(original, part, args, kwargs, outputs, self.narrowing)
                     if difference <= self.limit:
-                        difference = max(difference, self._buffers(self.pieces[path], original, part))
+                        difference = max(difference, self._left(self.pieces[path], original, part))
                 if difference <= self.limit:
                     self.worst = max(self.worst, difference)
                     return
             else:
-                with _restored(original):
+                with self._restored(original):
                     failed = call(original, args, kwargs).error
                 if failed is not None:
                     raise _Precision(
@@ -423,15 +426,19 @@ class _Comparison:
                 f"single node of the graph differs: was {type(part).__name__} changed since it was pruned?"
             )
 
-    def _buffers(self, own: Program, original: nn.Module, part: nn.Module) -> float:
-        """Largest relative error of what is left in buffers."""
+    def _left(self, own: Program, original: nn.Module, part: nn.Module) -> float:
+        """Largest relative error of what is left in buffers, and in parameters where some are written to."""
         wanted, got = (dict(m.named_buffers(remove_duplicate=False)) for m in (original, part))
+        scales = {name: buffer_scale(wanted, name) for name in wanted}
+        if self.written:
+            wanted |= dict(original.named_parameters(remove_duplicate=False))
+            got |= dict(part.named_parameters(remove_duplicate=False))
         worst = 0.0
-        for name, buffer in wanted.items():
+        for name, value in wanted.items():
             tensor = own.tensors.get(name)
             if tensor is not None and name in got:
-                expected = narrow(buffer, self.graph.labels(tensor), self.narrowing)
-                worst = max(worst, relative_error(got[name], expected, buffer_scale(wanted, name)))
+                expected = narrow(value, self.graph.labels(tensor), self.narrowing)
+                worst = max(worst, relative_error(got[name], expected, scales.get(name, 0.0)))
         return worst
 
 
@@ -452,16 +459,16 @@ def _without_dropout(module: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _restored(module: nn.Module) -> Iterator[None]:
-    """Afterwards, buffers hold what they hold now."""
-    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+def _restored(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Afterwards, these hold what they hold now."""
+    before = [(tensor, tensor.clone()) for tensor in tensors]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in before:
-                if buffer.shape == value.shape and not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            for tensor, value in before:
+                if tensor.shape == value.shape and not torch.equal(tensor, value):
+                    tensor.copy_(value)
 
 
 def _converted(module: nn.Module, dtype: torch.dtype, share: bool = False) -> nn.Module:
@@ -610,7 +617,7 @@ def _whole(
     for tensor, leaf in zip(wanted, structure.leaves, strict=True):
         value = labelled.get(leaf)
         if value is not None and any(narrowing.narrows(value.label(d)) for d in range(len(value.shape))):
-            tensor = narrow(tensor, _labels(value, tensor), narrowing)
+            tensor = narrow(tensor, _labels(value, tensor, narrowing), narrowing)
         expected.append(tensor)
     return relative_error([got, plain(outputs[1])], [expected, plain(outputs[0])])
 
@@ -692,7 +699,7 @@ class _Walk:
                 or bool(leaf.isfinite().all())
             ):
                 return leaf
-            alive = surviving(leaf.shape, _labels(value, leaf), self.narrowing)
+            alive = surviving(leaf.shape, _labels(value, leaf, self.narrowing), self.narrowing)
             broken = None if alive is None else ~leaf.isfinite() & ~alive.to(leaf.device)
             if broken is None or not bool(broken.any()):
                 return leaf
@@ -793,18 +800,22 @@ class _Walk:
         def narrowed(leaf: Any) -> Any:
             value = next(values, None)
             if isinstance(leaf, torch.Tensor) and isinstance(value, Value):
-                return narrow(leaf, _labels(value, leaf), self.narrowing)
+                return narrow(leaf, _labels(value, leaf, self.narrowing), self.narrowing)
             return leaf
 
         leaves, spec = pytree.tree_flatten(reference)
         return pytree.tree_unflatten([narrowed(leaf) for leaf in leaves], spec)
 
 
-def _labels(value: Value, leaf: torch.Tensor) -> list[Label | None]:
-    """The labels of the dimensions of ``leaf``, which is ``value`` at perhaps other sizes of the inputs."""
-    if len(value.shape) != leaf.dim():
-        raise _UnknownUnits
+def _labels(value: Value, leaf: torch.Tensor, narrowing: Narrowing) -> list[Label | None]:
+    """The labels of the dimensions of ``leaf``, which is ``value`` at perhaps other sizes of the inputs.
+
+    Those of dimensions from which nothing goes, as of positions, are left out.
+    """
     labels = [value.label(dim) for dim in range(len(value.shape))]
+    labels = [label if narrowing.narrows(label) else None for label in labels]
+    if len(value.shape) != leaf.dim() and any(label is not None for label in labels):
+        raise _UnknownUnits
     return [label and _at(label, dim, leaf.shape) for dim, label in enumerate(labels)]
 
 

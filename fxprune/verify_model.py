@@ -34,11 +34,13 @@ class Outcome:
     Attributes:
         output: what was returned.
         buffers: the module's buffers afterwards, by name.
+        parameters: the same of its parameters, to which a forward may write as well.
         error: what was raised, or None.
     """
 
     output: Any = None
     buffers: Mapping[str, torch.Tensor] | None = None
+    parameters: Mapping[str, torch.Tensor] | None = None
     error: Exception | None = None
 
 
@@ -52,7 +54,7 @@ def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed:
             output = run(*copied(args), **copied(kwargs))
         except Exception as error:  # noqa: BLE001  whatever a user's forward raises
             return Outcome(error=error)
-    return Outcome(output, dict(module.named_buffers()))
+    return Outcome(output, dict(module.named_buffers()), dict(module.named_parameters()))
 
 
 def compare_with_model(
@@ -120,6 +122,12 @@ def _apart(wanted: Outcome, got: Outcome) -> tuple[float, str]:
             apart = relative_error(ours[name], buffer, buffer_scale(wanted.buffers or {}, name))
             if apart > error:
                 error, what = apart, f"the buffer {name} differs"
+    ours = got.parameters or {}
+    for name, parameter in (wanted.parameters or {}).items():
+        if name in ours and ours[name] is not parameter:  # those that nothing writes to are shared
+            apart = relative_error(ours[name], parameter)
+            if apart > error:
+                error, what = apart, f"the parameter {name}, which is written to, differs"
     return error, what
 
 

@@ -100,3 +100,21 @@ def test_flags_of_a_thread_that_compiles_itself_stay() -> None:
     with torch._export.utils._compiling_state_context():
         patches.within([patches.flags(False, set())], call)
     assert answers == [(False, False), (True, True)]
+
+
+def test_what_is_said_to_dynamo_of_tensors_hinders_no_tracing() -> None:
+    class Marked(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[1] > 100:
+                raise ValueError("too long")
+            h = self.a(x)
+            torch._dynamo.mark_static_address(h)
+            torch._dynamo.mark_dynamic(h, 0)
+            return self.b(h)
+
+    model, x = Marked(lambda: False).eval(), torch.randn(4, 8)
+    before = torch._dynamo.mark_static_address.__code__
+    graph = fxprune.analyze(model, x)
+    assert graph.captured.rung == "symbolic tracing with known shapes"
+    assert torch._dynamo.mark_static_address.__code__ is before
+    torch.testing.assert_close(fxprune.prune(graph, ratio=0.0)(x), model(x))

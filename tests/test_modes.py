@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -92,3 +93,36 @@ def test_a_class_that_changes_what_its_parent_computes_is_not_its_parent() -> No
     assert own_kind(Computed) is Computed
     model = nn.Sequential(Standardised(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     same_in_both_modes(model, torch.randn(2, 3, 8, 8))
+
+
+@dataclass
+class Result:
+    """What cannot be hashed."""
+
+    y: torch.Tensor
+    more: torch.Tensor | None = None
+
+
+class Returning(nn.Module):
+    """Returns more while it is evaluated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> Result:
+        if x.shape[1] > 100:
+            raise ValueError("too long")
+        y = self.b(self.a(x).relu())
+        return Result(y, None if self.training else y * 2)
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_results_that_differ_from_mode_to_mode(captured: bool) -> None:
+    model, x = Returning().train(captured), torch.randn(3, 4)
+    result = fxprune.prune(model, x, ratio=0.0)
+    for mode in (True, False):
+        got, want = result.train(mode)(x), model.train(mode)(x)
+        assert type(got) is Result
+        torch.testing.assert_close(got.y, want.y)
+        assert (got.more is None) == (want.more is None) == mode

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from test_products import CASES, HEADS, NormedHeads
 from torch import Tensor, nn
@@ -70,34 +69,6 @@ OTHERS: dict[str, tuple[Any, Any]] = {
     ),
     **{name: case[:2] for name, case in {**CASES, **HEADS}.items()},
 }
-
-
-def unaccounted(model: nn.Module, x: Any) -> list[str]:
-    """Axes of parameters that are in no group and not among the frozen ones."""
-    graph = fxprune.analyze(model, x)
-    known = {str(member.axis) for group in graph.groups for member in group.members}
-    assert all(frozen.reason for frozen in graph.frozen)
-    known |= {str(frozen.axis) for frozen in graph.frozen}
-    return [
-        f"{name}[{dim}]"
-        for name, parameter in model.named_parameters()
-        for dim, size in enumerate(parameter.shape)
-        if size > 1 and f"{name}[{dim}]" not in known
-    ]
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_every_axis_is_in_a_group_or_frozen(name: str) -> None:
-    build, x = OTHERS[name]
-    assert unaccounted(build(), x) == []
-
-
-@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5", "vit_b_16", "swin_t", "resnext50_32x4d"])
-def test_every_axis_of_a_zoo_is_in_a_group_or_frozen(name: str) -> None:
-    models = pytest.importorskip("torchvision.models")
-    with torch.device("meta"):
-        model = getattr(models, name)(weights=None)
-    assert unaccounted(model.eval(), torch.empty(1, 3, 224, 224, device="meta")) == []
 
 
 def test_what_goes_by_rows_alone_says_so() -> None:

@@ -344,6 +344,15 @@ def flags(hidden: bool, asked: set[str]) -> Patch:
     return patch
 
 
+def marks(session: Session) -> None:
+    """Skip what code says to Dynamo of tensors (``torch._dynamo.mark_static_address``): proxies are none."""
+    import torch._dynamo.decorators as dynamo
+
+    for name in ("mark_dynamic", "mark_static", "mark_static_address", "mark_unbacked", "maybe_mark_dynamic"):
+        if hasattr(dynamo, name):
+            session.body(getattr(dynamo, name), lambda original: lambda *args, **kwargs: None)
+
+
 def _always(answer: bool) -> Callable[[], bool]:
     return lambda: answer
 

@@ -397,6 +397,7 @@ class _Tracer(fx.Tracer):
             patches.types_of_values(tables, is_instance),
             patches.autograd_functions(self._apply),
             patches.flags(True, set()),
+            patches.marks,
             *self._number_patches(tables),
         ]
 
@@ -862,8 +863,8 @@ class _ShapeTracer(_Tracer):
         def described(leaf: Any) -> Any:
             return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf)
 
-        value = self.values.get(node)
-        return described(value) if isinstance(value, torch.Tensor) else pytree.tree_map(described, value)
+        leaves, structure = pytree.tree_flatten(self.values.get(node))
+        return tuple(map(described, leaves)), str(structure)
 
     def wants_factory(self) -> bool:
         return not self.evaluating
