@@ -32,7 +32,9 @@ def without_branches(graph: CouplingGraph, names: Collection[str]) -> CouplingGr
     for name in names:
         if name not in whole.branches:
             raise PlanError(unknown(whole, name))
-    ordered = tuple(name for name in whole.branches if name in names)
+    ordered = (
+        tuple(name for name in whole.branches if name in names) if names else ()
+    )  # finding them takes time
     if ordered == graph.removed_branches:
         return graph
     if not ordered:

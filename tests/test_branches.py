@@ -290,6 +290,20 @@ def test_unknown_branches_are_named_with_those_there_are() -> None:
         fxprune.PruningPlan.from_json(text).apply(model)
 
 
+def test_they_are_looked_for_only_where_one_is_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To find them, the network is run once more."""
+    looked: list[Any] = []
+    find = coupling.graph.find_branches
+    monkeypatch.setattr(coupling.graph, "find_branches", lambda graph: looked.append(graph) or find(graph))
+    model, x = stir(Residual([Unit("act", 8), Unit("act", 8)])).eval(), torch.randn(2, 3, 6, 6)
+    fxprune.prune(model, x, 0.5)
+    fxprune.plan(model, x, 0.5).apply(model)
+    assert not looked
+    graph = fxprune.analyze(model, x)
+    assert fxprune.plan(graph, 0.5, branches=[next(iter(graph.branches))]).branches
+    assert looked
+
+
 @pytest.mark.parametrize("broken", ["copies", "stream"])
 def test_a_broken_removal_is_noticed(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if broken == "copies":  # the sum is not copied where it is written into

@@ -33,6 +33,11 @@ CALLS: list[tuple[Any, tuple[Any, ...]]] = [
     (aten.addmm.default, (meta(5, 4), meta(*ROWS), meta(6, 4))),
     (aten.addmm.default, (meta(4), meta(*ROWS), meta(4, 6).t())),
     (aten.mm.default, (meta(*ROWS), meta(6, 4))),
+    *(
+        (aten.linear.default, (x, meta(4, 6), *bias))
+        for x in (meta(*ROWS), meta(2, *ROWS), meta(6), meta(6, 5).t())
+        for bias in ((), (None,), (meta(4),))
+    ),
     (aten.bmm.default, (meta(3, *ROWS), meta(3, 6, 4))),
     (aten.mean.dim, (meta(*IMAGE), [-1, -2], True)),
     (aten.cat.default, ([meta(*IMAGE), meta(2, 3, 9, 7), meta(*IMAGE)], 1)),
@@ -86,6 +91,9 @@ def test_every_shortcut_is_taken() -> None:
     ("operator", "args"),
     [
         (aten.mm.default, (meta(5, 6), meta(5, 4))),
+        (aten.linear.default, (meta(5, 6), meta(4, 5))),
+        (aten.linear.default, (meta(5, 6), meta(4, 6), meta(3))),
+        (aten.linear.default, (meta(5, 6), meta(4, 6, dtype=torch.float64))),
         (aten.cat.default, ([meta(5, 6), meta(5, 4)], 0)),
         (aten.cat.default, ([meta(5, 6), meta(5, 6)], 2)),
         (aten.addmm.default, (meta(3), meta(5, 6), meta(6, 4))),

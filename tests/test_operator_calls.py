@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from patterns import CASES
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.coupling import other_sizes
-from fxprune.coupling.operator_calls import OperatorCalls, UnlikeError
+from fxprune.coupling.operator_calls import OperatorCalls, UnlikeError, _repeats
+from fxprune.coupling.units import Axis, Label, Value
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
@@ -119,6 +121,15 @@ def rotated(self: Any, x: Tensor) -> Tensor:
     return found
 
 
+def attend(self: Any, x: Tensor) -> Tensor:
+    """Attention of as many positions as there are embeddings, entry by entry of the batch."""
+    y = self.a(x).flatten(2).transpose(1, 2) + self.positions
+    found: Tensor = self.b(
+        self.attention(y, y, y, need_weights=False)[0].transpose(1, 2).unflatten(2, (4, 4))
+    )
+    return found
+
+
 def example(forward: Any) -> nn.Module:
     net = network(forward, a=conv(3, 8), b=conv(8, 2), norm=nn.BatchNorm2d(8))
     net.register_buffer("table", torch.rand(8))
@@ -139,6 +150,50 @@ def test_labels_are_looked_at_again_only_where_a_call_asks_for_it(
     fxprune.analyze(example(forward), torch.randn(2, 3, 8, 8))
     assert runs[0] is False
     assert (True in runs) is labels
+
+
+@pytest.mark.parametrize("width", [3, 8, 11, 37])
+def test_channels_in_front_of_a_width_are_looked_at_with_labels(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the other width is a multiple, so that the labels of the one are as long as a period."""
+    net, x = example(behind), torch.randn(2, 3, 8, width)
+    expected = with_labels(net, x, monkeypatch)
+    runs = counted(monkeypatch)
+    assert list(found(net, x)) == expected
+    assert True in runs
+
+
+@pytest.mark.parametrize(
+    ("ids", "over", "dim", "period", "repeats"),
+    [
+        ([0, 1, 0, 1], (), 1, 2, True),
+        ([0, 1, 0, 1], (), 1, 4, True),
+        ([0, 1, 0, 1], (), 1, 1, False),
+        ([0, 0, 1, 1], (), 1, 2, False),
+        ([[0, 1], [0, 1]], (0,), 0, 1, True),
+        ([[0, 1], [2, 3]], (0,), 0, 1, False),
+        ([[0, 1], [2, 3], [0, 1], [2, 3]], (0,), 0, 2, True),
+        ([0, 1, 2, 3], (), 0, 1, True),  # labels of another dimension
+    ],
+)
+def test_repeated_labels(ids: Any, over: tuple[int, ...], dim: int, period: int, repeats: bool) -> None:
+    label = Label(np.array(ids) + 1, over, Axis("weight", 0))
+    value = Value((4 if not over else len(ids), len(np.array(ids).T)), [None, label])
+    assert _repeats(value, dim, period) is repeats
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_attention_is_looked_at_on_shapes_alone(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which operators PyTorch makes the linear layers within depends on strides, and so on the batch."""
+    layers = {"a": conv(3, 8), "b": conv(8, 2), "attention": nn.MultiheadAttention(8, 2, batch_first=True)}
+    net, x = network(attend, **layers), torch.randn(batch, 3, 4, 4)
+    net.register_parameter("positions", nn.Parameter(torch.randn(16, 8)))
+    expected = with_labels(net, x, monkeypatch)
+    runs = counted(monkeypatch)
+    assert list(found(net, x)) == expected
+    assert runs
+    assert True not in runs
 
 
 def found(net: nn.Module, inputs: Any) -> Iterator[Any]:

@@ -185,7 +185,8 @@ class _Calls:
             return zero(args[0]) and any(map(zero, args[1:3]))
         if rule.family in ("contraction", "normalization"):
             bias = given.get("bias")
-            return zero(given.get("weight")) and (bias is None or zero(bias))
+            factors = given.get("weight"), given.get("input") if name == "linear" else None
+            return any(map(zero, factors)) and (bias is None or zero(bias))
         if rule.family == "movement":
             filler = given.get("value")
             return bool(tensors) and all(map(zero, tensors)) and (filler is None or filler == 0)

@@ -175,6 +175,9 @@ class _Interpreter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _is_composite(func) and not _stays_whole(func):
+            with self:
+                return func.decompose(*args, **kwargs)
         if _takes_device(func):
             kwargs = {**kwargs, "device": torch.device("meta")}
         return self._aten(func, args, kwargs)
@@ -363,6 +366,9 @@ class _Interpreter(TorchDispatchMode):
             target: Any = ON_SHAPES.get(node.target, node.target)
             if isinstance(target, FunctionType):  # which may write into a list that it is given
                 args, kwargs = mutable(args), mutable(kwargs)
+            if target in _LINEAR:
+                with _AsCalled():
+                    return target(*args, **kwargs)
             with _Whole(self._aten) if target in _WHOLE else contextlib.nullcontext():
                 return target(*args, **kwargs)
 
@@ -431,7 +437,8 @@ class _Interpreter(TorchDispatchMode):
         if leaf is None or leaf.couple is None:
             names = list(computed_tensors(original))
             if not names:
-                with self:
+                own = type(original).__module__.startswith("torch.nn.")
+                with self, _AsCalled() if own else contextlib.nullcontext():
                     return module(*args, **kwargs)
             self.coupler.remedy = f"remove the parametrization of {path}.{names[0]} before pruning"
             with self, _Whole(self._aten):
@@ -693,6 +700,24 @@ def _kind(value: Value, dim: int) -> str:
 
 
 _AS_STRIDED = torch.ops.aten.as_strided_.default
+_LINEAR = frozenset([torch.nn.functional.linear, torch.ops.aten.linear.default])
+_AsCalled = torch._C._AutoDispatchBelowAutograd
+"""While it lasts, operators that PyTorch makes of others arrive as they are called. Of which others it makes
+them depends on more than what they couple: a linear layer, on the strides of its input."""
+
+
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    """Whether PyTorch makes an operator of others."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+
+
+def _stays_whole(func: Any) -> bool:
+    """Whether an operator that PyTorch makes of others has a rule that says all that they do."""
+    if func in _LINEAR:
+        return True
+    rule = rule_for(func)
+    return rule is not None and rule.family == CUSTOM
 
 
 @functools.cache

@@ -90,16 +90,8 @@ def _convolution(module: Any, x: torch.Tensor, own: Own, call: Call) -> Any:
 
 
 def _linear(module: Any, x: torch.Tensor, own: Own, call: Call) -> Any:
-    weight, bias = own("weight"), own("bias")
-    if not x.is_contiguous() or x.dim() < (2 if bias is None else 1):
-        return None
-    transposed = call(aten.t.default, weight) if bias is None else None
-    rows = x if x.dim() == 2 else call(aten.view.default, x, [x.numel() // max(x.shape[-1], 1), x.shape[-1]])
-    if bias is None:
-        out = call(aten.mm.default, rows, transposed)
-    else:
-        out = call(aten.addmm.default, bias, rows, call(aten.t.default, weight))
-    return out if x.dim() == 2 else call(aten._unsafe_view.default, out, [*x.shape[:-1], out.shape[-1]])
+    tensors = [tensor for tensor in (own("weight"), own("bias")) if tensor is not None]
+    return call(aten.linear.default, x, *tensors) if x.dim() else None
 
 
 def _batch_norm(ranks: tuple[int, ...], module: Any, x: torch.Tensor, own: Own, call: Call) -> Any:
@@ -126,7 +118,7 @@ def _layer_norm(module: Any, x: torch.Tensor, own: Own, call: Call) -> Any:
 
 
 def _global_average(module: Any, x: torch.Tensor, own: Own, call: Call) -> Any:
-    if module.output_size not in (1, (1, 1)) or x.dim() != 4 or not x.is_contiguous():
+    if module.output_size not in (1, (1, 1)) or x.dim() != 4:
         return None
     return call(aten.mean.dim, x, [-1, -2], True)
 

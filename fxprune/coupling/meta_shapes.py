@@ -110,6 +110,17 @@ def _product(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _new(a, *a.shape[:-1], b.shape[-1])
 
 
+def _linear(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, weight, bias = (*args, None)[:3]
+    if kwargs or not _plain(x) or x.dtype != weight.dtype or weight.dim() != 2 or not x.dim():
+        return None
+    if x.shape[-1] != weight.shape[1] or (bias is not None and bias.dtype != x.dtype):
+        return None
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        return None
+    return _new(x, *x.shape[:-1], weight.shape[0])
+
+
 def _mean(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, dims, keepdim = (*args, False)[:3]
     if kwargs or not _plain(x) or not dims or not keepdim:
@@ -167,6 +178,7 @@ SHORTCUTS: dict[Any, Shortcut] = {
         _in_place,
     ),
     **dict.fromkeys([aten.mm.default, aten.bmm.default, aten.addmm.default], _product),
+    aten.linear.default: _linear,
     **dict.fromkeys([aten._softmax.default, aten._safe_softmax.default], _softmax),
     **dict.fromkeys([aten.add.Scalar, aten.sub.Scalar, aten.mul.Scalar, aten.div.Scalar], _binary),
     aten.mean.dim: _mean,

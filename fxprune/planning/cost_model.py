@@ -104,7 +104,7 @@ class CostModel:
         self._rows: list[Ids] = []
         self._where: list[int] = []
         self.calls = tuple(self._interpret())
-        self._counted = [call for call in self.calls if call.operator.overloadpacket in flop_registry]
+        self._counted = [call for call in self.calls if call.operator.overloadpacket in _FLOPS]
         self._tensors()
         self._classes = np.concatenate([r.reshape(-1) for r in self._rows]) if self._rows else _NONE
         widths = np.concatenate([np.full(*r.shape) for r in self._rows]) if self._rows else _NONE
@@ -239,7 +239,7 @@ class CostModel:
         key = id(call), sizes[call.dims].tobytes()
         if key not in self._known:
             args, kwargs, out = call.given(sizes, _meta)
-            self._known[key] = int(flop_registry[call.operator.overloadpacket](*args, **kwargs, out_val=out))
+            self._known[key] = int(_FLOPS[call.operator.overloadpacket](*args, **kwargs, out_val=out))
         return self._known[key]
 
     def activations(self, sizes: Ids) -> int:
@@ -268,6 +268,13 @@ class CostModel:
         sizes = self.sizes(self.alive(removed))
         return Count(self.params(sizes), self.macs(sizes), self.activations(sizes), self.bytes(sizes))
 
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, *bias: Any, out_val: torch.Tensor) -> int:
+    """What torch counts for the products that a linear layer is made of."""
+    return 2 * out_val.numel() * weight.shape[1]
+
+
+_FLOPS: Mapping[Any, Callable[..., int]] = {**flop_registry, torch.ops.aten.linear: _linear}
 
 _NONE: Ids = np.empty(0, dtype=np.int64)
 
