@@ -42,8 +42,10 @@ import fxprune
 
 ROWS = Path(__file__).with_name("own_class.jsonl")
 Make = Callable[[], tuple[nn.Module, Any]]
-LARGE = 40_000_000
+LARGE = 320_000_000
 """Models with more parameters are planned on the meta device, and not run."""
+SINGLE = 10_000_000
+"""Models with more parameters are run in float32."""
 
 
 def parameters(model: nn.Module) -> int:
@@ -227,7 +229,7 @@ def judge(zoo: str, name: str) -> dict[str, Any]:
         return {**row, "verify": "planned on meta"}
     try:
         # grouped matrix products of experts run in float32 only
-        dtype = torch.float32 if name == "Mixtral" or parameters(model) > LARGE // 4 else torch.float64
+        dtype = torch.float32 if name == "Mixtral" or parameters(model) > SINGLE else torch.float64
         row["verify"] = str(fxprune.verify(model, result, plan, inputs, dtype=dtype))
     except fxprune.VerificationError as error:
         row["verify"] = f"FAILS: {error}"
@@ -294,7 +296,8 @@ def table(path: Path) -> None:
         "",
         f"Written by `own_class.py`; Python {platform.python_version()}, {versions}.",
         'Random weights, ratio 0.5, `importance="random"`; transformers: exact groups only. Shares are of',
-        f"parameters. Rows with `planned on meta` have more than {LARGE // 10**6} M and were not run.",
+        f"parameters. Rows with `planned on meta` have more than {LARGE // 10**6} M and were not run;",
+        f"those with more than {SINGLE // 10**6} M were run in float32, all others in float64.",
     ]
     for zoo in ZOOS:
         own = [row for row in rows() if row["zoo"] == zoo]
