@@ -320,8 +320,8 @@ def _plan(given: nn.Module | CouplingGraph, example_inputs: Any, selection: Sele
         )
     graph = start.loose()
     graph = graph.hold({WHOLE_ROWS}) if selection.uniform else graph
-    names = _branches(selection, own, graph)
     asked = Asked(selection, own, model, args, kwargs)
+    names = _branches(asked, graph)
     if selection.depth and selection.budget is not None:
         return _deep(asked, graph, names)
     return Decision(asked, without_branches(graph, names)).run()
@@ -333,6 +333,8 @@ def _deep(asked: Asked, graph: CouplingGraph, names: tuple[str, ...]) -> Decided
     fixed = [graph.branches[name] for name in names]
     owner = owner_of(graph, asked.model)
     may_go = _may_go(selection, owner, graph, names)
+    _, lost = asked.own.without(graph, may_go, asked.args, asked.kwargs, graph.source.dissolved)
+    may_go = {name: branch for name, branch in may_go.items() if name not in lost}
     assert selection.budget is not None
     share = saved(CostModel(graph), selection.budget, asked.meter(owner))
     if not any(map(share, may_go.values())):  # no branch can go, or nothing has to
@@ -350,7 +352,8 @@ def _deep(asked: Asked, graph: CouplingGraph, names: tuple[str, ...]) -> Decided
 
     def loss(found: Decided) -> float:
         made, left, rewritten = found
-        return judge.narrowed(rewritten.materialize(), left, made.removed)
+        graph_form = Rewritten.materialize(rewritten)  # which is called as the others that are judged
+        return judge.narrowed(graph_form, left, made.removed)
 
     most = len(may_go) if selection.depth is True else int(selection.depth)
     search = Depth(Order(judge, may_go, fixed, share), most, decide, loss)
@@ -385,17 +388,15 @@ def _may_go(
     }
 
 
-def _branches(selection: Selection, own: OwnClass, graph: CouplingGraph) -> tuple[str, ...]:
+def _branches(asked: Asked, graph: CouplingGraph) -> tuple[str, ...]:
     """Names of the residual branches to remove."""
-    names = selection.branches
+    names, own = asked.selection.branches, asked.own
     for name in names:
         if name not in graph.branches:
             raise SelectionError(f"branches: {unknown(graph, name)}")
-    if names and own.marked is not None:
-        raise SelectionError(
-            'residual branches are removed from a graph; with into="module" the code of the model adds them. '
-            'Leave branches out, or give into="graph".'
-        )
+    _, lost = own.without(graph, names, asked.args, asked.kwargs, graph.source.dissolved)
+    if lost:
+        raise SelectionError(f"branches: {own.stays(*next(iter(lost.items())))}")
     return tuple(names)
 
 

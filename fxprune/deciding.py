@@ -7,36 +7,42 @@ nodes or axes that it failed at are held, or the function is traced into, and it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from .analysis import analyzed
+from .branches_in_class import StandIns, decodes_alike, find_stand_ins, same_graph, without_zeros
+from .capture import recapture
 from .capture.dynamo import takes_tensors
 from .capture.numbers import Comparison
 from .capture.symbolic import function_name
 from .configurations import has_config, solve_config
+from .coupling.branches import Branch
 from .coupling.graph import CouplingGraph
 from .coupling.groups import Group
 from .coupling.outputs import hold_zeros
-from .errors import CaptureError, RewriteError, SelectionError
+from .errors import CaptureError, FxpruneError, PlanError, RewriteError, SelectionError
 from .importance import score
 from .importance.base import Scores
 from .inputs import describe_inputs
 from .own_class import Generation, holds, line_notes, marked_copy, rewrite_in_class
 from .passes import Rewritten, rewrite
 from .passes.check import Violation
-from .passes.remove_branches import without_branches
+from .passes.remove_branches import remove_branches, without_branches
 from .planning.latency import Meter
 from .planning.plan import PruningPlan
 from .planning.select import Selected, repeated, select
 from .planning.selection import Selection
 from .planning.validate import unequal_rows
 from .pretrained import said_by_config
+from .program import named_tensors
 
 _ATTEMPTS = 100
+_NO_MODULE = "no module that serves this branch alone gives what the code{} adds"
+_COUNTED = "the decode step of generate() reads what this branch has put into the cache"
 
 
 @dataclass(frozen=True)
@@ -47,11 +53,13 @@ class OwnClass:
         model: the original.
         marked: a copy whose numbers remember their attributes; None where the result is a graph.
         questions: what the copy's code asks while it is captured.
+        found: what :meth:`without` has found.
     """
 
     model: nn.Module
     marked: nn.Module | None
     questions: list[Comparison]
+    found: dict[tuple[Branch, ...], tuple[StandIns, dict[str, str]]] = field(default_factory=dict)
 
     @staticmethod
     def of(into: str, model: nn.Module) -> OwnClass:
@@ -72,10 +80,65 @@ class OwnClass:
     def rewritten(
         self, rewritten: Rewritten, args: tuple[Any, ...], kwargs: dict[str, Any], dissolved: frozenset[str]
     ) -> Rewritten:
-        """``rewritten`` in the form that is asked for."""
+        """``rewritten`` in the form that is asked for.
+
+        Raises:
+            PlanError: for a residual branch that cannot go in this form.
+        """
         if self.marked is None:
             return rewritten
-        return rewrite_in_class(self.model, self.questions, rewritten, args, kwargs, dissolved)
+        graph = rewritten.narrowing.graph
+        stand_ins, lost = self.without(graph, graph.removed_branches, args, kwargs, dissolved)
+        if lost:
+            raise PlanError(self.stays(*next(iter(lost.items()))))
+        return rewrite_in_class(self.model, self.questions, rewritten, args, kwargs, dissolved, stand_ins)
+
+    def without(
+        self,
+        graph: CouplingGraph,
+        names: Collection[str],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dissolved: frozenset[str],
+    ) -> tuple[StandIns, dict[str, str]]:
+        """What takes the place of these branches in a copy of the model; why others of them stay."""
+        if not names or self.marked is None:
+            return StandIns(), {}
+        captured = graph.whole.captured
+        branches = tuple(branch for name, branch in graph.whole.branches.items() if name in names)
+
+        def right(stand_ins: StandIns, gone: Sequence[Branch]) -> bool:
+            reference = remove_branches(captured.program, gone)
+            copied = marked_copy(self.model)[0]
+            stand_ins.put_into(copied)
+            names = {name for name, _ in named_tensors(copied)}
+            if names.difference(stand_ins.tensors) != reference.tensors.keys():
+                return False
+            try:
+                program = recapture(captured, copied, args, kwargs, dissolved)
+                program = without_zeros(program, reference, graph.whole.inputs)
+            except FxpruneError:
+                return False
+            return same_graph(program.graph, reference.graph)
+
+        if branches not in self.found:
+            found, lost = find_stand_ins(self.model, branches, args, kwargs, right)
+            reasons = {
+                branch.name: _NO_MODULE.format(f" at {branch.source}" if branch.source else "")
+                for branch in lost
+            }
+            if not decodes_alike(self.model, found, args, kwargs):
+                for branch in branches:
+                    alone, _ = find_stand_ins(self.model, [branch], args, kwargs, lambda *_: True)
+                    if not decodes_alike(self.model, alone, args, kwargs):
+                        reasons[branch.name] = _COUNTED
+            self.found[branches] = found, reasons
+        return self.found[branches]
+
+    def stays(self, name: str, reason: str) -> str:
+        """What to say of a residual branch that cannot go from the model's own class."""
+        form = f"{type(self.model).__name__} in its own class"
+        return f'{name} cannot go from {form}: {reason}. into="graph" removes it.'
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,35 @@ class Fill(nn.Module):
         return narrow
 
 
+class Nothing(nn.Module):
+    """Stands in a model of its own class where layers of a removed residual branch were: computes nothing.
+
+    Args:
+        names: of the positional inputs of the module that it stands for.
+        follows: for each tensor that it returns the input whose shape, type and device that has.
+        outputs: what is returned, around these tensors.
+        passes: return these inputs themselves, not zeros like them.
+    """
+
+    def __init__(
+        self, names: tuple[str, ...], follows: tuple[str, ...], outputs: Structure, passes: bool = False
+    ) -> None:
+        super().__init__()
+        self.names, self.follows, self.outputs, self.passes = names, follows, outputs, passes
+
+    def extra_repr(self) -> str:
+        return "returns its input" if self.passes else "returns zeros"
+
+    def another(self) -> Nothing:
+        """One like this."""
+        return Nothing(self.names, self.follows, self.outputs, self.passes)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        tensors = [given[name] for name in self.follows]
+        return self.outputs.rebuild(tensors if self.passes else [torch.zeros_like(t) for t in tensors])
+
+
 def multi_head_attention(
     query: Tensor,
     key: Tensor,

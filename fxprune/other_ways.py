@@ -85,7 +85,7 @@ def _ways(model: nn.Module, narrow: nn.Module) -> Iterator[tuple[str, str, list[
         ways = [(name, own.intersection(code.co_names)) for name, code in methods.items()]
         if not any(names for _, names in ways):
             continue
-        if _shapes_of(module) == _shapes_of(new[path]):
+        if path not in new or _shapes_of(module) == _shapes_of(new[path]):
             continue
         for name, names in ways:
             stale = sorted(n for n in names if module.__dict__[n] == new[path].__dict__.get(n))

@@ -22,6 +22,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from .branches_in_class import StandIns, without_zeros
 from .calls import as_one, generation
 from .capture import recapture
 from .capture.numbers import (
@@ -90,13 +91,15 @@ class InOwnClass(Rewritten):
     Attributes:
         model: the original.
         attributes: new numbers in attributes of the copy.
+        stand_ins: what takes the place of residual branches that go.
     """
 
     model: nn.Module
     attributes: Mapping[Place, int]
+    stand_ins: StandIns
 
     def materialize(self, instead: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
-        new = build(self.model, self.narrowed(instead), self.attributes)
+        new = build(self.model, self.narrowed(instead), self.attributes, self.stand_ins)
         config = getattr(self.model, "config", None)
         if config is not None and any("." in place.name for place in self.attributes):
             keep_config(new, config)  # what the class was built from
@@ -137,7 +140,8 @@ class Generation:
         """How the decode step of the narrowed class fails, or empty."""
         assert isinstance(rewritten, InOwnClass)
         try:
-            shapes = self._run(build(rewritten.model, rewritten.program, rewritten.attributes))
+            new = build(rewritten.model, rewritten.program, rewritten.attributes, rewritten.stand_ins)
+            shapes = self._run(new)
         except Exception as error:  # noqa: BLE001  as above
             return f"the decode step of generate() fails without them ({type(error).__name__}: {error})"
         return (
@@ -153,9 +157,14 @@ class Generation:
         return [(str(leaf), tuple(tensor.shape)) for leaf, tensor in found if not leaf.inside]
 
 
-def build(model: nn.Module, program: Program, attributes: Mapping[Place, int]) -> nn.Module:
-    """A copy of ``model`` with the tensors and layers of ``program`` and these numbers in its attributes."""
-    tensors = {id(tensor): program.tensors[name] for name, tensor in named_tensors(model)}
+def build(
+    model: nn.Module, program: Program, attributes: Mapping[Place, int], stand_ins: StandIns
+) -> nn.Module:
+    """A copy of ``model`` with the tensors and layers of ``program`` and these numbers in its attributes.
+
+    ``stand_ins`` take the place of what the program has no tensors for.
+    """
+    tensors = {id(tensor): program.tensors.get(name, tensor) for name, tensor in named_tensors(model)}
     own = dict(named_modules(model))
     modules: dict[int, nn.Module] = {}
     for path, layer in program.modules.items():
@@ -179,6 +188,7 @@ def build(model: nn.Module, program: Program, attributes: Mapping[Place, int]) -
                 module.__dict__.update(narrowed_attributes(module, shapes))
     for place, value in attributes.items():
         _write(new, place, value)
+    stand_ins.put_into(new)
     for module in new.modules():
         for key, hook in [*module._forward_pre_hooks.items()]:
             if getattr(hook, "until_narrowed", False):
@@ -458,6 +468,7 @@ def rewrite_in_class(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     dissolve: frozenset[str],
+    stand_ins: StandIns,
 ) -> InOwnClass:
     """What ``rewritten`` does to a graph, done to a copy of ``model``; violations say where that falls short.
 
@@ -468,13 +479,14 @@ def rewrite_in_class(
         args: positional inputs.
         kwargs: keyword inputs.
         dissolve: functions that were traced into.
+        stand_ins: what takes the place of residual branches that go.
     """
     narrowing = rewritten.narrowing
     captured = narrowing.graph.captured
     before = captured.program
     hopeless = _beyond(before, narrowing)
     if hopeless:
-        return InOwnClass(rewritten.program, narrowing, tuple(hopeless), model, {})
+        return InOwnClass(rewritten.program, narrowing, tuple(hopeless), model, {}, stand_ins)
     known: list[Comparison] = []
     ways: dict[Place, int] | None = None
     empty = _empty(rewritten.program, before)
@@ -482,9 +494,9 @@ def rewrite_in_class(
         literal = captured.rung.startswith("symbolic")
         attributes, unmet = solve(model, before, rewritten.program, narrowing, literal, known)
         if unmet:
-            return InOwnClass(rewritten.program, narrowing, tuple(unmet), model, attributes)
+            return InOwnClass(rewritten.program, narrowing, tuple(unmet), model, attributes, stand_ins)
         attributes = {**(ways or {}), **attributes}
-        candidate = build(model, empty, attributes)
+        candidate = build(model, empty, attributes, stand_ins)
         asked = mark(candidate)
         try:
             after = recapture(captured, candidate, args, kwargs, dissolve)
@@ -497,7 +509,9 @@ def rewrite_in_class(
                 ways = {}
                 continue
             found = _blamed(before, narrowing, error)
-            return InOwnClass(rewritten.program, narrowing, tuple(found), model, attributes)
+            return InOwnClass(rewritten.program, narrowing, tuple(found), model, attributes, stand_ins)
+        if stand_ins.modules:
+            after = without_zeros(after, before, narrowing.graph.inputs)
         after = replace(after, free_outputs=before.free_outputs)
         found = _differences(before, rewritten.program, after, narrowing)
         answers = _other_answers(questions, asked, known) if found else []
@@ -505,7 +519,7 @@ def rewrite_in_class(
             known += answers
             continue
         if not found and ways is None:
-            ways = numbers_of_other_ways(model, build(model, empty, attributes), args, kwargs)
+            ways = numbers_of_other_ways(model, build(model, empty, attributes, stand_ins), args, kwargs)
             if ways:
                 continue
         elif found and ways:  # without them it was right
@@ -517,7 +531,9 @@ def rewrite_in_class(
             for place, number in (ways or {}).items()
             if attributes[place] == number
         )
-        return InOwnClass(rewritten.program, narrowing, tuple(found), model, attributes, notes=notes)
+        return InOwnClass(
+            rewritten.program, narrowing, tuple(found), model, attributes, stand_ins, notes=notes
+        )
 
 
 def _empty(program: Program, before: Program) -> Program:
@@ -675,6 +691,8 @@ def holds(program: Program, narrowing: Narrowing, violations: Iterable[Violation
             value = narrowing.value(other) if other is not None else None
             if value is not None and len(value.shape) <= max(violation.dims, default=0):
                 continue
+            if violation.dims and other is not None and not _makes_tensors(other, narrowing):
+                continue  # a size that the same line reads
             for dim in violation.dims:
                 found[f"{name}[{dim}]"] = violation
             if not violation.dims:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -281,9 +283,6 @@ def test_unknown_branches_are_named_with_those_there_are() -> None:
         fxprune.plan(model, x, 0.5, branches=["units.9"])
     with pytest.raises(SelectionError, match="takes a list of names"):
         fxprune.plan(model, x, 0.5, branches="units.0")
-    name = next(iter(fxprune.analyze(model, x).branches))
-    with pytest.raises(SelectionError, match='into="graph"'):
-        fxprune.plan(model, x, 0.5, branches=[name], into="module")
     plan = fxprune.plan(model, x, 0.5)
     text = plan.to_json().replace('"free_outputs"', '"branches": ["nowhere"],\n "free_outputs"')
     with pytest.raises(PlanError, match="no residual branch 'nowhere'"):
@@ -302,6 +301,104 @@ def test_they_are_looked_for_only_where_one_is_to_go(monkeypatch: pytest.MonkeyP
     graph = fxprune.analyze(model, x)
     assert fxprune.plan(graph, 0.5, branches=[next(iter(graph.branches))]).branches
     assert looked
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_branches_go_from_a_copy_in_the_models_own_class(seed: int, tmp_path: Any) -> None:
+    model, x = network(seed), torch.randn(2, 3, 6, 6)
+    graph = fxprune.analyze(model, x)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for names in ([*graph.branches][:1], [*graph.branches]):
+        plan = fxprune.plan(model, x, 0.4, branches=names, into="module")
+        narrow = plan.apply(model)
+        assert type(narrow) is type(model)
+        assert fxprune.verify(model, narrow, plan, x).exact
+        gone = {name for n in names for name in graph.branches[n].tensors}
+        own, theirs = narrow.state_dict(), fxprune.prune(graph, 0.4, branches=names).state_dict()
+        assert {name: t.shape for name, t in own.items()} == {name: t.shape for name, t in theirs.items()}
+        assert not gone & own.keys()
+        fxprune.save(narrow, tmp_path / "narrow.safetensors")
+        opened = fxprune.load(lambda: network(seed), tmp_path / "narrow.safetensors")
+        for other in (opened, copy.deepcopy(narrow), pickle.loads(pickle.dumps(narrow))):
+            assert torch.equal(other(x), narrow(x))
+        narrow.train()(torch.randn(4, 3, 8, 8)).sum().backward()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(12, 36), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor, cache: list[Tensor]) -> tuple[Tensor, None]:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 3, 4).permute(2, 0, 3, 1, 4)
+        cache.append(k)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)), None
+
+
+class Decoder(nn.Module):
+    """Blocks whose branches are modules, with scales of the block's own; tokens are counted in a cache."""
+
+    def __init__(self, counted: int | None = None) -> None:
+        super().__init__()
+        self.embed, self.head, self.counted = nn.Embedding(20, 12), nn.Linear(12, 20), counted
+        self.position = nn.Embedding(32, 12)
+        self.norms = nn.ModuleList(nn.LayerNorm(12) for _ in range(2))
+        self.attentions = nn.ModuleList(Attention() for _ in range(2))
+        self.scales = nn.ParameterList(torch.rand(12) + 0.5 for _ in range(2))
+
+    def generate(self) -> None:
+        """As classes of transformers have it."""
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False, past: Past | None = None) -> Any:
+        past, cache = past or Past(), [[], []]
+        first = past.length if self.counted is not None else 0
+        x = self.embed(input_ids) + self.position(torch.arange(first, first + input_ids.shape[1]))
+        for number in range(2):
+            f, _ = self.attentions[number](self.norms[number](x), cache=cache[number])
+            x = x + self.scales[number] * f
+        logits = self.head(x)
+        if not use_cache:
+            return logits
+        kept = cache[self.counted or 0]
+        return Step(logits, Past(kept[0].shape[2] if kept else 0))
+
+
+@dataclass
+class Past:
+    length: int = 0
+
+
+class Step:
+    def __init__(self, logits: Tensor, past: Past) -> None:
+        self.logits, self.past = logits, past
+
+
+def test_whole_submodules_and_parameters_of_their_parents_go() -> None:
+    model, x = Decoder().eval(), torch.randint(0, 20, (2, 5))
+    graph = fxprune.analyze(model, x)
+    assert list(graph.branches) == ["attentions.0", "attentions.1"]
+    for names in ([*graph.branches][:1], [*graph.branches]):
+        plan = fxprune.plan(model, x, 0.0, branches=names, into="module")
+        narrow = plan.apply(model)
+        assert fxprune.verify(model, narrow, plan, x).exact
+        left = dict(narrow.named_parameters())
+        assert not any(name in left for n in names for name in graph.branches[n].tensors)
+        assert "returns zeros" in str(narrow.get_submodule(names[0]))
+
+
+def test_a_branch_whose_cache_the_decode_step_counts_stays() -> None:
+    model, x = Decoder(counted=0).eval(), {"input_ids": torch.randint(0, 20, (2, 5))}
+    fxprune.plan(model, x, branches=["attentions.1"], into="module")
+    with pytest.raises(SelectionError, match=r"attentions.0 cannot go.*put into the cache.*into=.graph"):
+        fxprune.plan(model, x, branches=["attentions.0"], into="module")
+
+
+def test_a_branch_that_is_no_modules_output_stays_with_its_line() -> None:
+    model, x = Transformer(False).eval(), torch.randn(2, 6, 5)
+    name = next(iter(fxprune.analyze(model, x).branches))
+    with pytest.raises(SelectionError, match=r"cannot go from Transformer.*test_branches.py:\d+ in forward"):
+        fxprune.plan(model, x, branches=[name], into="module")
 
 
 @pytest.mark.parametrize("broken", ["copies", "stream"])

@@ -160,12 +160,20 @@ def test_branches_that_went_in_a_step_stay_gone() -> None:
     assert {*steps[0].plan.branches, *steps[1].plan.branches} == {"units.0", "units.2"}
 
 
+def test_branches_go_from_the_models_own_class() -> None:
+    model, data = residual((0,)), images()
+    options: Any = {"budget": Budget(macs=0.6), "calibrate": data, "depth": 1}
+    graph, narrow = (fxprune.prune(model, data[0], **options, into=form) for form in ("graph", "module"))
+    assert type(narrow) is type(model)
+    assert narrow.meta["fxprune"].branches == graph.meta["fxprune"].branches != ()
+    assert torch.allclose(narrow(data[0]), graph(data[0]), atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "what"),
     [
         ({"depth": True}, "needs a budget"), ({"depth": 1, "budget": Budget(macs=0.5)}, "calibration data"),
         ({"depth": -1}, "largest number"), ({"depth": "deep"}, "largest number"),
-        ({"depth": True, "budget": Budget(macs=0.5), "calibrate": [0], "into": "module"}, 'into="module"'),
         ({"depth": 2, "budget": Budget(macs=0.5), "calibrate": [0], "uniform": True}, "uniform=True"),
     ],
 )  # fmt: skip
@@ -179,7 +187,6 @@ def test_a_latency_looks_at_branches_by_itself() -> None:
     assert fxprune.Selection(budget=Budget(latency=0.5), calibrate=data).depth is True
     for options in (
         {"budget": Budget(latency=0.5)}, {"budget": Budget(macs=0.5), "calibrate": data},
-        {"budget": Budget(latency=0.5), "calibrate": data, "into": "module"},
         {"budget": Budget(latency=0.5), "calibrate": data, "uniform": True},
     ):  # fmt: skip
         assert fxprune.Selection(**options).depth is False  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ original does with the branch's parameters at zero.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from .units import Value
 if TYPE_CHECKING:
     from .graph import CouplingGraph
 
+_ZEROS = frozenset(["zeros", "zeros_like", "new_zeros"])
 _PRODUCTS = frozenset(["mm", "bmm", "mv", "dot"])
 _SUMS_OF_PRODUCTS = frozenset(["addmm", "baddbmm", "addmv", "addbmm"])
 
@@ -79,7 +80,7 @@ def find_branches(graph: CouplingGraph) -> Branches:
     program = graph.captured.program
     if list(program.pieces()) != [""]:
         return Branches({}, {})
-    calls = _Calls(program)
+    calls = _Calls(tensor for tensor in program.tensors.values() if isinstance(tensor, nn.Parameter))
     run = interpret(program, graph.inputs, follow=calls.follow)
     search = _Search(program, run, calls)
     candidates: list[_Candidate] = []
@@ -97,20 +98,33 @@ def find_branches(graph: CouplingGraph) -> Branches:
                 candidates.append(candidate)
             break
     names = _names(search, candidates)
-    found = {}
-    for name, candidate in zip(names, candidates, strict=True):
-        owned = search.owned(candidate.nodes)
-        found[name] = Branch(
-            name,
-            candidate.addition.name,
-            candidate.stream.name,
-            tuple(node.name for node in program.graph.nodes if node in candidate.nodes),
-            tuple(key for key, tensor in program.tensors.items() if id(tensor) in owned),
-            sum(tensor.numel() for tensor in owned.values() if isinstance(tensor, nn.Parameter)),
-            search.written_later(candidate),
-            describe_source(candidate.addition),
-        )
-    return Branches(found, refused)
+    pairs = zip(names, candidates, strict=True)
+    return Branches({name: search.branch(name, candidate) for name, candidate in pairs}, refused)
+
+
+def zeros_added(program: Program, inputs: list[Any]) -> list[Branch]:
+    """Additions of what is zero whatever the parameters are, as branches that can be removed.
+
+    Args:
+        program: it is run on shapes once.
+        inputs: meta tensors and values for its placeholders, in order.
+    """
+    calls = _Calls(())
+    run = interpret(program, inputs, follow=calls.follow)
+    search = _Search(program, run, calls)
+    found = []
+    for addition in program.graph.nodes:
+        for stream, last in _operands(addition):
+            before, after = run.values.get(stream), run.values.get(addition)
+            if not calls.zero(run.values.get(last)) or not (
+                isinstance(before, Value) and isinstance(after, Value)
+            ):
+                continue
+            if before.shape == after.shape and before.dtype == after.dtype:
+                nodes = search.own(addition, stream, last)
+                found.append(search.branch(addition.name, _Candidate(addition, stream, nodes)))
+                break
+    return found
 
 
 @dataclass(frozen=True)
@@ -136,16 +150,17 @@ def _operands(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
 
 
 class _Calls:
-    """What the ATen calls of a run write into, and what they leave at zero where all parameters are zero."""
+    """What the ATen calls of a run write into, and what they leave at zero where some parameters are zero."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, parameters: Iterable[torch.Tensor]) -> None:
+        """``parameters``: those that are zero."""
         self.writes: list[tuple[fx.Node | None, Any]] = []
-        self._parameters = {id(t) for t in program.tensors.values() if isinstance(t, nn.Parameter)}
+        self._parameters = {id(tensor) for tensor in parameters}
         self._zero: dict[int, Value] = {}
         self._dirty: dict[int, Any] = {}
 
     def zero(self, value: Any) -> bool:
-        """Whether a value is zero where all parameters are."""
+        """Whether a value is zero where these parameters are."""
         if not isinstance(value, Value):
             return False
         if value.state is not None:
@@ -172,6 +187,8 @@ class _Calls:
     def _gives_zero(self, func: Any, args: Any, given: Mapping[str, Any]) -> bool:
         rule = rule_for(func)
         name = func._schema.name.partition("::")[2]
+        if name in _ZEROS:
+            return True
         if rule is None:
             return False
 
@@ -348,6 +365,20 @@ class _Search:
             }
         return self._owns[nodes]
 
+    def branch(self, name: str, candidate: _Candidate) -> Branch:
+        """The branch of this name."""
+        owned = self.owned(candidate.nodes)
+        return Branch(
+            name,
+            candidate.addition.name,
+            candidate.stream.name,
+            tuple(node.name for node in self.place if node in candidate.nodes),
+            tuple(key for key, tensor in self.program.tensors.items() if id(tensor) in owned),
+            sum(tensor.numel() for tensor in owned.values() if isinstance(tensor, nn.Parameter)),
+            self.written_later(candidate),
+            describe_source(candidate.addition),
+        )
+
     def written_later(self, candidate: _Candidate) -> bool:
         """Whether others write into the stream, or into the sum, after the addition."""
         values = [self.run.values[node] for node in (candidate.stream, candidate.addition)]
@@ -394,4 +425,4 @@ def _names(search: _Search, candidates: list[_Candidate]) -> list[str]:
     ]
 
 
-__all__ = ["Branch", "Branches", "find_branches"]
+__all__ = ["Branch", "Branches", "find_branches", "zeros_added"]

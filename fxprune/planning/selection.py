@@ -233,7 +233,7 @@ class Selection:
         depth, budget = self.depth, self.budget
         if depth == AUTO:
             by_clock = self.calibrate is not None and budget is not None and budget.latency is not None
-            self._set("depth", by_clock and self.into == "graph" and not self.uniform)
+            self._set("depth", by_clock and not self.uniform)
             return
         if not isinstance(depth, int) or depth < 0:
             raise SelectionError(
@@ -248,11 +248,10 @@ class Selection:
                 "residual branches are worth more than widths: give budget and calibrate, or name the "
                 "branches that are to go."
             )
-        if self.into != "graph" or self.uniform:
-            other = "uniform=True" if self.uniform else 'into="module"'
+        if self.uniform:
             raise SelectionError(
-                f"depth={depth!r} removes residual branches from a graph, which {other} does not allow. "
-                f"Leave one of the two out."
+                f"depth={depth!r} removes residual branches, which uniform=True does not allow. Leave one of "
+                f"the two out."
             )
 
     def shares(self) -> dict[str, float]:
