@@ -289,6 +289,18 @@ def test_unknown_branches_are_named_with_those_there_are() -> None:
         fxprune.PruningPlan.from_json(text).apply(model)
 
 
+def test_an_explanation_names_the_branch_and_what_it_takes_along() -> None:
+    torch.manual_seed(0)
+    model = Residual([Unit("plain", 8)]).eval()
+    graph = fxprune.analyze(model, torch.randn(2, 3, 6, 6))
+    (branch,) = graph.branches.values()
+    assert graph.explain("units.0.conv1.weight", 0).branches == (branch,)
+    text = str(graph.explain("units.0.bn2.weight", 0))
+    assert f"in the residual branch {branch.name}: {branch.entries:,} parameters" in text
+    assert "takes along units.0.scale, units.0.conv1.weight" in text
+    assert not graph.explain("stem.weight", 0).branches
+
+
 def test_they_are_looked_for_only_where_one_is_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """To find them, the network is run once more."""
     looked: list[Any] = []

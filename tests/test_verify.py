@@ -322,3 +322,23 @@ def test_what_cancels_to_rounding_errors_is_no_difference(average, into):
         pruned.get_buffer("norm.running_var").mul_(4.0).add_(3e-5)
     with pytest.raises(VerificationError):
         fxprune.verify(model, pruned, plan, x)
+
+
+class Folded(nn.Module):
+    """Batch, channels and rows in one dimension, as where MobileViT takes patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        batch, channels = x.shape[:2]
+        x = x.reshape(batch * channels * 2, 2, 2, 2).transpose(1, 2)
+        return self.last(x.reshape(batch, channels, 4, 4))
+
+
+def test_channels_between_batch_and_positions_are_no_difference() -> None:
+    model, x = Folded().eval(), torch.randn(1, 3, 4, 4)
+    plan = fxprune.plan(model, x, 0.5, "random")
+    assert fxprune.verify(model, plan.apply(model), plan, x).exact

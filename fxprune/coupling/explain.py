@@ -92,7 +92,7 @@ def removable(
     if dim is None:
         dim = _output(graph, parameter, module)
     try:
-        explanation = graph.explain(parameter, dim)
+        explanation = graph.goes_with(parameter, dim)
     except KeyError as error:
         raise AxisError(str(error.args[0])) from error
     root = explanation.axis

@@ -107,12 +107,14 @@ class Explanation:
         groups: the groups that its indices belong to.
         paths: for each other axis that goes with it, the steps that lead there.
         frozen: why (part of) the axis cannot go, or None.
+        branches: residual branches that hold the axis, and that can go as a whole.
     """
 
     axis: Axis
     groups: tuple[Group, ...]
     paths: Mapping[Axis, tuple[Link, ...]]
     frozen: Frozen | None
+    branches: tuple[Branch, ...] = ()
 
     def __str__(self) -> str:
         lines = [str(self.axis)]
@@ -128,6 +130,10 @@ class Explanation:
             alike.setdefault(key if len(steps) > _MOST_STEPS else link, []).append(str(link))
         lines += [f"  {joined(texts)}" for texts in alike.values()]
         lines += [f"  {axis} goes with it" for axis, path in self.paths.items() if not path]
+        for branch in self.branches:
+            more = f" and {len(branch.tensors) - 6} more" if len(branch.tensors) > 6 else ""
+            lines.append(f"  in the residual branch {branch}")
+            lines.append(f"    which takes along {', '.join(branch.tensors[:6])}{more}")
         return "\n".join(lines)
 
 
@@ -530,9 +536,19 @@ class CouplingGraph:
     def explain(self, name: str, dim: int) -> Explanation:
         """What goes with axis ``dim`` of the parameter ``name``, and which graph nodes cause it.
 
+        To name the residual branches that hold it, the network is run on shapes once more, the first time.
+
         Raises:
             KeyError: if the graph uses no such parameter; suggests names that it does use.
         """
+        found = self.goes_with(name, dim)
+        tensors = self.captured.program.tensors
+        held = {key for key, tensor in tensors.items() if tensor is tensors[name]}
+        branches = tuple(branch for branch in self.branches.values() if held & set(branch.tensors))
+        return replace(found, branches=branches)
+
+    def goes_with(self, name: str, dim: int) -> Explanation:
+        """As :meth:`explain`, without residual branches."""
         import difflib
 
         import networkx as nx
