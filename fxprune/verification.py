@@ -836,6 +836,8 @@ def _at(label: Label, dim: int, shape: Sequence[int]) -> Label:
             n for n in range(1, size + 1) if size % n == 0 and (moved == np.roll(moved, n, -1)).all()
         )
         units = size // inner
+        if inner > 1 and shape[axis] % size == 0:  # more places, or a larger batch
+            raise _UnknownUnits
         if inner > 1 and shape[axis] % units == 0:  # each unit several times, one after the other
             ids = np.repeat(ids.take(range(0, size, inner), place), shape[axis] // units, place)
         elif outer < size and shape[axis] % outer == 0:

@@ -34,7 +34,6 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
-from .. import known_shapes
 from ..errors import CaptureError, ExampleInputsError, PinnedError
 from ..graph_module import clone_module
 from ..guards import check_number
@@ -984,17 +983,9 @@ class _ShapeTracer(_Tracer):
         if _reads_numbers(node, args):
             return self._read(node), False
         self.evaluating = True
-
-        def run() -> Any:
-            with torch.no_grad(), Remembered():
-                return self._meta_call(node, args, kwargs)
-
         try:
-            if node.op == "call_module":
-                return run(), False
-            if not kwargs and all(type(a) in _NUMBERS for a in args):
+            with torch.no_grad(), Remembered():
                 return self._meta_call(node, args, kwargs), False
-            return known_shapes.of_call(node.target, args, kwargs, run), False
         except (RuntimeError, NotImplementedError):
             if node.op == "call_module":
                 raise
@@ -1040,10 +1031,6 @@ class _ShapeTracer(_Tracer):
 
     def _meta(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.metas.setdefault(id(tensor), meta_like(tensor))
-
-
-_NUMBERS = frozenset([bool, int, float, torch.Size])
-"""Types of which no operator makes a tensor, as long as there is none beside them."""
 
 
 def _names_device(value: Any) -> bool:
