@@ -75,6 +75,17 @@ class Values:
             met.update(part.all_input_nodes)
         return found
 
+    def are_constant(self, node: fx.Node) -> bool:
+        """Whether neither values nor sizes of the inputs have a part in the value of ``node``."""
+        todo, met = [node], {node}
+        while todo:
+            part = todo.pop()
+            if part.op == "placeholder":
+                return False
+            todo += [n for n in part.all_input_nodes if n not in met]
+            met.update(part.all_input_nodes)
+        return True
+
     def are_whole(self, node: fx.Node) -> bool:
         """Whether a value is computed of whole numbers and masks alone: lengths, indices, where a number is
         missing. Of measured values, any input has others.

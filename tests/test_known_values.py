@@ -241,6 +241,60 @@ LISTS = {
 }
 
 
+def sizes_in_a_buffer(s, t):
+    """As converters from other formats write it: what a reshape is told is a tensor."""
+    shape = s.sizes
+    if torch.any(shape == 0):
+        shape = [t.shape[i] if size == 0 else size for i, size in enumerate(shape)]
+    return torch.reshape(t, torch.Size(shape)).flatten(2)
+
+
+def bounds_in_buffers(s, t):
+    """A slice whose axes are an array of NumPy, and whose bounds are tensors."""
+    slices = {}
+    for axis, start, end in zip(s.axes.detach().cpu().numpy(), s.starts, s.ends, strict=True):
+        slices[axis] = slice(start, end)
+    return t[tuple(slices.get(axis, slice(None)) for axis in range(max(slices) + 1))]
+
+
+def sizes_joined(s, t):
+    """Sizes read off a tensor, and one of a buffer, become one tensor."""
+    front = torch.tensor(t.shape)[:2]
+    return torch.reshape(t, torch.Size(torch.cat([front, s.rest]))).flatten(2)
+
+
+def a_window_of_a_computed_size(s, t):
+    half = torch.tensor(t.shape[1]) // 2
+    return t.narrow(1, 0, half)
+
+
+def places_as_an_array(s, t):
+    return t[:, torch.arange(t.shape[1])[::2].numpy().tolist()]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [sizes_in_a_buffer, bounds_in_buffers, sizes_joined, a_window_of_a_computed_size, places_as_an_array],
+    ids=lambda how: how.__name__,
+)
+def test_tensors_that_stand_for_numbers(how):
+    """A bound or size that is a tensor of one number."""
+    net, x = Middle(how).eval(), torch.randn(2, 8, 16)
+    buffers = {"sizes": (0, 0, 4, -1), "rest": (4, 8), "axes": (1,), "starts": (2,), "ends": (6,)}
+    for name, numbers in buffers.items():
+        net.register_buffer(name, torch.tensor(numbers))
+    graph = fxprune.analyze(net, x)
+    assert graph.captured.rung == KNOWN
+    same = fxprune.prune(net, x, ratio=0.0)
+    for shape in ((2, 8, 16), (3, 8, 16), (2, 12, 16)):
+        other = torch.randn(shape)
+        torch.testing.assert_close(same(other), net(other))
+    plan = fxprune.plan(net, x, ratio=0.5)
+    pruned = plan.apply(net)
+    assert fxprune.verify(net, pruned, plan, x)
+    assert pruned.a.weight.shape == (16, 16)
+
+
 @pytest.mark.parametrize("name", LISTS)
 def test_lists_of_numbers_stay_free(name):
     net, x = Parts(LISTS[name]).eval(), torch.randn(24, 16)

@@ -312,7 +312,7 @@ class _Interpreter(TorchDispatchMode):
                 except Exception as error:  # whatever a user's node raises
                     needed = "number" in node.meta or _needs_values(error, node)
                     result = self._numbers_of(node, env) if needed else None
-                    if not isinstance(result, (bool, int, float, list)):
+                    if not isinstance(result, (bool, int, float, list, np.ndarray)):
                         raise _failed(node, error, needed, args, self._shapes(node)) from error
                 if self._numbers:
                     self.scalars[node] = tuple(self._numbers)
