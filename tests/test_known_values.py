@@ -272,13 +272,24 @@ def places_as_an_array(s, t):
     return t[:, torch.arange(t.shape[1])[::2].numpy().tolist()]
 
 
+def a_table_by_rank(s, t):
+    return {3: torch.relu, 4: torch.tanh}[t.dim()](t)
+
+
 @pytest.mark.parametrize(
     "how",
-    [sizes_in_a_buffer, bounds_in_buffers, sizes_joined, a_window_of_a_computed_size, places_as_an_array],
+    [
+        a_table_by_rank,
+        sizes_in_a_buffer,
+        bounds_in_buffers,
+        sizes_joined,
+        a_window_of_a_computed_size,
+        places_as_an_array,
+    ],
     ids=lambda how: how.__name__,
 )
 def test_tensors_that_stand_for_numbers(how):
-    """A bound or size that is a tensor of one number."""
+    """A bound or size that is a tensor of one number, and a rank that is a key."""
     net, x = Middle(how).eval(), torch.randn(2, 8, 16)
     buffers = {"sizes": (0, 0, 4, -1), "rest": (4, 8), "axes": (1,), "starts": (2,), "ends": (6,)}
     for name, numbers in buffers.items():

@@ -788,6 +788,8 @@ class _ShapeProxy(_Proxy):
     def __getattr__(self, name: str) -> Any:
         if isinstance(self.value, torch.Tensor) and name in ("ndim", "requires_grad"):
             return getattr(self.value, name)
+        if isinstance(self.value, torch.Tensor) and name in ("dim", "ndimension"):
+            return self.value.dim  # a plain number, which dictionaries have as a key
         if isinstance(self.value, torch.Tensor) and name in ("is_cuda", "is_cpu", "is_meta"):
             return self.tracer.device.type == name.removeprefix("is_")
         if isinstance(self.value, torch.Tensor) and name == "numpy":
