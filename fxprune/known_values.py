@@ -166,6 +166,21 @@ class Values:
         return target(*args, **kwargs)
 
 
+def made_of_sizes(node: fx.Node) -> bool:
+    """Whether a value is computed of sizes of tensors, and of constants, with no look at any entry."""
+    todo, met, sized = [node], {node}, False
+    while todo:
+        part = todo.pop()
+        if part.op == "placeholder":
+            return False
+        if _fact(part):
+            sized = True
+            continue
+        todo += [n for n in part.all_input_nodes if n not in met]
+        met.update(part.all_input_nodes)
+    return sized
+
+
 def _has_tensors(tree: Any) -> bool:
     if isinstance(tree, torch.Tensor):
         return True
@@ -184,4 +199,4 @@ def _fact(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target in _FACTS
 
 
-__all__ = ["FROM_SHAPE", "UnknownValueError", "Values"]
+__all__ = ["FROM_SHAPE", "UnknownValueError", "Values", "made_of_sizes"]

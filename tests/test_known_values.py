@@ -306,6 +306,33 @@ def test_tensors_that_stand_for_numbers(how):
     assert pruned.a.weight.shape == (16, 16)
 
 
+class Measured(nn.Module):
+    """Reads the size of what is narrowed off a tensor, in front of a norm that is not exact."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(16, 32), nn.LayerNorm(32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        t = self.a(x)
+        sizes = torch.tensor(t.shape)
+        if sizes.dim() != 1:
+            raise ValueError("a shape has one dimension")
+        return self.b(self.norm(t.reshape(sizes.tolist())))
+
+
+def test_sizes_that_are_narrowed_are_no_difference():
+    net, x = Measured().eval(), torch.randn(2, 8, 16)
+    plan = fxprune.plan(net, x, ratio=0.5)
+    pruned = plan.apply(net)
+    assert pruned.a.weight.shape == (16, 16)
+    assert fxprune.verify(net, pruned, plan, x).skipped
+    with torch.no_grad():
+        pruned.b.weight += 0.1
+    with pytest.raises(fxprune.errors.VerificationError):
+        fxprune.verify(net, pruned, plan, x)
+
+
 @pytest.mark.parametrize("name", LISTS)
 def test_lists_of_numbers_stay_free(name):
     net, x = Parts(LISTS[name]).eval(), torch.randn(24, 16)
