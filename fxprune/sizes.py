@@ -19,9 +19,10 @@ from torch.utils import _pytree as pytree
 
 from .guards import check_size
 
-BATCH, LENGTH, LAST, IMAGE = "batch", "length", "last length", "image"
+BATCH, LENGTH, LAST, DEPTH, IMAGE = "batch", "length", "last length", "depth", "image"
 """Kinds of sizes, each of which changes as a whole: the batch; the second dimension of sequences; the last
-one of sequences with channels first, and of waveforms; the extents of images and volumes."""
+one of sequences with channels first, and of waveforms; what comes before height and width in volumes, and may
+be channels in videos; height and width."""
 NEAR, FAR = 1, 32
 """By how much sizes change: by a small odd number, another one for each extent; or by 32, as networks ask for
 that halve an image five times, and to twice the size where it is no multiple of that."""
@@ -137,7 +138,7 @@ class Place:
     def name(self) -> str:
         """What it is, for people."""
         if self.kind == IMAGE:
-            return ("depth", "height", "width")[self.dim - self.rank]
+            return ("height", "width")[self.dim - self.rank]
         return {LAST: LENGTH}.get(self.kind, self.kind)
 
 
@@ -164,8 +165,8 @@ def places(tree: Any) -> list[Place]:
             kind = None
             if dim == 0:
                 kind = BATCH if size == batch else None
-            elif size != 1 and tensor.dim() > 3:
-                kind = IMAGE if dim >= max(2, tensor.dim() - 3) else None
+            elif size != 1 and tensor.dim() > 3 and dim > 1:
+                kind = {tensor.dim() - 3: DEPTH, tensor.dim() - 2: IMAGE, tensor.dim() - 1: IMAGE}.get(dim)
                 kind = LENGTH if kind and size in lengths else kind
             elif size != 1 and dim == 1 and _is_sequence(tensor):
                 kind = LENGTH
@@ -182,7 +183,7 @@ def _is_sequence(tensor: torch.Tensor) -> bool:
 
 def changed_size(place: Place, how: int) -> int:
     """Another size in its place. Patches and strides of up to 32 must tell it from the one in the example."""
-    if how == NEAR and place.kind in (IMAGE, LAST):
+    if how == NEAR and place.kind in (DEPTH, IMAGE, LAST):
         return place.size + 32 * (place.dim - 1 or 1) + 1
     if how == FAR and (place.kind == BATCH or place.size % FAR):
         return 2 * place.size
@@ -203,15 +204,15 @@ def resized(tree: Any, change: Change) -> Any:
 def changes(tree: Any) -> Iterator[Change]:
     """What may change at once, as much as can be first."""
     kinds = {place.kind for place in places(tree)}
-    rest = [kind for kind in (LENGTH, IMAGE) if kind in kinds]
+    rest = [kind for kind in (LENGTH, DEPTH, IMAGE) if kind in kinds]
     first = [BATCH] if BATCH in kinds else []
     sets = [dict.fromkeys(rest, NEAR)]
     if IMAGE in kinds:
-        sets.append({kind: FAR if kind == IMAGE else NEAR for kind in rest})
+        sets.append({kind: NEAR if kind == LENGTH else FAR for kind in rest})
     if LAST in kinds:
-        sets.append({LAST: NEAR, **({IMAGE: NEAR} if IMAGE in kinds else {})})
+        sets.append({LAST: NEAR, **dict.fromkeys((kind for kind in rest if kind != LENGTH), NEAR)})
     if len(rest) > 1:
-        sets += [{LENGTH: NEAR}, {IMAGE: NEAR}, {IMAGE: FAR}]
+        sets += [{kind: how} for kind in rest for how in ((NEAR,) if kind == LENGTH else (NEAR, FAR))]
     if LENGTH in kinds:
         sets.append({LENGTH: FAR})
     sets.append({})
@@ -270,6 +271,6 @@ def guarded(graph: fx.Graph) -> list[InputSize]:
     return found
 
 
-__all__ = ["BATCH", "FAR", "IMAGE", "LAST", "LENGTH", "NEAR", "Change", "InputSize", "InputSizes", "Place",
-           "Trial", "asks_more", "changed_size", "changes", "guard", "guarded", "named", "places",
+__all__ = ["BATCH", "DEPTH", "FAR", "IMAGE", "LAST", "LENGTH", "NEAR", "Change", "InputSize", "InputSizes",
+           "Place", "Trial", "asks_more", "changed_size", "changes", "guard", "guarded", "named", "places",
            "resized"]  # fmt: skip

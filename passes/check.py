@@ -88,7 +88,8 @@ def check(program: Program, narrowing: Narrowing) -> list[Violation]:
             cells, rows, columns = (
                 compact[ids] for ids in (graph.cells.cells, graph.cells.rows, graph.cells.columns)
             )
-            units.multiply(Product(cells, rows, columns, NOWHERE, None))
+            several = cells != columns  # of one row that is left, each cell stands for its column
+            units.multiply(Product(cells[several], rows[several], columns[several], NOWHERE, None))
         run = interpret(program, graph.inputs, CheckingCoupler(units), seed, known)
     except (ExampleInputsError, CaptureError, RuleError) as error:
         node = getattr(error, "node", None)
@@ -156,6 +157,12 @@ def _compact(narrowing: Narrowing) -> Any:
                 single.fresh(roots.size)
             rows = survive.any(axis=1)
             single.merge(roots[rectangle.rows[rows]], roots[rectangle.cells[rows][survive[rows]]])
+    for product in graph.run.coupler.units.products:
+        left = narrowing.survive(product.cells)
+        if left.any() and np.unique(roots[product.rows[left]]).size == 1:  # so is a column of one row
+            if single.count == 1:
+                single.fresh(roots.size)
+            single.merge(roots[product.columns[left]], roots[product.cells[left]])
     if single.count > 1:
         roots = single.find(roots)
     on_state = np.zeros(roots.size, dtype=bool)

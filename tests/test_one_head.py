@@ -80,6 +80,33 @@ def test_others(build: type[nn.Module], name: str) -> None:
     assert not plan.held
 
 
+class Shared(nn.Module):
+    """Two query heads for one key head, which one of them can go from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.q, self.kv, self.o = (
+            nn.Linear(6, 16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        x = self.i(x)
+        q = self.q(x).view(b, n, 2, 8).transpose(1, 2)
+        k, v = self.kv(x).view(b, n, 1, 16).transpose(1, 2).chunk(2, -1)
+        y = (q @ k.repeat_interleave(2, 1).transpose(-1, -2)).softmax(-1) @ v.expand(-1, 2, -1, -1)
+        return self.o(y.transpose(1, 2).reshape(b, n, -1))
+
+
+def test_one_query_head_is_left_of_several_that_share_a_key_head() -> None:
+    plan, pruned = check(Shared(), torch.randn(3, 5, 6), kept_at_most=0.3)
+    assert not plan.held
+    assert pruned.get_parameter("q.weight").shape == (4, 8)
+
+
 def test_a_plan_that_removes_nothing_can_be_applied(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where the check would not agree with the graph as it is."""
     monkeypatch.setattr(pipeline, "check", lambda *_: [Violation("e", "does not fit")])

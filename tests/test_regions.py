@@ -609,3 +609,21 @@ def test_compiled_layers() -> None:
     pruned = fxprune.prune(model, X, ratio=0.5)
     assert pruned.get_parameter("a.0.weight").shape == (4, 3, 3, 3)
     assert pruned(X).shape == model(X).shape
+
+
+def test_what_torch_vmap_calls_is_left_as_it_is() -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6))
+            self.b = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.vmap(self.b)(self.a(x))
+
+    model, x = Mapped().eval(), torch.randn(3, 6)
+    plan = fxprune.plan(model, x, ratio=0.5)
+    assert any("within torch.vmap" in note for note in plan.notes)
+    pruned = plan.apply(model)
+    assert pruned.get_parameter("a.0.weight").shape == (8, 6)
+    assert fxprune.verify(model, pruned, plan, x).exact

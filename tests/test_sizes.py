@@ -169,6 +169,18 @@ class Waves(nn.Module):
         return self.b(self.a(x[:, None]).relu())
 
 
+class Frames(nn.Module):
+    """Videos with the channels in the middle."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        n, t, c, h, w = x.shape
+        return self.b(self.a(x.reshape(n * t, c, h, w)).relu()).view(n, t, 2, h, w).mean(1)
+
+
 class Both(nn.Module):
     """An image of one size, and any text."""
 
@@ -190,6 +202,12 @@ SIZES = {
     "any": (Cached(), torch.randn(1, 3, 8, 8), "batch, height, width: any"),
     "square": (Cached(), torch.randn(2, 3, 16, 16), "batch, height, width: any"),
     "halving": (Halving(), torch.randn(1, 3, 32, 32), "batch: any; height, width: multiples of 4"),
+    "volumes": (nn.Conv3d(3, 2, 3), torch.randn(1, 3, 4, 6, 6), "batch, depth, height, width: any"),
+    "videos": (
+        Frames(),
+        torch.randn(2, 4, 3, 8, 6),
+        "batch, height, width: any; depth: pinned at 3, because the model does not run at another",
+    ),
     "windows": (Windows(), torch.randn(2, 32, 8), "batch: any; length: multiples of 32"),
     "waves": (Waves(), torch.randn(2, 50), "batch, length: any"),
     "channels first": (nn.Conv1d(3, 2, 3), torch.randn(2, 3, 9), "batch, length: any"),

@@ -259,6 +259,17 @@ def _run(
             handle.remove()
 
 
+def _refuse_transformed(inputs: Any) -> None:
+    """Refuse what ``torch.vmap`` and its like pass on: it has no values outside of them.
+
+    Raises:
+        CaptureError: if such a tensor is among the inputs of a submodule.
+    """
+    tensors = (leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor))
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+        raise CaptureError("it is called within torch.vmap or another transform of torch.func")
+
+
 class _Watch(TorchFunctionMode):
     def __init__(self, keep: set[str] | None) -> None:
         super().__init__()
@@ -281,6 +292,7 @@ class _Watch(TorchFunctionMode):
             self.stack.append(path)
             if self.keep is None:
                 try:
+                    _refuse_transformed((args, kwargs))
                     call: Any = describe_inputs(args, kwargs)
                 except FxpruneError as error:
                     call = error
