@@ -8,18 +8,24 @@ functions, of 0.1 to 1 ms a call.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _MOST = 1 << 14
 """Results that are remembered; with more, all are forgotten."""
 
 _found: dict[Any, Any] = {}
-_SCALARS = frozenset([bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout,
-                      torch.memory_format])  # fmt: skip
+_SCALARS = frozenset([bool, int, float, complex, str, type(None), type(...), torch.dtype, torch.device,
+                      torch.layout, torch.memory_format])  # fmt: skip
+
+_SEQUENCES = frozenset([tuple, list, immutable_list, torch.Size])
 
 
 def result(func: Any, args: Any, kwargs: Any, run: Callable[[Any, Any, Any], Any]) -> Any:
@@ -44,6 +50,41 @@ def result(func: Any, args: Any, kwargs: Any, run: Callable[[Any, Any, Any], Any
             _found[key] = described
         return out
     return _made(found)
+
+
+def of_call(function: Any, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
+    """What a function of PyTorch's, or a method of a tensor by its name, gives on meta tensors, as ``run()``
+    made it for arguments of the same shapes, strides and types.
+
+    What gives one of its arguments, or anything but one new tensor, always runs.
+    """
+    if not (type(function) is str or _is_of_torch(function)):
+        return run()
+    of_tensor = bool(args) and isinstance(args[0], torch.Tensor)
+    if not of_tensor and (type(function) is str or function is operator.getitem):
+        return run()
+    key = _key((args, kwargs))
+    if key is None:
+        return run()
+    key = function, key, torch.get_default_dtype()
+    found = _found.get(key)
+    if found is not None:
+        return _made(found)
+    out = run()
+    described = _described(out) if type(out) is torch.Tensor else None
+    if described is not None and all(out is not leaf for leaf in tree_leaves((args, kwargs))):
+        if len(_found) >= _MOST:
+            _found.clear()
+        _found[key] = described
+    return out
+
+
+@functools.cache
+def _is_of_torch(function: Any) -> bool:
+    """Whether a function is one of PyTorch's own, or an operator of Python's."""
+    if isinstance(function, BuiltinFunctionType):
+        return str(function.__module__).partition(".")[0] in ("None", "torch", "_operator")
+    return isinstance(function, FunctionType) and function.__module__ == "torch.nn.functional"
 
 
 class Remembered(TorchDispatchMode):
@@ -83,11 +124,13 @@ def _key(argument: Any) -> Any:
             return None
         if argument.is_complex() and argument.is_conj():
             return None
-        return argument.shape, argument.stride(), argument.dtype
-    if kind is tuple or kind is list:
+        return argument.shape, argument.stride(), argument.dtype, argument.storage_offset()
+    if kind is slice:
+        return kind, _key((argument.start, argument.stop, argument.step))
+    if kind in _SEQUENCES:
         parts = [_key(part) for part in argument]
         return None if None in parts else (kind, *parts)
-    if kind is dict:
+    if kind is dict or kind is immutable_dict:
         parts = [_key(part) for part in argument.values()]
         return None if None in parts else (kind, *argument, *parts)
     return None
@@ -95,7 +138,8 @@ def _key(argument: Any) -> Any:
 
 def _described(out: Any) -> Any:
     if type(out) is torch.Tensor:
-        strided = out.is_meta and out.layout is torch.strided and not out.is_neg() and not out.is_conj()
+        strided = out.is_meta and out.layout is torch.strided and not out.storage_offset()
+        strided = strided and not out.is_neg() and not out.is_conj()
         return (tuple(out.shape), out.stride(), out.dtype) if strided and not out.requires_grad else None
     if type(out) in (tuple, list):
         parts = [_described(part) for part in out]
@@ -111,4 +155,4 @@ def _made(described: Any) -> Any:
     return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
 
-__all__ = ["Remembered", "result"]
+__all__ = ["Remembered", "of_call", "result"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -92,3 +94,73 @@ def test_what_is_remembered_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     for size in range(1, 12):
         known_shapes.result(aten.relu.default, (meta(size),), {}, lambda func, args, kwargs: func(*args))
         assert len(found) <= 4
+
+
+SLICED = meta(2, 6, 8)[:, 2:]
+FUNCTIONS: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
+    ("view", (X, 6, 8), {}),
+    ("view", (X, torch.Size([3, 16])), {}),
+    ("transpose", (X, 1, 2), {}),
+    ("transpose", (COLUMNS, 1, 2), {}),
+    ("mean", (X, -1), {"keepdim": True}),
+    ("reshape", (COLUMNS, 6, 8), {}),
+    ("reshape", (SLICED, 8, -1), {}),
+    ("float", (meta(3, dtype=torch.int64),), {}),
+    (operator.getitem, (X, (slice(None), None, 0)), {}),
+    (operator.getitem, (X, (..., slice(0, 4))), {}),
+    (operator.getitem, (X, (..., slice(0, None))), {}),
+    (operator.mul, (X, 2), {}),
+    (operator.mul, (X, meta(8, dtype=torch.float64)), {}),
+    (torch.cat, ([X, COLUMNS], 1), {}),
+    (torch.nn.functional.silu, (X,), {}),
+]
+
+
+def called(function: Any, args: Any, kwargs: Any) -> Any:
+    return (getattr(Tensor, function) if isinstance(function, str) else function)(*args, **kwargs)
+
+
+@pytest.mark.parametrize("number", range(len(FUNCTIONS)), ids=lambda n: f"{FUNCTIONS[n][0]}-{n}")
+def test_so_is_what_functions_and_methods_give(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[Any, Any] = {}
+    monkeypatch.setattr(known_shapes, "_found", found)
+    for function, args, kwargs in FUNCTIONS:
+        known_shapes.of_call(function, args, kwargs, partial(called, function, args, kwargs))
+    assert len(found) == len(FUNCTIONS)
+    function, args, kwargs = FUNCTIONS[number]
+    again = known_shapes.of_call(function, args, kwargs, lambda: pytest.fail("ran again"))
+    assert facts(again) == facts(called(function, args, kwargs))
+
+
+def twice(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+@pytest.mark.parametrize(
+    ("function", "args"),
+    [
+        ("contiguous", (X,)),  # its argument
+        ("add_", (X, 1)),
+        ("split", (X, 1)),  # several
+        ("size", (X, 1)),
+        (operator.getitem, (X, (slice(None), slice(1, 2)))),  # a part that does not begin where memory does
+        (operator.getitem, ([X, COLUMNS], 1)),  # a part of a list
+        (operator.mul, (torch.ones(3), 2)),  # with values
+        (torch.nn.functional.relu, (X, True)),
+        (twice, (X,)),  # somebody else's function
+    ],
+)
+def test_all_else_runs_each_time(function: Any, args: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known_shapes, "_found", found := {})
+    made = known_shapes.of_call(function, args, {}, partial(called, function, args, {}))
+    assert not found
+    if isinstance(made, Tensor) and made.is_meta:
+        assert facts(made) == facts(called(function, args, {}))
+
+
+def test_arguments_in_other_places_of_memory_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known_shapes, "_found", {})
+    whole = meta(3, 4)
+    for rows in (whole[:2], whole[1:]):
+        made = known_shapes.of_call("view", (rows, 8), {}, partial(called, "view", (rows, 8), {}))
+        assert made.storage_offset() == rows.storage_offset()

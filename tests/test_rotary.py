@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import fxprune
 from fxprune import capture
+from fxprune.coupling import tables
 
 WIDTH, HEADS, SHARED, COLUMNS, LENGTH = 24, 4, 2, 8, 5
 PICKS = frozenset([torch.take_along_dim, torch.index_select])
@@ -317,3 +318,21 @@ def test_pruned_again(name: str) -> None:
     judge(model, second)
     once, twice = (sum(node.target in PICKS for node in net.graph.nodes) for net in (first, second))
     assert once == twice == 8 - 4 * (name == "complex")
+
+
+def test_only_units_that_are_met_or_stand_in_rows_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However wide the layers around them are."""
+    joined: list[int] = []
+    some = tables._some
+
+    def counted(count: int, classes: Any) -> Any:
+        units, place = some(count, classes)
+        joined.append(units.count)
+        return units, place
+
+    monkeypatch.setattr(tables, "_some", counted)
+    layers = [nn.Linear(6, 5000), nn.Linear(5000, 6)]
+    graph = fxprune.analyze(nn.Sequential(*layers, Net()), X)
+    assert graph.run.coupler.units.count > 5000
+    assert joined
+    assert max(joined) < 500

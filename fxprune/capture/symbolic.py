@@ -34,6 +34,7 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
+from .. import known_shapes
 from ..errors import CaptureError, ExampleInputsError, PinnedError
 from ..graph_module import clone_module
 from ..guards import check_number
@@ -1026,9 +1027,17 @@ class _ShapeTracer(_Tracer):
         if _reads_numbers(node, args):
             return self._read(node), False
         self.evaluating = True
-        try:
+
+        def run() -> Any:
             with torch.no_grad(), Remembered():
+                return self._meta_call(node, args, kwargs)
+
+        try:
+            if node.op == "call_module":
+                return run(), False
+            if not kwargs and all(type(a) in _NUMBERS for a in args):
                 return self._meta_call(node, args, kwargs), False
+            return known_shapes.of_call(node.target, args, kwargs, run), False
         except (RuntimeError, NotImplementedError):
             if node.op == "call_module":
                 raise
@@ -1072,6 +1081,10 @@ class _ShapeTracer(_Tracer):
 
     def _meta(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.metas.setdefault(id(tensor), meta_like(tensor))
+
+
+_NUMBERS = frozenset([bool, int, float, torch.Size])
+"""Types of which no operator makes a tensor, as long as there is none beside them."""
 
 
 def _names_device(value: Any) -> bool:

@@ -68,14 +68,13 @@ def _settle(coupler: Coupler, source: Callable[[fx.Node, Value], fx.Node | None]
 
 def _parts(roots: Ids, meetings: list[Meeting]) -> list[list[int]]:
     """Numbers of meetings by the tables that they share."""
-    joined = Units()
-    joined.fresh(roots.size)
-    for meeting in meetings:
-        own = roots[meeting.units.ravel()] + 1
-        joined.merge(own[:1], own)
+    tables = [roots[meeting.units.ravel()] for meeting in meetings]
+    joined, place = _some(roots.size, tables)
+    for table in tables:
+        joined.merge(place[table[:1]], place[table])
     parts: dict[int, list[int]] = defaultdict(list)
-    for number, meeting in enumerate(meetings):
-        parts[int(joined.find(roots[meeting.units.ravel()[:1]] + 1)[0])].append(number)
+    for number, table in enumerate(tables):
+        parts[int(joined.find(place[table[:1]])[0])].append(number)
     return list(parts.values())
 
 
@@ -84,14 +83,14 @@ def _alike(coupler: Coupler, roots: Ids) -> tuple[Ids, Mask]:
 
     Rows that go together, as the heads of two views of one stream, have one number.
     """
-    blocks = Units()
-    blocks.fresh(roots.size)
-    for rectangle in coupler.rectangles:
-        blocks.merge(roots[rectangle.rows][:, None], roots[rectangle.cells])
+    pairs = [(roots[rectangle.rows], roots[rectangle.cells]) for rectangle in coupler.rectangles]
     same, is_row = np.arange(roots.size), np.zeros(roots.size, dtype=bool)
-    if coupler.rectangles:
-        rows = np.unique(roots[np.concatenate([rectangle.rows for rectangle in coupler.rectangles])])
-        _, first, number = np.unique(blocks.find(rows), return_index=True, return_inverse=True)
+    if pairs:
+        blocks, place = _some(roots.size, [ids for pair in pairs for ids in pair])
+        for own, cells in pairs:
+            blocks.merge(place[own][:, None], place[cells])
+        rows = np.unique(np.concatenate([own for own, _ in pairs]))
+        _, first, number = np.unique(blocks.find(place[rows]), return_index=True, return_inverse=True)
         same[rows] = rows[first[number]]
         is_row[rows] = True
     return same, is_row
@@ -99,15 +98,26 @@ def _alike(coupler: Coupler, roots: Ids) -> tuple[Ids, Mask]:
 
 def _ties(roots: Ids, same: Ids, meetings: list[Meeting]) -> bool:
     """Whether merging the tables would merge others that are not."""
-    trial = Units()
-    trial.fresh(roots.size)
-    others = set()
-    for meeting in meetings:
-        met = same[roots[meeting.met]]
-        trial.merge(met + 1, same[roots[meeting.units]] + 1)  # unit 0 is not merged
-        others |= set(met.ravel().tolist())
-    classes = np.fromiter(others, dtype=np.int64)
-    return np.unique(trial.find(classes + 1)).size < classes.size
+    pairs = [(same[roots[meeting.met]], same[roots[meeting.units]]) for meeting in meetings]
+    trial, place = _some(roots.size, [ids for pair in pairs for ids in pair])
+    for met, own in pairs:
+        trial.merge(place[met], place[own])
+    others = np.unique(np.concatenate([met.ravel() for met, _ in pairs]))
+    return np.unique(trial.find(place[others])).size < others.size
+
+
+def _some(count: int, classes: list[Ids]) -> tuple[Units, Ids]:
+    """Units for these classes of ``count`` alone, in their order, and for each class which is its unit.
+
+    Few of a network's units are met by tables, or stand in rows.
+    """
+    found = np.zeros(count, dtype=bool)
+    for ids in classes:
+        found[ids] = True
+    place: Ids = np.cumsum(found)  # from 1 on: the first unit is not merged
+    units = Units()
+    units.fresh(int(place[-1]))
+    return units, place
 
 
 __all__ = ["settle"]
