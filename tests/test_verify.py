@@ -329,10 +329,10 @@ class Folded(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.first, self.norm, self.last = nn.Conv2d(3, 8, 1), nn.LayerNorm(8), nn.Conv2d(8, 4, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first(x)
+        x = self.norm(self.first(x).transpose(1, 3)).transpose(1, 3)  # nodes are compared one by one
         batch, channels = x.shape[:2]
         x = x.reshape(batch * channels * 2, 2, 2, 2).transpose(1, 2)
         return self.last(x.reshape(batch, channels, 4, 4))
@@ -341,4 +341,4 @@ class Folded(nn.Module):
 def test_channels_between_batch_and_positions_are_no_difference() -> None:
     model, x = Folded().eval(), torch.randn(1, 3, 4, 4)
     plan = fxprune.plan(model, x, 0.5, "random")
-    assert fxprune.verify(model, plan.apply(model), plan, x).exact
+    assert "at other sizes" in str(fxprune.verify(model, plan.apply(model), plan, x))
