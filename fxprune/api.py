@@ -318,7 +318,7 @@ def _plan(given: nn.Module | CouplingGraph, example_inputs: Any, selection: Sele
         raise SelectionError(
             'several calls need into="module": a graph makes one. Give that, or the inputs of one call.'
         )
-    graph = start.loose()
+    graph = start.without_model()
     graph = graph.hold({WHOLE_ROWS}) if selection.uniform else graph
     asked = Asked(selection, own, model, args, kwargs)
     names = _branches(asked, graph)

@@ -248,7 +248,7 @@ class _Search:
 
     def copies(self, group: Group, dead: Set[int]) -> list[int]:
         """Positions in ``group`` of units that are the same as others that stay."""
-        if not group.exact or self.graph.captured.regions or any(len(band) > 1 for band in group.balance):
+        if not group.exact or self.graph.captured.regions or any(len(atoms) > 1 for atoms in group.balance):
             return []
         reading = [m for m in group.members if m.consuming]
         making = [m for m in group.members if not m.consuming]
@@ -826,15 +826,15 @@ def _effective(model: nn.Module, member: Member) -> Tensor | None:
 
 def _balanced(group: Group, gone: Mask) -> Mask:
     """As many of the units as every row of a balanced set can lose."""
-    for band in group.balance:
-        if len(band) < 2:
+    for atoms in group.balance:
+        if len(atoms) < 2:
             continue
-        count = min(int(gone[row].sum()) for row in band)
-        if len({len(row) for row in band}) > 1:
+        count = min(int(gone[row].sum()) for row in atoms)
+        if len({len(row) for row in atoms}) > 1:
             count = 0
-        for row in band:
+        for row in atoms:
             count = min(count, len(row) - 1)
-        for row in band:
+        for row in atoms:
             gone[row[np.flatnonzero(gone[row])[count:]]] = False
     return gone
 

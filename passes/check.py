@@ -83,7 +83,7 @@ def check(program: Program, narrowing: Narrowing) -> list[Violation]:
         if found:
             return found
         units = Units(anchors=int(compact.max()))
-        units.loosen(compact[whole])
+        units.mark_tables(compact[whole])
         if graph.cells.cells.size:
             cells, rows, columns = (
                 compact[ids] for ids in (graph.cells.cells, graph.cells.rows, graph.cells.columns)

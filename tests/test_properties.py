@@ -315,10 +315,10 @@ def check_rows(model: nn.Module, plan: PruningPlan) -> None:
     """Every row keeps a unit, and rows that belong together lose equally many."""
     for group in graph_for(plan, model):
         gone = np.isin(np.arange(group.size), plan.removed.get(group.name, []))
-        for band in group.balance:
-            counts = [int(gone[row].sum()) for row in band]
+        for atoms in group.balance:
+            counts = [int(gone[row].sum()) for row in atoms]
             assert len(set(counts)) == 1
-            assert all(count < row.size for count, row in zip(counts, band, strict=True))
+            assert all(count < row.size for count, row in zip(counts, atoms, strict=True))
 
 
 @given(networks(), st.sampled_from([0.25, 0.5, 0.8]))

@@ -624,8 +624,8 @@ def test_every_group_keeps_its_share(ratio: float) -> None:
         for group in fxprune.analyze(model, inputs):
             gone = set(plan.removed.get(group.name, ()))
             assert len(gone) < group.size
-            for band in group.balance:
-                for row in band:
+            for atoms in group.balance:
+                for row in atoms:
                     assert len(gone & set(row.tolist())) == min(int(ratio * row.size + 1e-9), row.size - 1)
         fxprune.verify(model, pruned, plan, inputs)
 

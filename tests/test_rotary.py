@@ -198,7 +198,7 @@ def test_heads_and_columns(name: str) -> None:
         for group in graph.explain(f"{layer}.q.weight", 0).groups:  # two if some columns are not turned
             names = {member.axis.name.rpartition(".")[0] for member in group.members if member.trainable}
             assert names == {f"{layer}.q", f"{layer}.k"}
-            assert all(len(band) == heads for band in group.balance)
+            assert all(len(atoms) == heads for atoms in group.balance)
             assert len(group.rows) == heads
     assert [len(rows) for rows in graph.rows] == [heads, heads]
     for ratio, share in ((0.5, 0), (0, 0.5), (0.4, 0.5))[0 if name == "computed" else 2 :]:

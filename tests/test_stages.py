@@ -17,7 +17,7 @@ ORDER = (
     "capture", "coupling", "importance", "measure", "planning", "passes",
     # the stages composed
     "analysis", "origins", "saving", "configurations", "pretrained", "compensation", "other_ways",
-    "own_class", "deciding", "reuse",
+    "branches_in_class", "own_class", "deciding", "reuse",
     "functional", "api",
     # what is done with the result: all modules that are not named here; no stage may import one of them
     USES := "...",

@@ -227,7 +227,7 @@ def numbers(args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
     return found
 
 
-def settle(graph: fx.Graph) -> None:
+def note_origins(graph: fx.Graph) -> None:
     """Note origins in the metadata of nodes whose arguments have any, and leave plain numbers there."""
 
     def plain(item: Any) -> Any:
@@ -310,10 +310,10 @@ __all__ = [
     "carries_numbers",
     "evaluate",
     "mark",
+    "note_origins",
     "note_question",
     "numbers",
     "parts",
     "places",
-    "settle",
     "unmarked",
 ]

@@ -51,7 +51,7 @@ from . import patches, traced_sizes
 from .arguments import LITERALS, Arguments, packing
 from .effects import AUGMENTED, AttributesBefore, not_kept, write_in_place
 from .merge import Call, Trace, merge, same_in_both
-from .numbers import note_question, settle
+from .numbers import note_origins, note_question
 from .recording import Following, PartedError, Recording
 from .twin import StandIn, Twin
 
@@ -335,7 +335,7 @@ class _Tracer(fx.Tracer):
         except Exception as error:  # whatever a user's forward raises on symbolic values
             raise CaptureError(f"{blame(error)}{type(error).__name__}: {error}") from error
         self.edited |= bool(write_in_place(graph, self.recording.augmented, self.leaf))
-        settle(graph)
+        note_origins(graph)
         graph._tracer_cls = None  # a copy must not try to make a tracer of ours from nothing
         _unmark(graph.nodes)
         for node in graph.nodes:

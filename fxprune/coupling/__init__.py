@@ -13,14 +13,14 @@ Words that this package has for itself:
   meets.
 - **frozen**: a unit that stays. **held**: a node around which everything stays.
 - **rectangle**: cells in rows, of which equally many must be left in each row that remains.
-- **atom**: units that lie in the same rows of every rectangle. **band**, or balanced set: atoms that lose
+- **atom**: units that lie in the same rows of every rectangle. **atoms**, or balanced set: atoms that lose
   the same share of their units.
 - **group**: the units that share their axes, decided on together.
 - **depends on sizes**: a node that treats dimensions by size or position, and is looked at again when it
   is rewritten.
-- **table**: a buffer, a constant, or what is computed from such; its units are **loose** while they met no
-  parameter's. A **meeting** is a table beside another operand of a pointwise operator; when the graph is
-  known, **settle** decides whether the table is narrowed with it or picked from.
+- **table**: a buffer, a constant, or what is computed from such. Where it stands beside another operand of a
+  pointwise operator (:class:`~.units.TableUse`), its units are not merged with the other's at once: when the
+  graph is known, it is decided whether the table is narrowed or picked from (:mod:`~.tables`).
 - **anchor**, in a check: a unit known to survive; two that meet show that the rewritten graph is wrong.
 - **use**: a product that reads channels by an axis of a weight (*consumes*) or makes them (*produces*).
 """

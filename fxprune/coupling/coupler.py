@@ -24,12 +24,12 @@ from .units import (
     Event,
     Ids,
     Label,
-    Meeting,
     Open,
     Parent,
     Product,
     Rectangle,
     State,
+    TableUse,
     Take,
     Units,
     Value,
@@ -67,7 +67,7 @@ class Coupler:
         """Nodes whose effect on labelled dimensions depends on sizes or positions."""
         self.takes: dict[fx.Node, Take | None] = {}
         """Nodes that pick indices other than by a plain slice; None where one node picks twice."""
-        self.meetings: dict[fx.Node, list[Meeting]] = {}
+        self.table_uses: dict[fx.Node, list[TableUse]] = {}
         """Tables that were met, by node; decided on when the whole graph is known."""
         self.tables: dict[fx.Node, list[fx.Node]] = {}
         """Nodes that pick from a table what goes with their other operands, and the nodes that make it."""
@@ -191,8 +191,8 @@ class Coupler:
 
     def own(self, value: Value, dim: int) -> Label:
         """Label an open axis with units of its own."""
-        loose = value.state is not None and not value.state.trainable
-        return self.adopt(value, dim, self.units.fresh(value.shape[dim], loose=loose), ())
+        of_table = value.state is not None and not value.state.trainable
+        return self.adopt(value, dim, self.units.fresh(value.shape[dim], of_table=of_table), ())
 
     def adopt(
         self, value: Value, dim: int, ids: Ids, over: tuple[int, ...], axis: Axis | None = None
@@ -214,7 +214,7 @@ class Coupler:
         label = Label(ids, tuple(value.dims[d] for d in over), own, zero=state.trainable)
         state.axes[value.dims[dim]] = label
         if state.trainable:
-            self.units.tighten(ids)
+            self.units.unmark_tables(ids)
         for event in state.kept.get(value.dims[dim], ()):
             self._freeze(label, event)
         if axis is not None:
@@ -337,7 +337,7 @@ class Coupler:
         """Whether the units of a label stand for rows of rectangles, with which their cells go."""
         return label is not None and self.units.are_rows(label.ids)
 
-    # -- meeting: pointwise operators, contractions, normalisations -----------------------------
+    # -- use: pointwise operators, contractions, normalisations -----------------------------
 
     def unify(
         self,
@@ -441,8 +441,8 @@ class Coupler:
                 return first_open
             place, value, dim, names, _ = first_state
             states = [use[1].state for use in used if use[1].state is not None]
-            loose = not any(state.trainable for state in states)
-            adopted = self.adopt(value, dim, self.units.fresh(value.shape[dim], loose=loose), ())
+            of_table = not any(state.trainable for state in states)
+            adopted = self.adopt(value, dim, self.units.fresh(value.shape[dim], of_table=of_table), ())
             labelled = [(place, value, dim, names, adopted)]
         if len(labelled) > 1:
             labelled.sort(key=lambda use: len(use[4].over) if use[4] is not None else 0)
@@ -477,12 +477,12 @@ class Coupler:
 
     def is_table(self, value: Value, dim: int) -> bool:
         """Whether a dimension belongs to a buffer or constant, or to what is computed from such."""
-        if value.state is None and not self.units.any_loose:
+        if value.state is None and not self.units.any_tables:
             return False
         label = value.label(dim)
         if label is None:
             return value.state is not None and not value.state.trainable and value.is_open(dim)
-        return self.units.loose(label.ids)
+        return self.units.are_tables(label.ids)
 
     def _note(self, use: _Use, ids: Ids, over: tuple[Any, ...], axis: Axis) -> None:
         """Remember that a table met units ``ids``, ``over`` these index names."""
@@ -490,15 +490,15 @@ class Coupler:
         if label is None:
             rows = tuple(o for o in over if o in names and table.shape[list(names).index(o)] > 1)
             sizes = [table.shape[list(names).index(o)] for o in rows]
-            own = self.units.fresh(*sizes, table.shape[dim], loose=True)
+            own = self.units.fresh(*sizes, table.shape[dim], of_table=True)
             label = self.adopt(table, dim, own, tuple(list(names).index(o) for o in rows))
             label = table.label(dim) or label
         over_own = tuple(names[d] for d in label.over)
         both = (*over, *(o for o in over_own if o not in over))
         units, met = aligned(label.ids, over_own, both), aligned(ids, over, both)
         if self.node is not None:
-            noted = self.meetings.setdefault(self.node, [])
-            noted.append(Meeting(table, units, met, label.axis, axis))
+            noted = self.table_uses.setdefault(self.node, [])
+            noted.append(TableUse(table, units, met, label.axis, axis))
 
     def _drop(
         self, ids: Ids, over: tuple[Any, ...], lost: Sequence[Any], axis: Axis, used: Sequence[_Use]
@@ -524,7 +524,7 @@ class Coupler:
             self.merge(known[0], np.broadcast_to(rows, ids.shape), axis, axis)
             return self._joined(known[1], gone, axis)
         sizes = [1 if i in gone else size for i, size in enumerate(ids.shape)]
-        columns = self.units.fresh(*sizes, loose=self.units.loose(ids))
+        columns = self.units.fresh(*sizes, of_table=self.units.are_tables(ids))
         self.multiply(ids, rows, columns, axis)
         return columns
 
@@ -802,7 +802,9 @@ class Coupler:
             if math.prod(both) > _MOST:
                 self.freeze(outer, "flattened with another axis, with too many entries to follow")
                 continue
-            cells = self.units.fresh(*both, loose=self.units.loose(array) and self.units.loose(rows))
+            cells = self.units.fresh(
+                *both, of_table=self.units.are_tables(array) and self.units.are_tables(rows)
+            )
             self.multiply(cells, rows, array, label.axis)
             self.edges.append((outer.axis, label.axis, self.node))
             array, label = cells, replace(label, over=(), zero=label.zero and outer.zero, row=False)
@@ -873,9 +875,9 @@ class Coupler:
         """A unit for each row of ``cells``; rows of the same cells (a batch of heads) are one row."""
         flat = cells.reshape(-1, cells.shape[-1])
         if len(set(self.units.find(flat[:, 0]).tolist())) == flat.shape[0]:
-            return self.units.fresh(*cells.shape[:-1], loose=self.units.loose(cells))
+            return self.units.fresh(*cells.shape[:-1], of_table=self.units.are_tables(cells))
         _, kind = np.unique(self.units.find(flat), axis=0, return_inverse=True)
-        rows = self.units.fresh(int(kind.max()) + 1, loose=self.units.loose(cells))
+        rows = self.units.fresh(int(kind.max()) + 1, of_table=self.units.are_tables(cells))
         return cast(Ids, rows[kind.reshape(-1)].reshape(cells.shape[:-1]))
 
     def rows_of(self, value: Value, label: Label) -> Ids:

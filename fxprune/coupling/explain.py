@@ -231,14 +231,14 @@ def _balance(group: Group, units: Ids) -> list[str]:
     whole = [row for row in group.rows if np.isin(row, units).all()]
     gone = np.concatenate(whole) if whole else np.empty(0, dtype=np.int64)
     for every in group.balance:
-        band = [row for row in every if not np.isin(row, gone).all()]
-        if not band:
+        atoms = [row for row in every if not np.isin(row, gone).all()]
+        if not atoms:
             texts.append(f"all rows of {group.name} would go; at least one must stay")
             continue
-        parts = math.gcd(*(row.size for row in band))
-        counts = [int(np.isin(row, units).sum()) for row in band]
-        share = max(-(-count * parts // row.size) for count, row in zip(counts, band, strict=True))
-        more = [share * (row.size // parts) - count for count, row in zip(counts, band, strict=True)]
+        parts = math.gcd(*(row.size for row in atoms))
+        counts = [int(np.isin(row, units).sum()) for row in atoms]
+        share = max(-(-count * parts // row.size) for count, row in zip(counts, atoms, strict=True))
+        more = [share * (row.size // parts) - count for count, row in zip(counts, atoms, strict=True)]
         if not any(more):
             continue
         if share == parts:
@@ -254,7 +254,8 @@ def _balance(group: Group, units: Ids) -> list[str]:
         for need, rows in by_need.items():
             texts.append(
                 f"also needs {need} more in row{'s' if len(rows) > 1 else ''} {ranges(rows)} of the "
-                f"{len(band)} rows that remain of {group.name} ({band[rows[0]].size} units each); any will do"
+                f"{len(atoms)} rows that remain of {group.name} "
+                f"({atoms[rows[0]].size} units each); any will do"
             )
     return texts
 

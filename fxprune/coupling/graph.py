@@ -330,13 +330,13 @@ class CouplingGraph:
         """The same analysis, which keeps ``model`` and the inputs alive that it was made of."""
         return self._shell(Source(lambda: model, args, kwargs, self.source.dissolved))
 
-    def loose(self) -> CouplingGraph:
+    def without_model(self) -> CouplingGraph:
         """The same analysis, which does not keep the model alive, nor its inputs."""
         source = self.source
         args, kwargs = to_meta(source.args), to_meta(source.kwargs)
-        loose = self._shell(Source(weakref.ref(self.model), args, kwargs, source.dissolved))
-        loose._before = self._before.loose() if self._before is not None else None
-        return loose
+        copied = self._shell(Source(weakref.ref(self.model), args, kwargs, source.dissolved))
+        copied._before = self._before.without_model() if self._before is not None else None
+        return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         source = self.source
@@ -627,7 +627,7 @@ class CouplingGraph:
             if len(gone):
                 mask[group.units[list(gone)]] = False
                 left = mask[group.units]
-                rows = [row for band in group.balance if len(band) > 1 for row in band]
+                rows = [row for atoms in group.balance if len(atoms) > 1 for row in atoms]
                 if rows and not loses_row:
                     starts = np.cumsum([0, *(row.size for row in rows[:-1])])
                     loses_row = not np.logical_or.reduceat(left[np.concatenate(rows)], starts).all()

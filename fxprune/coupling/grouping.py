@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .coupler import Coupler
-from .groups import Band, Group, Grouping, Mask, Member, RowSet
+from .groups import BalancedSet, Group, Grouping, Mask, Member, RowSet
 from .head_rows import RowFinder
 from .products import Cells, close, groups_of_cells
 from .roles import Uses
@@ -48,12 +48,12 @@ def form_groups(
         closed = close(base, frozen, coupler.units.products, open_rectangles)
         roots, frozen, cells = closed.roots, closed.frozen, closed.cells
         signature, present, order = _appearance(states, trainable, roots, cells)
-        loose = closed.units[present[closed.units]]  # rows that hold axes of their own
-        rectangles = [r for r in closed.rectangles if not np.isin(roots[r.rows], loose).all()]
+        alone = closed.units[present[closed.units]]  # rows that hold axes of their own
+        rectangles = [r for r in closed.rectangles if not np.isin(roots[r.rows], alone).all()]
         is_row = _mask(roots, [rectangle.rows for rectangle in rectangles])
         prunable = present & ~frozen & ~is_row
         prunable[cells.cells] = False
-        bands, broken = _balance(closed.balanced, roots, prunable, signature, order)
+        balanced_sets, broken = _balance(closed.balanced, roots, prunable, signature, order)
         for rectangle in broken:
             stay = np.unique(roots[rectangle.cells])
             reason = "rows of unequal make-up cannot be kept equally long"
@@ -61,8 +61,8 @@ def form_groups(
         if broken:
             continue
         number = np.full(roots.size, -1, dtype=np.int64)
-        for band, component in zip(bands, _share_axes(bands, signature), strict=True):
-            number[np.concatenate(band)] = component
+        for atoms, component in zip(balanced_sets, _share_axes(balanced_sets, signature), strict=True):
+            number[np.concatenate(atoms)] = component
         both = groups_of_cells(cells, number)
         if not both.size:
             break
@@ -74,13 +74,13 @@ def form_groups(
 
     @functools.cache
     def find_rows() -> tuple[tuple[RowSet, ...], tuple[Event, ...]]:
-        finder = RowFinder(rectangles, roots, frozen, is_row, bands, groups)
+        finder = RowFinder(rectangles, roots, frozen, is_row, balanced_sets, groups)
         finder.keep(coupler.inexact)
         row_sets = finder.row_sets(states, trainable)
         return row_sets, finder.events
 
     groups = _collect(
-        bands,
+        balanced_sets,
         signature,
         order,
         states,
@@ -168,7 +168,7 @@ def _appearance(
 
 def _balance(
     rectangles: Sequence[Rectangle], roots: Ids, prunable: Mask, signature: Any, order: Ids
-) -> tuple[list[Band], list[Rectangle]]:
+) -> tuple[list[BalancedSet], list[Rectangle]]:
     """Atoms (in order) linked into balanced sets, and rectangles whose rows cannot be matched."""
     rng = np.random.default_rng(1)
     place = signature.copy()
@@ -225,7 +225,7 @@ def _balance(
     together: dict[int, list[Ids]] = defaultdict(list)
     for part, number in zip(atoms, links.roots()[1:].tolist(), strict=True):
         together[number].append(part)
-    return [tuple(band) for band in together.values()], broken
+    return [tuple(atoms) for atoms in together.values()], broken
 
 
 def _distinct(numbers: Ids, bound: int) -> Ids:
@@ -236,7 +236,7 @@ def _distinct(numbers: Ids, bound: int) -> Ids:
 
 
 def _collect(
-    bands: Sequence[Band],
+    balanced_sets: Sequence[BalancedSet],
     signature: Any,
     order: Ids,
     states: Sequence[State],
@@ -249,14 +249,14 @@ def _collect(
     cells: Cells,
 ) -> tuple[Group, ...]:
     """Join balanced sets that share member axes into groups."""
-    together: dict[int, list[Band]] = defaultdict(list)
-    for band, number in zip(bands, _share_axes(bands, signature), strict=True):
-        together[number].append(tuple(sorted(band, key=lambda atom: int(order[atom[0]]))))
+    together: dict[int, list[BalancedSet]] = defaultdict(list)
+    for atoms, number in zip(balanced_sets, _share_axes(balanced_sets, signature), strict=True):
+        together[number].append(tuple(sorted(atoms, key=lambda atom: int(order[atom[0]]))))
     components = []
     for own in together.values():
-        units = np.concatenate([atom for band in own for atom in band])
+        units = np.concatenate([atom for atoms in own for atom in atoms])
         units = units[np.argsort(order[units], kind="stable")]
-        own.sort(key=lambda band: int(order[band[0][0]]))
+        own.sort(key=lambda atoms: int(order[atoms[0][0]]))
         components.append((units, own))
     components.sort(key=lambda item: int(order[item[0][0]]))
     group_of = np.full(roots.size, len(components))  # the last stands for none
@@ -305,7 +305,7 @@ def _collect(
         taken[name] += 1
         if taken[name] > 1:  # an axis may hold the units of several groups
             name = f"{name}:{taken[name]}"
-        balance = tuple(tuple(position[atom] for atom in band) for band in own)
+        balance = tuple(tuple(position[atom] for atom in atoms) for atoms in own)
         number_of = int(inexact[units].min())
         event = reasons[number_of] if number_of < len(reasons) else None
         because = f"{event.reason} at {event.at}" if event is not None else ""
@@ -313,13 +313,13 @@ def _collect(
     return tuple(groups)
 
 
-def _share_axes(bands: Sequence[Band], signature: Any) -> list[int]:
+def _share_axes(balanced_sets: Sequence[BalancedSet], signature: Any) -> list[int]:
     """For each balanced set the number of its group: sets with units on the same axes share one."""
-    owner = np.array([number for number, band in enumerate(bands) for _ in band], dtype=np.int64)
-    first = np.array([atom[0] for band in bands for atom in band], dtype=np.int64)
+    owner = np.array([number for number, atoms in enumerate(balanced_sets) for _ in atoms], dtype=np.int64)
+    first = np.array([atom[0] for atoms in balanced_sets for atom in atoms], dtype=np.int64)
     _, axes = np.unique(signature[first], return_inverse=True)
     joined = Units()
-    joined.fresh(len(bands) + owner.size)
-    joined.merge(owner + 1, len(bands) + axes + 1)  # unit 0 is not merged
-    numbers: list[int] = joined.roots()[1 : len(bands) + 1].tolist()
+    joined.fresh(len(balanced_sets) + owner.size)
+    joined.merge(owner + 1, len(balanced_sets) + axes + 1)  # unit 0 is not merged
+    numbers: list[int] = joined.roots()[1 : len(balanced_sets) + 1].tolist()
     return numbers

@@ -17,7 +17,7 @@ from .units import Axis, Event, Ids, Rectangle
 
 Mask = NDArray[np.bool_]
 
-Band = tuple[Ids, ...]
+BalancedSet = tuple[Ids, ...]
 """Atoms (arrays of classes) that take up equally many columns, and lose the same share of their units."""
 
 

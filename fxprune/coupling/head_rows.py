@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .groups import Band, Group, Mask, Member, RowSet
+from .groups import BalancedSet, Group, Mask, Member, RowSet
 from .units import FIXED, Axis, Event, Ids, Rectangle, State, Units
 
 
@@ -25,7 +25,7 @@ class RowFinder:
         roots: Ids,
         frozen: Mask,
         is_row: Mask,
-        bands: Sequence[Band],
+        balanced_sets: Sequence[BalancedSet],
         groups: tuple[Group, ...],
     ) -> None:
         self.rectangles, self.roots, self.is_row, self.groups = rectangles, roots, is_row, groups
@@ -51,8 +51,8 @@ class RowFinder:
         structures.merge(free_rows, self.block[free_rows])
         self.structure = structures.find(np.arange(roots.size))
         self._band = np.full(roots.size, -1, dtype=np.int64)
-        for number, band in enumerate(bands):
-            for atom in band:
+        for number, atoms in enumerate(balanced_sets):
+            for atom in atoms:
                 self._band[atom] = number
         for rectangle in rectangles:
             self._check(rectangle)

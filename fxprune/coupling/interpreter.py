@@ -47,7 +47,7 @@ from .number_origins import FREE, NumberOrigins
 from .operator_calls import Follow
 from .permutations import Permutation, find_permutation
 from .registry import CUSTOM, rule_for
-from .tables import settle
+from .tables import decide_tables
 from .units import Label, State, Value
 
 from . import rules as _rules  # noqa: F401  isort: skip  (registers the rules)
@@ -107,7 +107,7 @@ def interpret(
         interpreter.run(inputs)
     interpreter.keep_views()
     if coupler is None and labels:
-        settle(interpreter.coupler, interpreter.source)
+        decide_tables(interpreter.coupler, interpreter.source)
     return Run(
         interpreter.coupler,
         interpreter.states,
@@ -321,7 +321,7 @@ class _Interpreter(TorchDispatchMode):
                 self.coupler.depends_on_sizes()  # somebody may read numbers off it
             if self._calls > 1 and node.target is not operator.getitem and node in self.coupler.takes:
                 self.coupler.takes[node] = None  # the node does more than pick
-            if self._calls > 1 and node in self.coupler.meetings:
+            if self._calls > 1 and node in self.coupler.table_uses:
                 self._composite.add(node)
             if node in self._shuffles:
                 shuffle = self._shuffles[node]

@@ -153,8 +153,8 @@ def _idle(run: Coupler) -> Mask:
     if run.whole.size:
         roots = run.units.roots()
         idle[roots[run.whole]] = True
-        for meeting in (meeting for noted in run.meetings.values() for meeting in noted):
-            idle[roots[meeting.units]] = False
+        for use in (use for noted in run.table_uses.values() for use in noted):
+            idle[roots[use.units]] = False
         idle = idle[roots]
     return idle
 

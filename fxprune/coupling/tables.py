@@ -17,47 +17,51 @@ from torch import fx
 
 from .coupler import Coupler
 from .groups import Mask
-from .units import FIXED, Ids, Meeting, Units, Value
+from .units import FIXED, Ids, TableUse, Units, Value
 
 
-def settle(coupler: Coupler, source: Callable[[fx.Node, Value], fx.Node | None]) -> None:
+def decide_tables(coupler: Coupler, source: Callable[[fx.Node, Value], fx.Node | None]) -> None:
     """Merge the units of tables with those that they met, or have the nodes pick from them.
 
     Args:
-        coupler: the analysis, with its ``meetings``; gets its ``tables``.
+        coupler: the analysis, with its ``table_uses``; gets its ``tables``.
         source: the node whose output a table is, by the node that uses it; None where the user has it from
             elsewhere, or does more with it than to meet it.
     """
-    if not coupler.units.any_loose:
+    if not coupler.units.any_tables:
         return
-    for rows in (False, True) if coupler.meetings else ():  # which rows go together follows from their cells
-        _settle(coupler, source, rows)
-    coupler.whole = np.flatnonzero(coupler.units.all_loose())
+    for rows in (
+        (False, True) if coupler.table_uses else ()
+    ):  # which rows go together follows from their cells
+        _decide(coupler, source, rows)
+    coupler.whole = np.flatnonzero(coupler.units.tables())
 
 
-def _settle(coupler: Coupler, source: Callable[[fx.Node, Value], fx.Node | None], rows: bool) -> None:
-    """:func:`settle` for the meetings of rows, or for all others."""
+def _decide(coupler: Coupler, source: Callable[[fx.Node, Value], fx.Node | None], rows: bool) -> None:
+    """:func:`decide_tables` for tables beside rows, or for all others."""
     units = coupler.units
-    roots, loose = units.roots(), units.all_loose()
+    roots, of_table = units.roots(), units.tables()
     same, is_row = _alike(coupler, roots)
     stays = np.zeros(units.count, dtype=bool)
     for event in coupler.frozen:
         stays[roots[event.ids]] = True
     met = [
-        (node, meeting)
-        for node, noted in coupler.meetings.items()
-        for meeting in noted
-        if is_row[roots[meeting.units]].any() == rows
+        (node, use)
+        for node, noted in coupler.table_uses.items()
+        for use in noted
+        if is_row[roots[use.units]].any() == rows
     ]
-    for part in _parts(roots, [meeting for _, meeting in met]):
+    for part in _parts(roots, [use for _, use in met]):
         sources = [source(met[number][0], met[number][1].table) for number in part]
-        meetings = [met[number][1] for number in part]
-        hard = not all((loose[m.units] | (m.units == FIXED)).all() for m in meetings)
-        alone = not any(stays[roots[m.units]].any() for m in meetings) and not _ties(roots, same, meetings)
+        table_uses = [met[number][1] for number in part]
+        hard = not all((of_table[m.units] | (m.units == FIXED)).all() for m in table_uses)
+        alone = not any(stays[roots[m.units]].any() for m in table_uses) and not _ties(
+            roots, same, table_uses
+        )
         if hard or None in sources or alone:
             for number in part:
-                coupler.node, meeting = met[number]
-                coupler.merge(meeting.met, meeting.units, meeting.met_axis, meeting.axis)
+                coupler.node, use = met[number]
+                coupler.merge(use.others, use.units, use.others_axis, use.axis)
             continue
         for number, node in zip(part, sources, strict=True):
             assert node is not None
@@ -66,9 +70,9 @@ def _settle(coupler: Coupler, source: Callable[[fx.Node, Value], fx.Node | None]
             coupler.tables.setdefault(user, []).append(node)
 
 
-def _parts(roots: Ids, meetings: list[Meeting]) -> list[list[int]]:
-    """Numbers of meetings by the tables that they share."""
-    tables = [roots[meeting.units.ravel()] for meeting in meetings]
+def _parts(roots: Ids, table_uses: list[TableUse]) -> list[list[int]]:
+    """The numbers of the uses that share a table, together."""
+    tables = [roots[use.units.ravel()] for use in table_uses]
     joined, place = _some(roots.size, tables)
     for table in tables:
         joined.merge(place[table[:1]], place[table])
@@ -96,9 +100,9 @@ def _alike(coupler: Coupler, roots: Ids) -> tuple[Ids, Mask]:
     return same, is_row
 
 
-def _ties(roots: Ids, same: Ids, meetings: list[Meeting]) -> bool:
+def _ties(roots: Ids, same: Ids, table_uses: list[TableUse]) -> bool:
     """Whether merging the tables would merge others that are not."""
-    pairs = [(same[roots[meeting.met]], same[roots[meeting.units]]) for meeting in meetings]
+    pairs = [(same[roots[use.others]], same[roots[use.units]]) for use in table_uses]
     trial, place = _some(roots.size, [ids for pair in pairs for ids in pair])
     for met, own in pairs:
         trial.merge(place[met], place[own])
@@ -120,4 +124,4 @@ def _some(count: int, classes: list[Ids]) -> tuple[Units, Ids]:
     return units, place
 
 
-__all__ = ["settle"]
+__all__ = ["decide_tables"]

@@ -60,16 +60,16 @@ class Units:
     """Union-find over unit numbers ``0 .. count-1``; unit 0 is :data:`FIXED`.
 
     With ``anchors > 0`` the units ``1 .. anchors`` are known to be different; merging two of them, or one
-    with :data:`FIXED`, is a collision. Collisions are how a rewritten graph is caught. Loose ones may meet
-    each other: those are of tables that are not narrowed.
+    with :data:`FIXED`, is a collision. Collisions are how a rewritten graph is caught. Units of tables
+    may meet each other, since tables need not be narrowed.
     """
 
     def __init__(self, anchors: int = 0) -> None:
         self.anchors = anchors
         self.count = anchors + 1
         self._parent: Ids = np.arange(max(4096, 2 * self.count), dtype=np.int64)
-        self._loose = np.zeros(self._parent.size, dtype=bool)
-        self.any_loose = False
+        self._of_table = np.zeros(self._parent.size, dtype=bool)
+        self.any_tables = False
         self.products: list[Product] = []
         self._parents = np.full(
             (2, self._parent.size), -1, dtype=np.int64
@@ -105,44 +105,44 @@ class Units:
     def copy(self) -> Units:
         """Another union-find of the same units, in the same classes."""
         new = copy.copy(self)
-        new._parent, new._loose = self._parent.copy(), self._loose.copy()
+        new._parent, new._of_table = self._parent.copy(), self._of_table.copy()
         return new
 
-    def fresh(self, *shape: int, loose: bool = False) -> Ids:
-        """New units, as an array of the given shape; for ``loose`` see :meth:`loosen`."""
+    def fresh(self, *shape: int, of_table: bool = False) -> Ids:
+        """New units, as an array of the given shape; for ``of_table`` see :meth:`mark_tables`."""
         start, self.count = self.count, self.count + int(np.prod(shape))
         if self.count > self._parent.size:
             more = np.arange(self._parent.size, 2 * self.count, dtype=np.int64)
             self._parent = np.concatenate([self._parent, more])
-            self._loose = np.concatenate([self._loose, np.zeros(more.size, dtype=bool)])
+            self._of_table = np.concatenate([self._of_table, np.zeros(more.size, dtype=bool)])
             self._rows = np.concatenate([self._rows, np.zeros(more.size, dtype=bool)])
             self._parents = np.concatenate([self._parents, np.full((2, more.size), -1)], axis=1)
         ids = np.arange(start, self.count, dtype=np.int64).reshape(shape)
-        if loose:
-            self.loosen(ids)
+        if of_table:
+            self.mark_tables(ids)
         return ids
 
-    def loosen(self, ids: Ids) -> None:
+    def mark_tables(self, ids: Ids) -> None:
         """Say that these units are those of buffers and constants alone, until they meet others."""
-        self._loose[ids] = True
-        self._loose[FIXED] = False
-        self.any_loose |= bool(ids.size)
+        self._of_table[ids] = True
+        self._of_table[FIXED] = False
+        self.any_tables |= bool(ids.size)
 
-    def tighten(self, ids: Ids) -> None:
+    def unmark_tables(self, ids: Ids) -> None:
         """Say that these units are a parameter's as well."""
-        if self.any_loose:
-            self._loose[self.find(ids)] = False
+        if self.any_tables:
+            self._of_table[self.find(ids)] = False
 
-    def loose(self, ids: Ids) -> bool:
+    def are_tables(self, ids: Ids) -> bool:
         """Whether all of these units, but for :data:`FIXED`, are those of buffers and constants alone."""
-        if not self.any_loose:
+        if not self.any_tables:
             return False
-        mask = self._loose[self.find(ids)]
+        mask = self._of_table[self.find(ids)]
         return bool(mask.any()) and bool((mask | (ids == FIXED)).all())
 
-    def all_loose(self) -> NDArray[np.bool_]:
-        """For each unit whether it is loose."""
-        mask: NDArray[np.bool_] = self._loose[self.roots()]
+    def tables(self) -> NDArray[np.bool_]:
+        """For each unit whether it is one of tables alone."""
+        mask: NDArray[np.bool_] = self._of_table[self.roots()]
         return mask
 
     def find(self, ids: Ids) -> Ids:
@@ -187,16 +187,16 @@ class Units:
                 before = np.concatenate([ra[differ], rb[differ]])
             high, low = np.maximum(ra, rb)[differ], np.minimum(ra, rb)[differ]
             if self.anchors and (high <= self.anchors).any():
-                collided |= bool((~self._loose[high] | ~self._loose[low])[high <= self.anchors].any())
+                collided |= bool((~self._of_table[high] | ~self._of_table[low])[high <= self.anchors].any())
                 keep = high > self.anchors
                 if not keep.any():
                     break
                 self._parent[high[keep]] = low[keep]
                 break
             np.minimum.at(self._parent, high, low)  # one that meets several goes to the least of them
-            if self.any_loose and not self.anchors:
-                np.logical_and.at(self._loose, low, self._loose[high])
-                np.logical_and.at(self._loose, high, self._loose[low])
+            if self.any_tables and not self.anchors:
+                np.logical_and.at(self._of_table, low, self._of_table[high])
+                np.logical_and.at(self._of_table, high, self._of_table[low])
         self._rows[self.find(before[self._rows[before]])] = True
         if self.products:
             known = before[self._parents[0, before] >= 0]
@@ -397,24 +397,24 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Meeting:
+class TableUse:
     """A table that met narrower-to-be units in a pointwise operator, and was not merged with them yet.
 
     A table is a buffer or a constant, or what is computed from such. See :mod:`.tables`.
 
     Attributes:
         table: one of the operands.
-        units: units of the table along one dimension; broadcasts against ``met``.
-        met: units of the other operands along that dimension.
+        units: units of the table along one dimension; broadcasts against ``others``.
+        others: units of the other operands along that dimension.
         axis: where the units of the table come from.
-        met_axis: where the others come from.
+        others_axis: where the others come from.
     """
 
     table: Value
     units: Ids
-    met: Ids
+    others: Ids
     axis: Axis
-    met_axis: Axis
+    others_axis: Axis
 
 
 @dataclass(frozen=True, slots=True, eq=False)

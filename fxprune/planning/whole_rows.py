@@ -51,5 +51,5 @@ def without_rows(group: Group, gone: Sequence[int]) -> Group:
         return group
     dead = np.zeros(group.size, dtype=bool)
     dead[list(gone)] = True
-    balance = (tuple(row for row in band if not dead[row].all()) for band in group.balance)
-    return replace(group, balance=tuple(band for band in balance if band))
+    balance = (tuple(row for row in atoms if not dead[row].all()) for atoms in group.balance)
+    return replace(group, balance=tuple(atoms for atoms in balance if atoms))

@@ -275,7 +275,7 @@ def take_along_dim(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) ->
         operands.append((index, names))
         if all(index.is_open(d) or index.shape[d] == 1 for d in names):
             c.depends_on_sizes()
-            ids = c.units.fresh(math.prod(index.shape), loose=True)
+            ids = c.units.fresh(math.prod(index.shape), of_table=True)
             flat = Value((ids.size,), [Label(ids, (), c.here(dim))])
             for d, label in enumerate(c.reshape(flat, index.shape)):
                 if label is not None:
