@@ -25,7 +25,7 @@ from fxprune.exporting import capture_program
 
 def tensor_only(x: Any) -> None:
     """Asks for what no symbolic value answers."""
-    if not issubclass(type(x), Tensor):
+    if not issubclass(x.__class__, Tensor):
         raise TypeError("not a tensor")
 
 

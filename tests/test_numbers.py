@@ -57,6 +57,13 @@ IDIOMS = {
     "torch.tensor": lambda s, t, x: t / torch.tensor([x.shape[0], x.shape[1]]).prod(),
     "check": lambda s, t, x: torch._check(x.shape[1] <= 100, lambda: "too long") or t,
     "check_with": lambda s, t, x: torch._check_with(ValueError, len(x) * x.shape[1] < 100, lambda: "") or t,
+    "type is int": lambda s, t, x: (
+        t * (2.0 if type(x.shape[1]) is int and type(s.b.in_features) is int else 1.0)
+    ),
+    "type as a key": lambda s, t, x: t * {int: 2.0, float: 3.0}[type(len(x))],
+    "type of a tensor": lambda s, t, x: t * (2.0 if type(t) is torch.Tensor else 1.0),
+    "type of a size": lambda s, t, x: t * (2.0 if type(x.shape) is torch.Size else 1.0),
+    "type of a type": lambda s, t, x: t * (2.0 if isinstance(type("New", (), {}), type) else 1.0),
     "callable": lambda s, t, x: t * (x.shape[1]() if callable(x.shape[1]) else x.shape[1]),
     "rearrange": lambda s, t, x: einops.rearrange(
         einops.rearrange(t, "n l (h d) -> n h l d", h=4), "n h l d -> n l (h d)"
@@ -89,7 +96,7 @@ def test_idioms_take_any_batch_and_length(name):
 
 
 def test_names_are_put_back():
-    before = {name: globals().get(name) for name in ("len", "int", "float", "callable", "isinstance")}
+    before = {name: globals().get(name) for name in ("len", "int", "float", "callable", "isinstance", "type")}
     size = torch.Size
     fxprune.analyze(Net(IDIOMS["len"]), torch.randn(2, 6, 16))
     assert {name: globals().get(name) for name in before} == before
@@ -111,6 +118,29 @@ def test_names_mean_what_they_meant():
     assert seen.found[-3] == (True, True, False, 7, 2.0)
     assert seen.found[-2] == (np.dtype(int), True, True)
     assert seen.found[-1] == (torch.Size([1, 2]), True)
+
+
+class Doubled(nn.Module):
+    """Asks for types by identity, of an attribute and of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.heads = nn.Linear(16, 32), nn.Linear(32, 16), 4
+
+    def forward(self, x):
+        if type(self.heads) is not int or type(x) is not torch.Tensor:
+            raise TypeError("heads are whole numbers, and the input is a tensor")
+        return self.b(self.a(x).unflatten(-1, (self.heads, -1)).flatten(-2).relu())
+
+
+@pytest.mark.parametrize("into", ["graph", "module"])
+def test_types_by_identity(into):
+    net, x = Doubled().eval(), torch.randn(2, 6, 16)
+    assert fxprune.analyze(net, x).captured.rung == "symbolic tracing"
+    plan = fxprune.plan(net, x, ratio=0.5, into=into)
+    pruned = plan.apply(net)
+    assert pruned.a.weight.shape == (16, 16)
+    assert fxprune.verify(net, pruned, plan, x)
 
 
 def test_checks_stay_in_the_graph():

@@ -228,7 +228,7 @@ class Maps(nn.Module):
         self.c, self.d = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Outputs:
-        if not issubclass(type(x), Tensor):
+        if not issubclass(x.__class__, Tensor):
             raise TypeError("not a tensor")
         maps = self.a(x)
         maps = maps + self.b(maps.relu())
@@ -314,7 +314,7 @@ class Packed(nn.Module):
         self.o, self.head = nn.Linear(16, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> dict[str, Any]:
-        if not issubclass(type(x), Tensor):
+        if not issubclass(x.__class__, Tensor):
             raise TypeError("not a tensor")
         q, k = (f(x).unflatten(-1, (4, 4)).transpose(1, 2) for f in (self.q, self.k))
         mixed = ((q @ k.mT).sigmoid() @ k).transpose(1, 2).flatten(2)

@@ -118,7 +118,7 @@ class ByExport(Net):
     """A network that torch.export captures."""
 
     def forward(self, x: Tensor) -> Any:
-        if not issubclass(type(x), Tensor):
+        if not issubclass(x.__class__, Tensor):
             raise TypeError("no tensor")
         return super().forward(x)
 
@@ -131,17 +131,14 @@ KINDS = {
 
 
 def serve(net: nn.Module, encoder: nn.Module, x: Tensor, want: Tensor) -> None:
-    """What another thread may do meanwhile; raises if it sees anything of a capture.
-
-    ``type(x) is float`` may be false in here: in the files of a model's classes, of which this is one, the
-    names ``int`` and ``float`` are other classes meanwhile, for all threads, with the same instances.
-    """
+    """What another thread may do meanwhile; raises if it sees anything of a capture."""
     made = torch.zeros(3, 4), torch.full((2,), 1.0), torch.arange(3), torch.eye(2)
     assert all(type(tensor) is Tensor and torch.is_tensor(tensor) for tensor in made)
-    assert isinstance(torch.finfo(torch.float32).eps, float)
+    assert type(torch.finfo(torch.float32).eps) is float
     assert isinstance(torch.finfo(torch.float32), torch.finfo)
     assert type(max(made[0][0, 0], made[1][0])) is Tensor
-    assert isinstance(math.pow(2, 3), float)
+    assert type(math.pow(2, 3)) is float
+    assert type(len(made)) is int
     assert not is_compiling()
     assert not torch.compiler.is_exporting()
     assert not _symbolic_trace.is_fx_tracing()

@@ -344,7 +344,7 @@ def test_masked_models_narrow_however_they_are_captured() -> None:
             self.body = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 3))
 
         def forward(self, x: Tensor) -> Tensor:
-            assert issubclass(type(x), Tensor)
+            assert issubclass(x.__class__, Tensor)
             return self.body(x)
 
     x = torch.randn(2, 4, dtype=torch.float64)

@@ -112,7 +112,7 @@ def test_a_function_that_holds_on_to_the_model_is_followed() -> None:
 
     class Exported(Held):
         def forward(self, x: Tensor) -> Any:
-            if not issubclass(type(x), Tensor):
+            if not issubclass(x.__class__, Tensor):
                 raise TypeError("no tensor")
             return x + self.b(torch.relu(self.block(x) @ self.a.weight.T))
 
@@ -202,7 +202,7 @@ class Exported(nn.Module):
         self.a, self.norm, self.drop, self.b = nn.Linear(6, 12), norm, drop, nn.Linear(12, 3)
 
     def forward(self, x: Tensor) -> Any:
-        if not issubclass(type(x), Tensor):
+        if not issubclass(x.__class__, Tensor):
             raise TypeError("no tensor")
         return self.b(self.drop(self.norm(self.a(x)).relu()))
 

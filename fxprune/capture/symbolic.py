@@ -51,7 +51,7 @@ from . import patches, traced_sizes
 from .arguments import LITERALS, Arguments, packing
 from .effects import AUGMENTED, AttributesBefore, not_kept, write_in_place
 from .merge import Call, Trace, merge, same_in_both
-from .numbers import note_origins, note_question
+from .numbers import Number, note_origins, note_question
 from .recording import Following, PartedError, Recording
 from .twin import StandIn, Twin
 
@@ -403,8 +403,14 @@ class _Tracer(fx.Tracer):
         ]
 
     def _number_patches(self, tables: list[dict[str, Any]]) -> list[patches.Patch]:
-        """What more is replaced where the values of numbers are known; ``tables`` are global names."""
-        return []
+        """What is replaced for what numbers and types are; ``tables`` are global names."""
+        return [traced_sizes.types(tables, self._kind)]
+
+    def _kind(self, value: Any) -> type:
+        """``type(value)``, of a proxy that of what it stands for."""
+        if isinstance(value, _Proxy):
+            return self.type_of(value.node)
+        return int if isinstance(value, Number) else type(value)
 
     def _again(self, **options: Any) -> _Tracer:
         """A tracer of the same model, with other options."""
@@ -917,7 +923,7 @@ class _ShapeTracer(_Tracer):
         def value(proxy: fx.Proxy) -> Any:
             return self.values[proxy.node] if isinstance(proxy, _ShapeProxy) else proxy
 
-        return [traced_sizes.patch(tables, value, self._converted, self._require)]
+        return [traced_sizes.patch(tables, value, self._converted, self._require, self._kind)]
 
     def _converted(self, kind: type, proxy: fx.Proxy) -> Any:
         """``int(proxy)`` or ``float(proxy)``, as a node where that changes anything."""

@@ -99,19 +99,62 @@ class _Shape(type):
 _SIZE: Any = torch.Size
 
 
+class _Type(type):
+    """The class of what stands for ``type``."""
+
+    kind_of: Callable[[Any], type]
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.kind_of(args[0]) if len(args) == 1 and not kwargs else type(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, type)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, type)
+
+    def __eq__(cls, other: object) -> bool:
+        return other is type or other is cls
+
+    def __hash__(cls) -> int:
+        return hash(type)
+
+
+def types(found: Iterable[dict[str, Any]], kind_of: Callable[[Any], type]) -> Patch:
+    """Have ``type(value)`` give what ``kind_of`` says, also for proxies.
+
+    Args:
+        found: the global names where that is to hold.
+        kind_of: the type of a value; of a proxy that of what it stands for.
+    """
+    replacement = _Type("type", (type,), {"kind_of": staticmethod(kind_of)})
+
+    def apply(session: Session) -> None:
+        for table in found:
+            if "type" not in table:
+                session.note(table, "type")
+                session._begin.append(partial(table.__setitem__, "type", replacement))
+
+    return apply
+
+
 def patch(
     found: Iterable[dict[str, Any]],
     value: Callable[[fx.Proxy], Any],
     convert: Convert,
     require: Callable[[type, fx.Proxy, str], Any],
+    kind_of: Callable[[Any], type],
 ) -> Patch:
-    """Have ``len``, ``int``, ``float`` and ``callable`` take proxies for what they stand for.
+    """Have ``len``, ``int``, ``float``, ``callable`` and ``type`` take proxies for what they stand for.
+
+    Types that have another name for that while are what ``type`` gives: ``type(3) is int`` is true.
 
     Args:
         found: the global names where that is to hold.
         value: the value that a proxy has for the example.
         convert: makes an ``int`` or ``float`` of a proxy.
         require: called for ``torch._check(proxy)`` with the error to raise, the proxy and the message.
+        kind_of: as for :func:`types`.
     """
 
     def length(given: Any) -> Any:
@@ -133,6 +176,12 @@ def patch(
         return lambda i, *args, **kwargs: None if isinstance(i, fx.Proxy) else original(i, *args, **kwargs)
 
     own = {int: _number(int, convert), float: _number(float, convert)}
+    size = _Shape("Size", (), {})
+    named = {**own, _SIZE: size}
+
+    def named_kind(value: Any) -> type:
+        kind = kind_of(value)
+        return named.get(kind, kind)
 
     def apply(session: Session) -> None:
         for table in found:
@@ -145,7 +194,8 @@ def patch(
                 if kind.__name__ not in table:
                     session.note(table, kind.__name__)
                     session._begin.append(partial(table.__setitem__, kind.__name__, replacement))
-        session.put(torch, "Size", _Shape("Size", (), {}))  # to other threads it is what it was
+        types(found, named_kind)(session)
+        session.put(torch, "Size", size)  # to other threads it is what it was
         session.replace(torch, "_check_with", check)
         session.replace(torch, "_check_is_size", is_size)
 
@@ -178,4 +228,4 @@ def of_numpy(proxy: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str,
     return proxy.tracer.create_proxy("call_function", numpy_function, (name, *args), kwargs)
 
 
-__all__ = ["of_numpy", "patch", "tables", "ufunc"]
+__all__ = ["of_numpy", "patch", "tables", "types", "ufunc"]

@@ -437,7 +437,7 @@ class _Interpreter(TorchDispatchMode):
         if leaf is None or leaf.couple is None:
             names = list(computed_tensors(original))
             if not names:
-                own = type(original).__module__.startswith("torch.nn.")
+                own = type(original).__module__.startswith(("torch.nn.", "fxprune.nn"))
                 with self, _AsCalled() if own else contextlib.nullcontext():
                     return module(*args, **kwargs)
             self.coupler.remedy = f"remove the parametrization of {path}.{names[0]} before pruning"
