@@ -120,7 +120,7 @@ def called(function: Any, args: Any, kwargs: Any) -> Any:
     return (getattr(Tensor, function) if isinstance(function, str) else function)(*args, **kwargs)
 
 
-@pytest.mark.parametrize("number", range(len(FUNCTIONS)), ids=lambda n: f"{FUNCTIONS[n][0]}-{n}")
+@pytest.mark.parametrize("number", range(len(FUNCTIONS)))
 def test_so_is_what_functions_and_methods_give(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     found: dict[Any, Any] = {}
     monkeypatch.setattr(known_shapes, "_found", found)
