@@ -138,8 +138,8 @@ def uncoupled_norm(c: Coupler, args: Any, kwargs: Any, out: Any) -> None:
 
 def uncontracted(c: Coupler, args: Any, kwargs: Any, out: Any) -> None:
     """A linear layer whose weight is labelled on the way out, not on the way in."""
-    bias, _, weight = (c.value(t) for t in args[:3])
-    labels, _ = c.unify([(bias, "n"), (weight, "kn")], "mn")
+    weight, bias = (c.value(t) for t in args[1:3])
+    labels, _ = c.unify([(bias, "n"), (weight, "nk")], [*range(out.dim() - 1), "n"])
     c.put(out, labels)
 
 
@@ -218,7 +218,7 @@ MUTANTS = [
            lambda self, x: x + self.conv(x), lambda: {"conv": nn.Conv2d(12, 12, 1)}),
     Mutant("batch norm is not coupled", rules(uncoupled_norm, "native_batch_norm"),
            lambda self, x: self.norm(x), lambda: {"norm": nn.BatchNorm2d(12)}),
-    Mutant("inputs of linear layers are not coupled", rules(uncontracted, "addmm"), lambda self, x: x),
+    Mutant("inputs of linear layers are not coupled", rules(uncontracted, "linear"), lambda self, x: x),
     Mutant("rows need not be equally long", attribute(Coupler, "rectangle", lambda self, rows, cells: None),
            heads, projections, tokens=True),
     Mutant("nothing is frozen", attribute(Coupler, "freeze", lambda self, *args: None), lambda self, x: x.relu()),
