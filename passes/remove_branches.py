@@ -32,9 +32,8 @@ def without_branches(graph: CouplingGraph, names: Collection[str]) -> CouplingGr
     for name in names:
         if name not in whole.branches:
             raise PlanError(unknown(whole, name))
-    ordered = (
-        tuple(name for name in whole.branches if name in names) if names else ()
-    )  # finding them takes time
+    # Finding them takes time, so it is done only where there are names.
+    ordered = tuple(name for name in whole.branches if name in names) if names else ()
     if ordered == graph.removed_branches:
         return graph
     if not ordered:

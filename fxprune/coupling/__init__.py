@@ -13,8 +13,8 @@ Words that this package has for itself:
   meets.
 - **frozen**: a unit that stays. **held**: a node around which everything stays.
 - **rectangle**: cells in rows, of which equally many must be left in each row that remains.
-- **atom**: units that lie in the same rows of every rectangle. **atoms**, or balanced set: atoms that lose
-  the same share of their units.
+- **atom**: units that lie in the same rows of every rectangle. **balanced set**: atoms that lose the
+  same share of their units.
 - **group**: the units that share their axes, decided on together.
 - **depends on sizes**: a node that treats dimensions by size or position, and is looked at again when it
   is rewritten.

@@ -337,7 +337,7 @@ class Coupler:
         """Whether the units of a label stand for rows of rectangles, with which their cells go."""
         return label is not None and self.units.are_rows(label.ids)
 
-    # -- use: pointwise operators, contractions, normalisations -----------------------------
+    # -- operands that meet: pointwise operators, contractions, normalisations ------------------
 
     def unify(
         self,

@@ -50,10 +50,10 @@ class RowFinder:
         free_rows = np.flatnonzero(self.free_rows)
         structures.merge(free_rows, self.block[free_rows])
         self.structure = structures.find(np.arange(roots.size))
-        self._band = np.full(roots.size, -1, dtype=np.int64)
+        self._set = np.full(roots.size, -1, dtype=np.int64)
         for number, atoms in enumerate(balanced_sets):
             for atom in atoms:
-                self._band[atom] = number
+                self._set[atom] = number
         for rectangle in rectangles:
             self._check(rectangle)
 
@@ -79,7 +79,7 @@ class RowFinder:
         if not row.size:
             return
         owners = owner[row, column]
-        key = owners * (int(self._band.max(initial=0)) + 2) + self._band[cells[row, column]] + 1
+        key = owners * (int(self._set.max(initial=0)) + 2) + self._set[cells[row, column]] + 1
         _, first, kind = np.unique(key, return_index=True, return_inverse=True)
         counts = np.zeros((first.size, cells.shape[0]), dtype=np.int64)
         np.add.at(counts, (kind, row), 1)

@@ -437,6 +437,7 @@ class _Interpreter(TorchDispatchMode):
         if leaf is None or leaf.couple is None:
             names = list(computed_tensors(original))
             if not names:
+                # A pass may put one of ours in place of PyTorch's, and both have to dissolve alike.
                 own = type(original).__module__.startswith(("torch.nn.", "fxprune.nn"))
                 with self, _AsCalled() if own else contextlib.nullcontext():
                     return module(*args, **kwargs)

@@ -30,10 +30,9 @@ def decide_tables(coupler: Coupler, source: Callable[[fx.Node, Value], fx.Node |
     """
     if not coupler.units.any_tables:
         return
-    for rows in (
-        (False, True) if coupler.table_uses else ()
-    ):  # which rows go together follows from their cells
-        _decide(coupler, source, rows)
+    if coupler.table_uses:
+        for rows in (False, True):  # which rows go together follows from their cells
+            _decide(coupler, source, rows)
     coupler.whole = np.flatnonzero(coupler.units.tables())
 
 
@@ -55,9 +54,8 @@ def _decide(coupler: Coupler, source: Callable[[fx.Node, Value], fx.Node | None]
         sources = [source(met[number][0], met[number][1].table) for number in part]
         table_uses = [met[number][1] for number in part]
         hard = not all((of_table[m.units] | (m.units == FIXED)).all() for m in table_uses)
-        alone = not any(stays[roots[m.units]].any() for m in table_uses) and not _ties(
-            roots, same, table_uses
-        )
+        frozen = any(stays[roots[m.units]].any() for m in table_uses)
+        alone = not frozen and not _ties(roots, same, table_uses)
         if hard or None in sources or alone:
             for number in part:
                 coupler.node, use = met[number]
