@@ -7,7 +7,7 @@ computed when they are asked for, on the CPU.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -63,45 +63,23 @@ class Values:
 
     def inputs(self, node: fx.Node) -> list[fx.Node]:
         """The inputs whose values, and not only whose shapes, have a part in the value of ``node``."""
-        todo, met = [node], {node}
-        found = []
-        while todo:
-            part = todo.pop()
-            if part.op == "placeholder":
-                found.append(part)
-            if _fact(part) or operator_name(part) in FROM_SHAPE:
-                continue
-            todo += [n for n in part.all_input_nodes if n not in met]
-            met.update(part.all_input_nodes)
-        return found
+        return [part for part in _behind(node, _looks_at_shapes) if part.op == "placeholder"]
 
     def are_constant(self, node: fx.Node) -> bool:
         """Whether neither values nor sizes of the inputs have a part in the value of ``node``."""
-        todo, met = [node], {node}
-        while todo:
-            part = todo.pop()
-            if part.op == "placeholder":
-                return False
-            todo += [n for n in part.all_input_nodes if n not in met]
-            met.update(part.all_input_nodes)
-        return True
+        return all(part.op != "placeholder" for part in _behind(node, lambda part: False))
 
     def are_whole(self, node: fx.Node) -> bool:
         """Whether a value is computed of whole numbers and masks alone: lengths, indices, where a number is
         missing. Of measured values, any input has others.
         """
-        todo, met = [node], {node}
-        while todo:
-            part = todo.pop()
-            if part.op == "placeholder" and not _is_whole(self._seen[part]):
-                return False
-            if _fact(part) or operator_name(part) in (*FROM_SHAPE, "isnan", "isinf", "isfinite"):
-                continue
-            if part.target is operator.getitem and _is_whole(self._seen[part]):
-                continue  # of a tree of inputs
-            todo += [n for n in part.all_input_nodes if n not in met]
-            met.update(part.all_input_nodes)
-        return True
+
+        def is_known(part: fx.Node) -> bool:
+            asks = _looks_at_shapes(part) or operator_name(part) in ("isnan", "isinf", "isfinite")
+            return asks or (part.target is operator.getitem and _is_whole(self._seen[part]))
+
+        behind = _behind(node, is_known)
+        return all(part.op != "placeholder" or _is_whole(self._seen[part]) for part in behind)
 
     def _needed(self, node: fx.Node) -> list[fx.Node]:
         """What must be run for ``node``, in order, with all that writes into any of it."""
@@ -168,17 +146,26 @@ class Values:
 
 def made_of_sizes(node: fx.Node) -> bool:
     """Whether a value is computed of sizes of tensors, and of constants, with no look at any entry."""
-    todo, met, sized = [node], {node}, False
+    behind = list(_behind(node, _fact))
+    return any(map(_fact, behind)) and all(part.op != "placeholder" for part in behind)
+
+
+def _behind(node: fx.Node, ends: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
+    """``node`` and all nodes that it is computed from, each once, but for what only those read that ``ends``
+    holds for.
+    """
+    todo, met = [node], {node}
     while todo:
         part = todo.pop()
-        if part.op == "placeholder":
-            return False
-        if _fact(part):
-            sized = True
-            continue
-        todo += [n for n in part.all_input_nodes if n not in met]
-        met.update(part.all_input_nodes)
-    return sized
+        yield part
+        if not ends(part):
+            todo += [n for n in part.all_input_nodes if n not in met]
+            met.update(part.all_input_nodes)
+
+
+def _looks_at_shapes(node: fx.Node) -> bool:
+    """Whether a node looks at nothing of what it is given but its shape, type and device."""
+    return _fact(node) or operator_name(node) in FROM_SHAPE
 
 
 def _has_tensors(tree: Any) -> bool:
