@@ -272,6 +272,10 @@ def places_as_an_array(s, t):
     return t[:, torch.arange(t.shape[1])[::2].numpy().tolist()]
 
 
+def beside_a_constant(s, t):
+    return t / torch.maximum(torch.tensor(t.shape[1]), s.steps).sum()
+
+
 def a_table_by_rank(s, t):
     return {3: torch.relu, 4: torch.tanh}[t.dim()](t)
 
@@ -280,6 +284,7 @@ def a_table_by_rank(s, t):
     "how",
     [
         a_table_by_rank,
+        beside_a_constant,
         sizes_in_a_buffer,
         bounds_in_buffers,
         sizes_joined,
@@ -291,6 +296,7 @@ def a_table_by_rank(s, t):
 def test_tensors_that_stand_for_numbers(how):
     """A bound or size that is a tensor of one number, and a rank that is a key."""
     net, x = Middle(how).eval(), torch.randn(2, 8, 16)
+    net.steps = torch.arange(4)  # no buffer
     buffers = {"sizes": (0, 0, 4, -1), "rest": (4, 8), "axes": (1,), "starts": (2,), "ends": (6,)}
     for name, numbers in buffers.items():
         net.register_buffer(name, torch.tensor(numbers))

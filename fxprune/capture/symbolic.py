@@ -848,32 +848,35 @@ class _ShapeTracer(_Tracer):
         if kind == "call_method" and target == "new_full" and self._fills_with_tensor(args, kwargs):
             # On shapes alone the tensor has no number that could be filled in.
             return args[0].new_zeros(args[1], **kwargs) + args[2]
-        if kind.startswith("call") and any(map(self._is_index, _items((args, kwargs)))):
+        if kind.startswith("call"):
             args, kwargs = self._with_numbers(kind, target, args, kwargs)
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         self.values[proxy.node] = self._evaluate(proxy.node)
         return proxy
-
-    def _is_index(self, item: Any) -> bool:
-        """Whether this stands for a tensor of one whole number, which may be meant as that number."""
-        value = self.values.get(item.node) if isinstance(item, _ShapeProxy) else None
-        return _is_index(value)
 
     def _with_numbers(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments of a call, with numbers for tensors of one number where it does not run without.
 
         PyTorch takes such a tensor as a bound of a slice or as a size, but not on shapes alone.
         """
-        node: Any = fx.Node(self.graph, "", kind, target, *super().create_arg((args, kwargs)))
+        owner = args[0] if kind == "call_method" else None
+        indices: dict[int, _ShapeProxy] = {}
+
+        def look(item: Any) -> Any:
+            if isinstance(item, _ShapeProxy) and item is not owner and _is_index(self.values.get(item.node)):
+                indices[id(item)] = item
+            return item
+
+        map_aggregate((args, kwargs), look)
+        if not indices:
+            return args, kwargs
+        node: Any = fx.Node(self.graph, "", kind, target, *self.create_arg((args, kwargs)))
         try:
             self._on_shapes(node, self.values, 0)
         except (RuntimeError, TypeError, NotImplementedError):
-            owner = args[0] if kind == "call_method" else None
-
-            def number(item: Any) -> Any:
-                return self._number(item) if item is not owner and self._is_index(item) else item
-
-            args, kwargs = _map_items(number, (args, kwargs))
+            numbers = {number: self._number(item) for number, item in indices.items()}
+            changed: Any = map_aggregate((args, kwargs), lambda item: numbers.get(id(item), item))
+            return changed
         finally:
             node.args, node.kwargs = (), {}  # it is not in the graph, and uses nothing
         return args, kwargs
@@ -1119,31 +1122,6 @@ def _reads_numbers(node: fx.Node, args: Any) -> bool:
 def _is_index(value: Any) -> bool:
     whole = isinstance(value, torch.Tensor) and not value.dim() and value.dtype != torch.bool
     return whole and not (value.is_floating_point() or value.is_complex())
-
-
-def _items(tree: Any) -> Iterator[Any]:
-    """What lies in nested lists, tuples, dicts and slices."""
-    if isinstance(tree, slice):
-        tree = (tree.start, tree.stop, tree.step)
-    if isinstance(tree, dict):
-        tree = tree.values()
-    elif not isinstance(tree, (tuple, list)):
-        yield tree
-        return
-    for item in tree:
-        yield from _items(item)
-
-
-def _map_items(function: Callable[[Any], Any], tree: Any) -> Any:
-    """The same tree with what ``function`` makes of its items."""
-    if isinstance(tree, slice):
-        return slice(*(_map_items(function, item) for item in (tree.start, tree.stop, tree.step)))
-    if isinstance(tree, dict):
-        return {key: _map_items(function, item) for key, item in tree.items()}
-    if isinstance(tree, (tuple, list)):
-        items = [_map_items(function, item) for item in tree]
-        return items if isinstance(tree, list) else tuple(items)
-    return function(tree)
 
 
 def _asks_for_none(node: fx.Node) -> bool:

@@ -53,16 +53,10 @@ def tables(classes: Iterable[type]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-class _Named(type):
-    """The class of what stands for ``int`` and ``float``: instances are those of the type itself."""
+class _StandsFor(type):
+    """The class of what stands for a type: its instances and subclasses are those of the type itself."""
 
     kind: type
-    convert: Callable[..., Any]
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and isinstance(args[0], fx.Proxy) and not kwargs:
-            return cls.convert(cls.kind, args[0])
-        return cls.kind(*args, **kwargs)
 
     def __instancecheck__(cls, instance: Any) -> bool:
         return isinstance(instance, cls.kind)
@@ -77,47 +71,37 @@ class _Named(type):
         return hash(cls.kind)
 
 
+class _Number(_StandsFor):
+    """``int`` or ``float``, which makes a node of a proxy."""
+
+    convert: Callable[..., Any]
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and isinstance(args[0], fx.Proxy) and not kwargs:
+            return cls.convert(cls.kind, args[0])
+        return cls.kind(*args, **kwargs)
+
+
 def _number(kind: type, convert: Convert) -> Any:
     names = {"kind": kind, "convert": staticmethod(convert), "dtype": np.dtype(kind)}  # as NumPy reads it
-    return _Named(kind.__name__, (kind,), names)
+    return _Number(kind.__name__, (kind,), names)
 
 
-class _Shape(type):
-    """The class of what stands for ``torch.Size``: of proxies it makes a tuple."""
+class _Shape(_StandsFor):
+    """``torch.Size``, which makes a tuple of proxies."""
 
     def __call__(cls, items: Any = ()) -> Any:
         items = tuple(items)
-        return items if any(isinstance(item, fx.Proxy) for item in items) else _SIZE(items)
-
-    def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, _SIZE)
-
-    def __subclasscheck__(cls, subclass: type) -> bool:
-        return issubclass(subclass, _SIZE)
+        return items if any(isinstance(item, fx.Proxy) for item in items) else cls.kind(items)
 
 
-_SIZE: Any = torch.Size
-
-
-class _Type(type):
-    """The class of what stands for ``type``."""
+class _Type(_StandsFor):
+    """``type``, which asks ``kind_of`` for the type of a value."""
 
     kind_of: Callable[[Any], type]
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         return cls.kind_of(args[0]) if len(args) == 1 and not kwargs else type(*args, **kwargs)
-
-    def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, type)
-
-    def __subclasscheck__(cls, subclass: type) -> bool:
-        return issubclass(subclass, type)
-
-    def __eq__(cls, other: object) -> bool:
-        return other is type or other is cls
-
-    def __hash__(cls) -> int:
-        return hash(type)
 
 
 def types(found: Iterable[dict[str, Any]], kind_of: Callable[[Any], type]) -> Patch:
@@ -127,7 +111,7 @@ def types(found: Iterable[dict[str, Any]], kind_of: Callable[[Any], type]) -> Pa
         found: the global names where that is to hold.
         kind_of: the type of a value; of a proxy that of what it stands for.
     """
-    replacement = _Type("type", (type,), {"kind_of": staticmethod(kind_of)})
+    replacement = _Type("type", (type,), {"kind": type, "kind_of": staticmethod(kind_of)})
 
     def apply(session: Session) -> None:
         for table in found:
@@ -147,7 +131,8 @@ def patch(
 ) -> Patch:
     """Have ``len``, ``int``, ``float``, ``callable`` and ``type`` take proxies for what they stand for.
 
-    Types that have another name for that while are what ``type`` gives: ``type(3) is int`` is true.
+    While that lasts, ``int``, ``float`` and ``torch.Size`` are other classes, and ``type`` gives these: so
+    ``type(3) is int`` is true. It is false for ``kind = int`` that was bound before, where ``==`` is true.
 
     Args:
         found: the global names where that is to hold.
@@ -176,8 +161,8 @@ def patch(
         return lambda i, *args, **kwargs: None if isinstance(i, fx.Proxy) else original(i, *args, **kwargs)
 
     own = {int: _number(int, convert), float: _number(float, convert)}
-    size = _Shape("Size", (), {})
-    named = {**own, _SIZE: size}
+    size = _Shape("Size", (), {"kind": torch.Size})
+    named = {**own, torch.Size: size}
 
     def named_kind(value: Any) -> type:
         kind = kind_of(value)
