@@ -9,6 +9,7 @@ graph without the branches, node by node, once additions of zeros are left out.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,7 +55,7 @@ class StandIns:
         for path, module in self.modules.items():
             parent, _, name = path.rpartition(".")
             training = model.get_submodule(path).training
-            model.get_submodule(parent)._modules[name] = module.another().train(training)
+            model.get_submodule(parent)._modules[name] = copy.deepcopy(module).train(training)
         for path in self.tensors:
             parent, _, name = path.rpartition(".")
             owner = model.get_submodule(parent)

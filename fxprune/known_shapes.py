@@ -83,7 +83,7 @@ def of_call(function: Any, args: Any, kwargs: Any, run: Callable[[], Any]) -> An
 def _is_of_torch(function: Any) -> bool:
     """Whether a function is one of PyTorch's own, or an operator of Python's."""
     if isinstance(function, BuiltinFunctionType):
-        return str(function.__module__).partition(".")[0] in ("None", "torch", "_operator")
+        return str(function.__module__).partition(".")[0] in ("torch", "_operator")
     return isinstance(function, FunctionType) and function.__module__ == "torch.nn.functional"
 
 

@@ -153,10 +153,6 @@ class Nothing(nn.Module):
     def extra_repr(self) -> str:
         return "returns its input" if self.passes else "returns zeros"
 
-    def another(self) -> Nothing:
-        """One like this."""
-        return Nothing(self.names, self.follows, self.outputs, self.passes)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         tensors = [given[name] for name in self.follows]
