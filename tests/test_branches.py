@@ -252,8 +252,19 @@ class Odd(nn.Module):
             return self.head(self.conv(x + self.conv(x)))
         if self.kind == "written":
             return self.head(x + self.conv(x.relu_()))
+        if self.kind == "adds a shared parameter":
+            return self.head(self.down(x + (self.conv(x) + self.down.bias[:, None, None])))
+        if self.kind == "adds a shared layer":
+            return self.head(self.down(x + (self.conv(x) + self.down(x))))
+        if self.kind == "ends in a shared layer":
+            return self.head(self.down(x + self.down(self.conv(x))))
+        if self.kind == "reads a shared parameter":
+            return self.head(self.down(x + self.conv(x * self.down.bias[:, None, None])))
         inside = self.conv(x)
         return self.head(x + self.down(inside)), inside
+
+
+SHARED = [("adds a", "parameter"), ("adds a", "layer"), ("ends in a", "layer")]
 
 
 @pytest.mark.parametrize(
@@ -261,12 +272,19 @@ class Odd(nn.Module):
     [
         ("projection", ""), ("no parameters", ""), ("shared", ""), ("broadcast", ""),
         ("not zero", "zero where its parameters are"), ("read", "read elsewhere"),
+        *[(f"{what} shared {kind}", "zero where its parameters are") for what, kind in SHARED],
     ],
 )  # fmt: skip
 def test_what_cannot_go_is_left_alone(kind: str, reason: str) -> None:
     graph = fxprune.analyze(Odd(kind).eval(), torch.randn(2, 3, 4, 4))
     assert not graph.branches
     assert reason in "".join(graph.kept_additions.values())
+
+
+def test_a_branch_may_read_what_others_read() -> None:
+    model, x = Odd("reads a shared parameter").eval(), torch.randn(2, 3, 4, 4)
+    plan = fxprune.plan(model, x, 0.0, branches=["conv"])
+    assert fxprune.verify(model, plan.apply(model), plan, x)
 
 
 def test_a_stream_that_is_written_in_place_is_still_the_stream() -> None:

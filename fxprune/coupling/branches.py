@@ -82,7 +82,7 @@ def find_branches(graph: CouplingGraph) -> Branches:
         return Branches({}, {})
     calls = _Calls(tensor for tensor in program.tensors.values() if isinstance(tensor, nn.Parameter))
     run = interpret(program, graph.inputs, follow=calls.follow)
-    search = _Search(program, run, calls)
+    search = _Search(program, graph.inputs, run, calls)
     candidates: list[_Candidate] = []
     refused: dict[str, str] = {}
     for addition in program.graph.nodes:
@@ -111,7 +111,7 @@ def zeros_added(program: Program, inputs: list[Any]) -> list[Branch]:
     """
     calls = _Calls(())
     run = interpret(program, inputs, follow=calls.follow)
-    search = _Search(program, run, calls)
+    search = _Search(program, inputs, run, calls)
     found = []
     for addition in program.graph.nodes:
         for stream, last in _operands(addition):
@@ -222,6 +222,7 @@ def _known(tree: Any) -> Iterator[Value]:
 @dataclass
 class _Search:
     program: Program
+    inputs: list[Any]
     run: Run
     calls: _Calls
     place: dict[fx.Node, int] = field(init=False)
@@ -351,9 +352,23 @@ class _Search:
         writer = next((n for n, storage in self.calls.writes if n in own and id(storage) in others), None)
         if writer is not None:
             return f"{writer.name} writes into what others read"
-        if not self.calls.zero(self.run.values.get(last)):
+        if not self.calls.zero(self.run.values.get(last)) or not self._zero_by_its_own(own, last):
             return "it is not known to be zero where its parameters are"
         return ""
+
+    def _zero_by_its_own(self, nodes: frozenset[fx.Node], last: fx.Node) -> bool:
+        """Whether ``last`` is zero where the parameters are that these nodes alone read.
+
+        Where they read no others, it is zero where all are, which has been found out.
+        """
+        parameters = [t for t in self.program.tensors.values() if isinstance(t, nn.Parameter)]
+        owned = self.owned(nodes)
+        read = nodes.union(*(node.all_input_nodes for node in nodes))
+        if all(id(t) in owned or read.isdisjoint(self.readers.get(id(t), ())) for t in parameters):
+            return True
+        calls = _Calls(t for t in parameters if id(t) in owned)
+        run = interpret(self.program, self.inputs, follow=calls.follow)
+        return calls.zero(run.values.get(last))
 
     def owned(self, nodes: frozenset[fx.Node]) -> dict[int, torch.Tensor]:
         """The parameters and buffers that these nodes alone read, by their ids."""
