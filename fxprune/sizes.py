@@ -195,9 +195,13 @@ def resized(tree: Any, change: Change) -> Any:
     leaves, spec = pytree.tree_flatten(tree)
     for place in places(tree):
         if place.kind in change:
-            size = changed_size(place, change[place.kind])
-            index = torch.arange(size, device=leaves[place.leaf].device) % max(place.size, 1)
-            leaves[place.leaf] = leaves[place.leaf].index_select(place.dim, index)
+            leaf, size = leaves[place.leaf], changed_size(place, change[place.kind])
+            if leaf.is_meta:  # has no entries to repeat
+                shape = (*leaf.shape[: place.dim], size, *leaf.shape[place.dim + 1 :])
+                leaves[place.leaf] = torch.empty(shape, dtype=leaf.dtype, device="meta")
+                continue
+            index = torch.arange(size, device=leaf.device) % max(place.size, 1)
+            leaves[place.leaf] = leaf.index_select(place.dim, index)
     return pytree.tree_unflatten(leaves, spec)
 
 

@@ -37,8 +37,9 @@ class AttributesBefore:
         ``kind``, and a function that writes the attribute.
         """
         for prefix, table, earlier in self._tables:
-            new = [n for n, v in table.items() if v is not earlier.get(n) and isinstance(v, kind)]
-            for name in new:
+            for name in _touched(table, earlier):
+                if not isinstance(table.get(name), kind):
+                    continue
                 before = earlier.get(name)
 
                 def write(value: Any, table: dict[str, Any] = table, name: str = name) -> None:
@@ -52,7 +53,7 @@ class AttributesBefore:
         names = [
             f"{prefix}{name}"
             for prefix, table, earlier in self._tables
-            for name in dict.fromkeys((*earlier, *table))
+            for name in _touched(table, earlier)
             if name not in _TABLES
             and not isinstance(table.get(name), kind)
             and not _same(table.get(name, self), earlier.get(name, self))
@@ -70,6 +71,12 @@ def not_kept(names: list[str]) -> list[str]:
 
 
 _TABLES = ("_buffers", "_parameters", "_modules", "_non_persistent_buffers_set")
+
+
+def _touched(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """Names that stand for another object than before, or for none any more."""
+    found = [name for name, value in now.items() if value is not before.get(name, before)]
+    return found if len(now) - len(found) == len(before) else [*found, *(n for n in before if n not in now)]
 
 
 def _content(value: Any, depth: int = 3) -> Any:

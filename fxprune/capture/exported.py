@@ -30,14 +30,14 @@ from .. import sizes
 from ..errors import CaptureError
 from ..files import few
 from ..nn import Unpack, keep
-from ..program import Program, Skeleton, named_tensors
+from ..program import Program, Skeleton, named_modules, named_tensors
 from ..trees import Structure, flatten
 from . import patches
 from .arguments import Arguments, packing
 from .effects import AttributesBefore, not_kept
 from .free_sizes import pin, steps
 from .numbers import Recorder, carries_numbers
-from .symbolic import blame, check_value
+from .symbolic import blame, check_value, refuse_torchscript
 from .twin import Twin
 
 _INTERNAL = os.path.dirname(torch.__file__) + os.sep
@@ -55,6 +55,8 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pr
         CaptureError: if the model cannot be exported.
         ExampleInputsError: if the inputs do not fit the signature of ``forward``.
     """
+    for _, module in named_modules(model):
+        refuse_torchscript(module)  # torch.export would look inside, and drop what it does in training mode
     return _Exporter(model, Arguments.of(model, args, kwargs)).program()
 
 

@@ -104,6 +104,15 @@ def function_name(target: Any) -> str | None:
     return f"{module}.{target.__qualname__}"
 
 
+def refuse_torchscript(module: nn.Module) -> None:
+    """Raises CaptureError for a module that TorchScript has compiled."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"{type(module).__name__} was compiled by TorchScript, which hides what it computes. Use the "
+            f"module that it was made from."
+        )
+
+
 def _unmark(nodes: Iterable[fx.Node]) -> None:
     """Leave the mark of ``torch.fx.wrap`` on calls of Python functions alone."""
     for node in nodes:
@@ -556,11 +565,7 @@ class _Tracer(fx.Tracer):
 
         A module that forward makes itself, ``nn.Softmax(-1)(x)``, is dissolved.
         """
-        if isinstance(m, torch.jit.ScriptModule):
-            raise CaptureError(
-                f"{type(m).__name__} was compiled by TorchScript, which hides what it computes. Use the "
-                f"module that it was made from."
-            )
+        refuse_torchscript(m)
         own = self.twin.of(m)
         if own is not m:  # held by a function, say, of which the twin has no copy
             return own(*args, **kwargs)
@@ -1224,4 +1229,5 @@ def here() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}: " if frame else ""
 
 
-__all__ = ["blame", "check_value", "function_name", "is_leaf", "trace", "trace_with_shapes"]
+__all__ = ["blame", "check_value", "function_name", "is_leaf", "refuse_torchscript", "trace",
+           "trace_with_shapes"]  # fmt: skip

@@ -118,10 +118,15 @@ class Twin:
             except Exception:  # noqa: BLE001  whatever a user's class raises
                 return value
         self._made[id(value)] = new
-        state = new.__dict__
+        state, made = new.__dict__, self._made
         state.update(value.__dict__)
         for name, attribute in value.__dict__.items():
-            if type(attribute) not in _PLAIN:
+            kind = type(attribute)
+            if kind in _PLAIN:
+                continue
+            if kind in _TABLES and not attribute and id(attribute) not in made:  # a module has a dozen
+                made[id(attribute)] = state[name] = kind()
+            else:
                 state[name] = self._of(attribute)
         if isinstance(new, nn.Module):
             state.pop("_compiled_call_impl", None)  # which would run the original
@@ -192,6 +197,7 @@ _CONTAINERS: dict[type, Callable[[Twin, Any], Any]] = {
     **dict.fromkeys([dict, OrderedDict, defaultdict], Twin._mapping),
     **dict.fromkeys([list, deque, set], Twin._sequence),
 }
+_TABLES = frozenset([dict, OrderedDict])
 _HELD = frozenset([*_CONTAINERS, tuple, MethodType, FunctionType, functools.partial])
 
 

@@ -550,6 +550,8 @@ class _Interpreter(TorchDispatchMode):
         meta = self._metas.get(id(original))
         if meta is None:
             meta = self._metas[id(original)] = meta_like(original)
+            if not self.labels:
+                return meta
             axes = self.seed(name) or [None] * original.dim()
             state = State(name, tuple(meta.shape), original, axes)
             self.states[name] = state
