@@ -267,6 +267,15 @@ class Report:
         return table
 
 
+def alike_groups(groups: Iterable[Group]) -> list[list[Group]]:
+    """The groups of repeated blocks together: of the same size, and alike but for numbers in their names."""
+    alike: dict[Any, list[Group]] = {}
+    for group in groups:
+        key = (starred(group.name), group.size, len(group.members), starred(group.inexact_because))
+        alike.setdefault(key, []).append(group)
+    return list(alike.values())
+
+
 def report(graph: CouplingGraph) -> Report:
     """See :meth:`fxprune.CouplingGraph.report`."""
     costs = CostModel(graph)
@@ -288,10 +297,6 @@ def report(graph: CouplingGraph) -> Report:
     params, macs = left([])
     least_params, least_macs = left(costs.prunable)
     lone = [[group] for group in graph.groups]
-    alike: dict[Any, list[Group]] = {}
-    for group in graph.groups:
-        key = (starred(group.name), group.size, len(group.members), starred(group.inexact_because))
-        alike.setdefault(key, []).append(group)
 
     def entry(groups: list[Group]) -> GroupEntry:
         first = groups[0]
@@ -320,7 +325,7 @@ def report(graph: CouplingGraph) -> Report:
         Share(params, params - least_params),
         Share(macs, macs - least_macs),
         entries(lone),
-        entries(alike.values()),
+        entries(alike_groups(graph.groups)),
         tuple(
             FrozenEntry(
                 str(entry.axis),
@@ -399,4 +404,13 @@ def _frozen_text(entry: FrozenEntry) -> Text:
     return Text(f"{entry.axis}, {entry.size} wide: {entry.reason}{at}{source}{remedy}")
 
 
-__all__ = ["BranchEntry", "FrozenEntry", "GroupEntry", "RegionEntry", "Report", "Share", "report"]
+__all__ = [
+    "BranchEntry",
+    "FrozenEntry",
+    "GroupEntry",
+    "RegionEntry",
+    "Report",
+    "Share",
+    "alike_groups",
+    "report",
+]

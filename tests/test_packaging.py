@@ -116,8 +116,20 @@ def test_what_is_built_can_be_installed_and_prunes(tmp_path: Path) -> None:
     where = python(tmp_path, "-c", "import fxprune.passes; print(fxprune.passes.__file__)", **path)
     assert Path(where.strip()).is_relative_to(installed)
     command = ("prune", "net.py:make", "--input-shape", "1,3,8,8", "--no-latency", "--out", "net.safetensors")
-    python(tmp_path, "-m", "fxprune.cli", *command, **path)
+    python(tmp_path, "-m", "fxprune", *command, **path)
     assert (tmp_path / "net.safetensors").is_file()
+    code = (
+        "import sys, torch, net\n"
+        "model, x = net.make().eval(), torch.zeros(1, 3, 8, 8)\n"
+        "options = {'ratio': 0.5, 'inner': 'eager'}\n"
+        "torch.compile(model, backend='fxprune', options=options)(x)\n"
+        "backend = sys.modules['fxprune.backend']\n"
+        "print(backend.__file__)\n"
+        "print(*backend.state_dict(model)['0.weight'].shape)\n"
+    )
+    where, shape = python(tmp_path, "-c", code, **path).splitlines()
+    assert Path(where).is_relative_to(installed)
+    assert shape == "4 3 3 3"
 
 
 def test_importing_fxprune_does_not_import_torch() -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
 from test_files import Net
+from torchvision.models import resnet18
 
 import fxprune
 from fxprune.cli import main
@@ -46,6 +51,32 @@ class Checked(HTMLParser):
         self.texts.append(data)
 
 
+Tables = list[list[list[str]]]
+"""The texts of a page's tables, by row and cell."""
+
+
+class Cells(Checked):
+    """Collects tables, too."""
+
+    def __init__(self, text: str) -> None:
+        self.tables: Tables = []
+        super().__init__(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        super().handle_starttag(tag, attrs)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        super().handle_data(data)
+        if {"td", "th"} & {*self.open}:
+            self.tables[-1][-1][-1] += data
+
+
 @pytest.fixture(scope="module")
 def made() -> tuple[fxprune.CouplingGraph, fxprune.PruningPlan]:
     torch.manual_seed(0)
@@ -64,7 +95,9 @@ def test_a_report_says_what_the_plan_does(
         assert texts[at + 1] == f"{after:,}"
     at = texts.index("blocks.*.0.weight[0] (x3)")
     assert texts[at + 1 : at + 3] == ["12", "6"]
-    at = texts.index("blocks.1")
+    at = texts.index("blocks.* (x3)")
+    assert texts[at + 1] == ", each"
+    at += 1
     assert texts[at + 1] == f"{12 * 6 + 12 + 6 * 12 + 6:,}"
     narrow = plan.apply(Net())
     work = [
@@ -75,6 +108,120 @@ def test_a_report_says_what_the_plan_does(
     assert texts[at + 5] == f"{4 * (12 * 6 + 12 + 6 * 12 + 6):,}"
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
     assert "<script" not in text
+
+
+def test_all_figures_are_those_of_the_plan() -> None:
+    """Those of blocks add up to the whole, and each group is in a line of its own width."""
+    residual = fxprune.analyze(resnet18(num_classes=10).eval(), torch.zeros(1, 3, 32, 32))
+    attention = fxprune.analyze(vit(), torch.zeros(1, 3, 16, 16))
+    for graph in (residual, attention):
+        plan = fxprune.plan(graph, budget=fxprune.Budget(macs=0.6), importance="l1", round_to=4)
+        check_figures(Cells(report_html(graph, plan)).tables, plan)
+
+
+def test_what_functions_multiply_belongs_to_the_block_that_calls_them() -> None:
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = torch.nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.fc(x)
+            return x + (y @ y.transpose(1, 2)).softmax(-1) @ y
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 8), Block(), Block(), torch.nn.Linear(8, 2))
+    graph = fxprune.analyze(model, torch.zeros(1, 5, 3))
+    tables = Cells(report_html(graph, fxprune.plan(graph, 0.5))).tables
+    (blocks,) = [table for table in tables if table[0][0] == "block"]
+    assert [row[0] for row in blocks[1:]] == ["0", "* (x2), each", "3"]
+    assert blocks[2][4] == str(5 * 8 * 8 + 2 * 5 * 5 * 8)
+
+
+def check_figures(tables: Tables, plan: fxprune.PruningPlan) -> None:
+    """The tables of a report have the plan's figures."""
+
+    def number(text: str) -> int:
+        return int(text.replace(",", ""))
+
+    def of(first: str) -> Tables:
+        return [table for table in tables if table[0][0] == first]
+
+    (costs,) = of("")
+    assert [[number(cell) for cell in row[1:3]] for row in costs[1:]] == [*plan.counts().values()]
+    (blocks,) = of("block")
+    sums = [0] * 6
+    for row in blocks[1:]:
+        times = re.search(r"\(x(\d+)\), each", row[0])
+        cells = [number(cell) for cell in (*row[1:3], *row[4:])]
+        sums = [a + b * int(times[1] if times else 1) for a, b in zip(sums, cells, strict=True)]
+    assert [sums[:2], sums[2:4]] == [*plan.counts().values()]
+    (groups,) = of("group")
+    shown: dict[str, set[tuple[int, int]]] = {}
+    for row in groups[1:]:
+        shown.setdefault(re.sub(r" \(x\d+\)", "", row[0]), set()).add((number(row[2]), number(row[3])))
+    for narrowed in plan:
+        alike = {
+            size
+            for name, sizes in shown.items()
+            if re.fullmatch(re.escape(name).replace(r"\*", r"\d+"), narrowed.group)
+            for size in sizes
+        }
+        assert (narrowed.size, narrowed.kept) in alike, narrowed
+
+
+def vit() -> torch.nn.Module:
+    """Blocks whose names end in numbers, a parameter of the network's own."""
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(16, 8, 3, 4, 16, 32, num_classes=5).eval()
+
+
+def test_in_a_browser(tmp_path: Path) -> None:
+    """No word on the console, nothing loaded, no wider than the window, and the figures of the plan."""
+    graph = fxprune.analyze(vit(), torch.zeros(1, 3, 16, 16))
+    plan = fxprune.plan(graph, 0.5, "l1")
+    for width in (1400, 500):
+        seen, console = in_browser(report_html(graph, plan), tmp_path / "report.html", width)
+        assert console == []
+        assert seen["loaded"] == []
+        assert seen["width"] <= width
+        assert seen["title"] == "VisionTransformer, pruned"
+        check_figures(seen["tables"], plan)
+
+
+_LOOK = """
+addEventListener("load", () => {
+  const tables = [...document.querySelectorAll("table")].map(
+    table => [...table.rows].map(row => [...row.cells].map(cell => cell.innerText)));
+  const seen = {
+    tables, title: document.title, width: document.documentElement.scrollWidth,
+    loaded: performance.getEntriesByType("resource").map(entry => entry.name)};
+  document.body.innerHTML = "";
+  document.body.append("SEEN" + btoa(encodeURIComponent(JSON.stringify(seen))) + "SEEN");
+});
+"""
+
+
+def in_browser(page: str, path: Path, width: int) -> tuple[dict[str, Any], list[str]]:
+    """What a browser without a network makes of a page, and what it says on its console."""
+    from base64 import b64decode
+    from urllib.parse import unquote
+
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium on the path (apt-get install chromium)")
+    path.write_text(page.replace("</body>", f"<script>{_LOOK}</script></body>"), encoding="utf-8")
+    switches = [
+        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
+        "disable-background-networking", "disable-component-update", "proxy-server=127.0.0.1:9",
+        f"user-data-dir={path.parent / f'profile{width}'}", f"window-size={width},900",
+        "enable-logging=stderr", "dump-dom",
+    ]  # fmt: skip
+    command = [browser, *(f"--{switch}" for switch in switches), path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    said = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+    assert "SEEN" in done.stdout, said
+    return json.loads(unquote(b64decode(done.stdout.split("SEEN")[1]).decode())), said
 
 
 def test_a_report_shows_the_scores_with_the_cut() -> None:

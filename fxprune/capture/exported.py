@@ -339,6 +339,8 @@ class _Exporter:
                 new.meta = {"source": source} if (source := source_line(node)) else {}
                 if "origins" in node.meta:
                     new.meta["origins"] = node.meta["origins"]
+                if path:
+                    new.meta["module"] = path
                 env[node] = new
         return None
 

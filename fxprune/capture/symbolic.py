@@ -723,6 +723,8 @@ class _Tracer(fx.Tracer):
         if self.following is not None:
             return node
         node.meta["calls"] = tuple(self.calls)
+        if self.calls:
+            node.meta["module"] = self.calls[-1][0]
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and _is_skipped(frame.f_code.co_filename):
             frame = frame.f_back

@@ -11,7 +11,7 @@ from torch import fx
 
 from ..graph_record import record, replay
 
-_META = ("source", "origins", "region", "linked", "reason", "number", "nn_module_stack")
+_META = ("source", "origins", "region", "linked", "reason", "number", "module")
 """What of the nodes' metadata the analysis, and what follows it, look at."""
 
 

@@ -227,11 +227,7 @@ def module_of(node: fx.Node) -> str:
     """Path of the module that a node is called in, as far as known."""
     if node.op == "call_module":
         return str(node.target)
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    last: Any = list(stack.values())[-1]
-    return str(last[0] if isinstance(last, tuple) else last)
+    return str(node.meta.get("module", ""))
 
 
 def _argument(
