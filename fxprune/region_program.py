@@ -238,69 +238,113 @@ def unite(
     Raises:
         CaptureError: if a link starts or ends nowhere.
     """
-    graph = fx.Graph()
-    outputs: dict[str, Any] = {}
-    regions = []
-    modules: dict[str, nn.Module] = {}
-    extras: dict[str, torch.Tensor] = {}
-    free: dict[str, dict[int, tuple[int, ...]]] = {}
-    for link in (link for part in parts.values() for link in part.links):
-        free.setdefault(link.source, {})[link.output] = link.read
+    united = _United(parts)
     for path, part in parts.items():
-        program, root = part.program, _prefix(part.root)
-        prefix = path.replace(".", "_")
-        mapping: dict[fx.Node, fx.Node] = {}
-        placeholders = {}
-        if not {link.input for link in part.links} <= {str(n.target) for n in program.placeholders()}:
-            raise CaptureError(f"{path} has no such inputs as its links name")
-        for node in program.graph.nodes:
-            args, kwargs = map_arg((node.args, node.kwargs), mapping.__getitem__)
-            if node.op == "output":
-                outputs[path] = args[0]
-                if path in free:
-                    outputs[path] = graph.call_function(handed, (args[0],))
-                    outputs[path].meta["region"] = path
-                continue
-            target = node.target
-            if node.op == "placeholder":
-                target = f"{prefix}__{target}"
-            elif node.op in ("get_attr", "call_module"):
-                target = f"{root}{target}"
-            links = [k for k in part.links if node.op == "placeholder" and k.input == node.target]
-            name = f"{prefix}_{node.name}"
-            new = graph.create_node(
-                node.op, target, args, kwargs, f"{name}_unlinked" if links else name, node.type
-            )
-            new.meta = {**node.meta, "region": path}
-            renamed(new, partial(_within, root))
-            if node.op == "placeholder":
-                placeholders[new.name] = str(node.target)
-            if links:
-                if not {link.source for link in links} <= outputs.keys():
-                    raise CaptureError(f"{path} is linked to a region that does not come before it")
-                sources = tuple((outputs[link.source], link.output, link.leaf) for link in links)
-                new = graph.create_node("call_function", joined, (new, sources), {}, name)
-                new.meta["region"] = path
-            mapping[node] = new
-        modules.update({f"{root}{name}": module for name, module in program.modules.items()})
-        extras.update({f"{root}{name}": tensor for name, tensor in program.extras.items()})
-        fixed = part.root, part.rung, part.inputs, part.outside
-        regions.append(Region(path, *fixed, placeholders, program.skeleton, part.links))
-    outputs[""] = [graph.get_attr(name) for part in parts.values() for name in part.outside]
-    output = graph.output(outputs)
-    output.meta["linked"] = free
-    output.meta["reason"] = "the boundary of a region: the code around it is no graph"
+        united.add(path, part)
     return RegionProgram(
-        graph=graph,
-        modules=modules,
+        graph=united.finished(),
+        modules=united.modules,
         tensors=dict(named_tensors(model)),
         skeleton=skeleton,
-        extras=extras,
+        extras=united.extras,
         notes=tuple(f"in {path}, {note}" for path, part in parts.items() for note in part.program.notes),
         refused=refused,
         model=model,
-        regions=tuple(regions),
+        regions=tuple(united.regions),
     )
+
+
+class _United:
+    """The graphs of several submodules, one after the other in one.
+
+    Attributes:
+        modules: the leaf modules of all, by the path in the whole model.
+        extras: the constants of all, by the same.
+        regions: what was added.
+    """
+
+    def __init__(self, parts: Mapping[str, CapturedRegion]) -> None:
+        self.parts = parts
+        self.modules: dict[str, nn.Module] = {}
+        self.extras: dict[str, torch.Tensor] = {}
+        self.regions: list[Region] = []
+        self._graph = fx.Graph()
+        self._outputs: dict[str, Any] = {}
+        self._read: dict[str, dict[int, tuple[int, ...]]] = {}  # by region and output
+        for link in (link for part in parts.values() for link in part.links):
+            self._read.setdefault(link.source, {})[link.output] = link.read
+
+    def add(self, path: str, part: CapturedRegion) -> None:
+        """Copy the graph of the submodule at ``path``."""
+        program, root = part.program, _prefix(part.root)
+        if not {link.input for link in part.links} <= {str(n.target) for n in program.placeholders()}:
+            raise CaptureError(f"{path} has no such inputs as its links name")
+        mapping: dict[fx.Node, fx.Node] = {}
+        placeholders = {}
+        for node in program.graph.nodes:
+            if node.op == "output":
+                self._outputs[path] = self._returned(path, map_arg(node.args[0], mapping.__getitem__))
+                continue
+            new = self._copied(path, part, node, mapping)
+            if node.op == "placeholder":
+                placeholders[new.name] = str(node.target)
+                new = self._linked(path, part, node, new)
+            mapping[node] = new
+        self.modules.update({f"{root}{name}": module for name, module in program.modules.items()})
+        self.extras.update({f"{root}{name}": tensor for name, tensor in program.extras.items()})
+        fixed = part.root, part.rung, part.inputs, part.outside
+        self.regions.append(Region(path, *fixed, placeholders, program.skeleton, part.links))
+
+    def finished(self) -> fx.Graph:
+        """The graph, with what all regions return."""
+        outside = [name for part in self.parts.values() for name in part.outside]
+        self._outputs[""] = [self._graph.get_attr(name) for name in outside]
+        output = self._graph.output(self._outputs)
+        output.meta["linked"] = self._read
+        output.meta["reason"] = "the boundary of a region: the code around it is no graph"
+        return self._graph
+
+    def _copied(
+        self, path: str, part: CapturedRegion, node: fx.Node, mapping: Mapping[fx.Node, fx.Node]
+    ) -> fx.Node:
+        """A copy of a node, with names that are those of the whole model."""
+        prefix, root, target = path.replace(".", "_"), _prefix(part.root), node.target
+        if node.op == "placeholder":
+            target = f"{prefix}__{target}"
+        elif node.op in ("get_attr", "call_module"):
+            target = f"{root}{target}"
+        args, kwargs = map_arg((node.args, node.kwargs), mapping.__getitem__)
+        name = f"{prefix}_{node.name}{'_unlinked' if _links(part, node) else ''}"
+        new = self._graph.create_node(node.op, target, args, kwargs, name, node.type)
+        new.meta = {**node.meta, "region": path}
+        renamed(new, partial(_within, root))
+        return new
+
+    def _linked(self, path: str, part: CapturedRegion, node: fx.Node, new: fx.Node) -> fx.Node:
+        """An input of a region, joined with what earlier ones hand to it; ``new`` is the copy of ``node``."""
+        links = _links(part, node)
+        if not links:
+            return new
+        if not {link.source for link in links} <= self._outputs.keys():
+            raise CaptureError(f"{path} is linked to a region that does not come before it")
+        sources = tuple((self._outputs[link.source], link.output, link.leaf) for link in links)
+        name = f"{path.replace('.', '_')}_{node.name}"
+        new = self._graph.create_node("call_function", joined, (new, sources), {}, name)
+        new.meta["region"] = path
+        return new
+
+    def _returned(self, path: str, results: Any) -> Any:
+        """What a region returns; where others read it, by a node of its own."""
+        if path not in self._read:
+            return results
+        node = self._graph.call_function(handed, (results,))
+        node.meta["region"] = path
+        return node
+
+
+def _links(part: CapturedRegion, node: fx.Node) -> list[RegionLink]:
+    """The links that end at an input of a region."""
+    return [link for link in part.links if node.op == "placeholder" and link.input == node.target]
 
 
 def _within(prefix: str, path: str) -> str:

@@ -249,51 +249,21 @@ def _collect(
     cells: Cells,
 ) -> tuple[Group, ...]:
     """Join balanced sets that share member axes into groups."""
-    together: dict[int, list[BalancedSet]] = defaultdict(list)
-    for atoms, number in zip(balanced_sets, _share_axes(balanced_sets, signature), strict=True):
-        together[number].append(tuple(sorted(atoms, key=lambda atom: int(order[atom[0]]))))
-    components = []
-    for own in together.values():
-        units = np.concatenate([atom for atoms in own for atom in atoms])
-        units = units[np.argsort(order[units], kind="stable")]
-        own.sort(key=lambda atoms: int(order[atoms[0][0]]))
-        components.append((units, own))
-    components.sort(key=lambda item: int(order[item[0][0]]))
+    components = _components(balanced_sets, signature, order)
     group_of = np.full(roots.size, len(components))  # the last stands for none
     position = np.full(roots.size, -1, dtype=np.int64)
     for number, (units, _) in enumerate(components):
         group_of[units] = number
         position[units] = np.arange(units.size)
-    axes: dict[int, list[tuple[State, int]]] = defaultdict(list)
-    touched: dict[int, list[int]] = {}
-    for state in states:
-        for dim, label in enumerate(state.axes):
-            if label is not None:
-                if id(label.ids) not in touched:
-                    classes = roots[label.ids].ravel()
-                    classes = cells.ancestors(classes) if cells.cells.size else classes
-                    numbers = _distinct(group_of[classes], len(components) + 1)
-                    touched[id(label.ids)] = numbers.tolist()
-                for number in touched[id(label.ids)]:
-                    axes[number].append((state, dim))
+    axes = _axes_of_groups(states, roots, cells, group_of, len(components))
 
     def build(number: int) -> Any:
         def inside(classes: Ids) -> Ids:
             return np.where(group_of[classes] == number, position[classes], -1)
 
         def members(group: Group) -> tuple[Member, ...]:
-            found = []
-            for state, dim in axes[number]:
-                label = state.axes[dim]
-                assert label is not None
-                assert state.tensor is not None
-                classes = roots[label.ids]
-                units = cells.look_up(classes, inside)
-                axis, learnt = Axis(state.name, dim), trainable[state.name]
-                masked = learnt and label.zero
-                acts = tuple(uses.by_axis.get(axis, ()))
-                found.append(Member(axis, state.tensor, label.over, units, learnt, masked, acts))
-            return tuple(found)
+            return tuple(_member(state, dim, cells.look_up, inside, trainable, roots, uses)
+                         for state, dim in axes[number])  # fmt: skip
 
         return members
 
@@ -311,6 +281,61 @@ def _collect(
         because = f"{event.reason} at {event.at}" if event is not None else ""
         groups.append(Group(name, units, balance, event is None, because, build(number), find_rows))
     return tuple(groups)
+
+
+def _components(
+    balanced_sets: Sequence[BalancedSet], signature: Any, order: Ids
+) -> list[tuple[Ids, list[BalancedSet]]]:
+    """For each group its units and its balanced sets, both in the order of the state dict."""
+    together: dict[int, list[BalancedSet]] = defaultdict(list)
+    for atoms, number in zip(balanced_sets, _share_axes(balanced_sets, signature), strict=True):
+        together[number].append(tuple(sorted(atoms, key=lambda atom: int(order[atom[0]]))))
+    components = []
+    for own in together.values():
+        units = np.concatenate([atom for atoms in own for atom in atoms])
+        units = units[np.argsort(order[units], kind="stable")]
+        own.sort(key=lambda atoms: int(order[atoms[0][0]]))
+        components.append((units, own))
+    components.sort(key=lambda item: int(order[item[0][0]]))
+    return components
+
+
+def _axes_of_groups(
+    states: Sequence[State], roots: Ids, cells: Cells, group_of: Ids, count: int
+) -> Mapping[int, list[tuple[State, int]]]:
+    """For each group, by number, the axes that hold units of it; ``group_of`` gives ``count`` for none."""
+    axes: dict[int, list[tuple[State, int]]] = defaultdict(list)
+    touched: dict[int, list[int]] = {}
+    for state in states:
+        for dim, label in enumerate(state.axes):
+            if label is None:
+                continue
+            if id(label.ids) not in touched:
+                classes = roots[label.ids].ravel()
+                classes = cells.ancestors(classes) if cells.cells.size else classes
+                touched[id(label.ids)] = _distinct(group_of[classes], count + 1).tolist()
+            for number in touched[id(label.ids)]:
+                axes[number].append((state, dim))
+    return axes
+
+
+def _member(
+    state: State,
+    dim: int,
+    look_up: Callable[[Ids, Callable[[Ids], Ids]], Ids],
+    inside: Callable[[Ids], Ids],
+    trainable: Mapping[str, bool],
+    roots: Ids,
+    uses: Uses,
+) -> Member:
+    """The member of a group that one of its axes is; ``inside`` gives positions in the group, -1 outside."""
+    label, tensor = state.axes[dim], state.tensor
+    assert label is not None
+    assert tensor is not None
+    units = look_up(roots[label.ids], inside)
+    axis, learnt = Axis(state.name, dim), trainable[state.name]
+    acts = tuple(uses.by_axis.get(axis, ()))
+    return Member(axis, tensor, label.over, units, learnt, learnt and label.zero, acts)
 
 
 def _share_axes(balanced_sets: Sequence[BalancedSet], signature: Any) -> list[int]:

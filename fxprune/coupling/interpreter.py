@@ -409,47 +409,58 @@ class _Interpreter(TorchDispatchMode):
         return None if isinstance(tensor, torch.nn.Parameter) else tensor
 
     def _call(self, path: str, args: Any, kwargs: Any) -> Any:
-        """Run a leaf module; one with a rule of its own is not followed inside, a plain one need not run."""
+        """Run a leaf module, as its kind asks for."""
         original = self.program.modules[path]
+        run = _BY_KIND.get(type(original))
+        if run is None:
+            run = _Interpreter._plain if leaf_for(original) is None else _Interpreter._leaf
+        return run(self, path, original, args, kwargs)
+
+    def _packed(self, path: str, pack: Any, args: Any, kwargs: Any) -> Any:
+        self.coupler.depends_on_sizes()  # an object in it holds this run's tensors
+        packed = pack(*args, **kwargs)
+        self._packs[id(packed)] = pack
+        return packed
+
+    def _applied(self, path: str, apply: Any, args: Any, kwargs: Any) -> Any:
+        self.coupler.depends_on_sizes()
+        return self._run_module(path, apply, args, kwargs)
+
+    def _plain(self, path: str, original: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        """A module without an entry in the registry; of PyTorch's own most need not run."""
+
+        def tensor(name: str) -> torch.Tensor:
+            return self._tensor(f"{path}.{name}")
+
+        result = call_plain(original, args, kwargs, tensor, self._aten)
+        return self._run_module(path, original, args, kwargs) if result is None else result
+
+    def _leaf(self, path: str, original: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        """A registered module; where it has a rule of its own, nothing inside of it is followed."""
+        self.coupler.depends_on_sizes()  # nobody knows what it does with sizes
         leaf = leaf_for(original)
-        if isinstance(original, Pack):
-            self.coupler.depends_on_sizes()  # an object in it holds this run's tensors
-            packed = original(*args, **kwargs)
-            self._packs[id(packed)] = original
-            return packed
-        if isinstance(original, Fill):
-            return self._filled(original, *args)
-        if isinstance(original, Apply):
-            self.coupler.depends_on_sizes()
-        if leaf is None:
-
-            def tensor(name: str) -> torch.Tensor:
-                return self._tensor(f"{path}.{name}")
-
-            result = call_plain(original, args, kwargs, tensor, self._aten)
-            if result is not None:
-                return result
-        else:
-            self.coupler.depends_on_sizes()  # nobody knows what it does with sizes
-        if path not in self._modules:
-            self._modules[path] = self._module(path)
-        module = self._modules[path]
         if leaf is None or leaf.couple is None:
-            names = list(computed_tensors(original))
-            if not names:
-                # A pass may put one of ours in place of PyTorch's, and both have to dissolve alike.
-                own = type(original).__module__.startswith(("torch.nn.", "fxprune.nn"))
-                with self, _AsCalled() if own else contextlib.nullcontext():
-                    return module(*args, **kwargs)
-            self.coupler.remedy = f"remove the parametrization of {path}.{names[0]} before pruning"
-            with self, _Whole(self._aten):
-                result = module(*args, **kwargs)
-            self.coupler.remedy = ""
-            return result
-        return self._registered(module, original, args, kwargs)
+            return self._run_module(path, original, args, kwargs)
+        return self._registered(self._module(path), original, args, kwargs)
 
-    def _filled(self, fill: Fill, narrow: Any, *places: torch.Tensor) -> Any:
+    def _run_module(self, path: str, original: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        """Run the copy on meta of a module, and follow what it calls."""
+        module = self._module(path)
+        names = list(computed_tensors(original))
+        if not names:
+            # A pass may put one of ours in place of PyTorch's, and both have to dissolve alike.
+            own = type(original).__module__.startswith(("torch.nn.", "fxprune.nn"))
+            with self, _AsCalled() if own else contextlib.nullcontext():
+                return module(*args, **kwargs)
+        self.coupler.remedy = f"remove the parametrization of {path}.{names[0]} before pruning"
+        with self, _Whole(self._aten):
+            result = module(*args, **kwargs)
+        self.coupler.remedy = ""
+        return result
+
+    def _filled(self, path: str, fill: Any, args: Any, kwargs: Any) -> Any:
         """What holds zeros in place of entries, which may go where the masked original's are zero, too."""
+        narrow, *places = args
         if not isinstance(narrow, torch.Tensor):  # a number in a tree that was named as a whole
             return narrow
         self.coupler.depends_on_sizes()
@@ -573,6 +584,9 @@ class _Interpreter(TorchDispatchMode):
             self.coupler.adopt(value, 1, np.repeat(cells, rows // groups, axis=0), (0,))
 
     def _module(self, path: str) -> torch.nn.Module:
+        """The copy of a leaf module on meta, one for all of its calls."""
+        if path in self._modules:
+            return self._modules[path]
         module = self.program.modules[path]
         # What a registered module keeps in dicts and lists must not see meta tensors.
         share = leaf_for(module) is None
@@ -581,6 +595,7 @@ class _Interpreter(TorchDispatchMode):
             leaf = leaf_for(inner)
             if leaf is not None and leaf.couple is not None and not leaf.runs:
                 inner.__dict__["forward"] = partial(self._inside, inner, module.get_submodule(name))
+        self._modules[path] = copy
         return copy
 
     def _inside(self, module: torch.nn.Module, original: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -588,6 +603,14 @@ class _Interpreter(TorchDispatchMode):
         self.coupler.depends_on_sizes()
         with _disable_current_modes():
             return self._registered(module, original, args, kwargs)
+
+
+_BY_KIND: Mapping[type, Callable[[_Interpreter, str, Any, Any, Any], Any]] = {
+    Pack: _Interpreter._packed,
+    Fill: _Interpreter._filled,
+    Apply: _Interpreter._applied,
+}
+"""How the modules that capturing inserts are run."""
 
 
 class _Whole(TorchFunctionMode):

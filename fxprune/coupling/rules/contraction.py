@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from ...convolution import Convolution
 from ..coupler import Coupler, ZeroRule
 from ..registry import rule
-from ..units import Ids, Label, Value
+from ..units import Axis, Ids, Label, Value
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -166,6 +166,23 @@ def _first(c: Coupler, x: Value) -> list[Label | None]:
     return labels
 
 
+@dataclass(frozen=True)
+class _InputGroups:
+    """The input channels of a grouped convolution.
+
+    Attributes:
+        cells: their units, ``(groups, channels of a group)``; zeros where none can go.
+        rows: a unit for each group.
+        axis: where they are from.
+        whole: whether a group goes only as a whole, with all that it computes.
+    """
+
+    cells: Ids
+    rows: Ids
+    axis: Axis
+    whole: bool
+
+
 def _grouped(
     c: Coupler,
     x: Value,
@@ -180,75 +197,79 @@ def _grouped(
     own columns, so the in-group axis of the weight is labelled over the grouped axis. Where all groups have
     the same units, they are a batch: each has a kernel of its own that is computed (a cross-correlation).
     """
-    groups, into, outof = how.groups, how.inner, how.outer
-    n_in, n_out = x.shape[1] // groups, out.shape[1] // groups
+    n_in, n_out = x.shape[1] // how.groups, out.shape[1] // how.groups
     batch, channels = _first(c, x)
-    fixed_input = channels is None
-    single = c.is_one_cell(n_out) or (c.is_one_cell(n_in) and not fixed_input)
     if channels is not None and channels.over:
         channels = c.tie(channels, [0])
-    if channels is None:
-        ids: Ids = np.zeros((groups, n_in), dtype=np.int64)
-        rows = ids[:, 0]
-        axis = c.here(1)
+    inputs = _input_groups(c, x, weight, channels, how.groups, n_out)
+    if inputs.whole:  # an output channel lives and dies with its group
+        outputs = np.repeat(inputs.rows[:, None], n_out, axis=1)
     else:
-        ids, axis = channels.ids.reshape(groups, n_in), channels.axis
-        roots = c.units.find(ids)
-        if single and n_in > 1 and weight.state is None and (roots == roots[:1]).all():
-            single = False
-        if single:
-            c.produces(weight, 0)
-            c.consumes(weight, 0, x, 1)
-            c.merge(ids[:, :1], ids, axis, axis)
-            rows = ids[:, 0]
-        else:
-            rows = c.units.fresh(groups)
-            c.rectangle(rows, ids)
-    # The weight's grouped axis: output channels, or input channels when transposed.
-    grouped_in = into == 0
-    if single:  # an output channel lives and dies with its group
-        cells = np.repeat(rows[:, None], n_out, axis=1)
-    else:
-        cells = _open_cells(c, weight, outof, groups, n_out, n_in, grouped_in)
-    if not single:
-        c.rectangle(rows, cells)
-    inner, inner_cells, repeats = (outof, cells, n_in) if grouped_in else (into, ids, n_out)
-    outer_flat = (ids if grouped_in else cells).reshape(-1)
-    outer = into if grouped_in else outof
-    c.unify(
-        [
-            (_column(weight, outer), "c"),
-            (Value((outer_flat.size,), [Label(outer_flat, (), axis, True)]), "c"),
-        ],
-        "",
-    )
-    if weight.shape[inner] > 1:
-        per_index = np.repeat(inner_cells, repeats, axis=0)
-        if single:
-            c.freeze_dim(weight, inner, "goes with its group of the convolution as a whole")
-        elif weight.is_open(inner):
-            c.adopt(weight, inner, per_index, (outer,), axis)
-        else:
-            label = weight.label(inner)
-            if label is not None:
-                across = weight.label(outer)
-                if label.over == (outer,) and across is not None and not across.over and c.is_row(across):
-                    c.multiply(label.ids, across.ids[:, None], per_index, axis)
-                else:
-                    c.merge(per_index, label.ids if label.over else label.ids[None], axis, label.axis)
-            else:
-                c.freeze(Label(inner_cells.reshape(-1), (), axis), "meets a weight that cannot be narrowed")
-    flat = Label(cells.reshape(-1), (), axis, True)
-    labels: list[Label | None] = [batch, flat]
+        outputs = _open_cells(c, weight, how.outer, how.groups, n_out, n_in, how.inner == 0)
+        c.rectangle(inputs.rows, outputs)
+    _couple_grouped_weight(c, weight, how, inputs, outputs)
+    flat = Label(outputs.reshape(-1), (), inputs.axis, True)
     zero = True
     if bias is not None:
         c.unify([(bias, "c"), (Value((flat.ids.size,), [flat]), "c")], "")
         zero = bias.is_zero(0)
-    if not (flat.ids != 0).any():
-        labels[1] = None
+    given = Label(flat.ids, (), inputs.axis, zero) if (flat.ids != 0).any() else None
+    c.put(out, [batch, given, *[None] * (out.dim() - 2)])
+
+
+def _input_groups(
+    c: Coupler, x: Value, weight: Value, channels: Label | None, groups: int, n_out: int
+) -> _InputGroups:
+    """Rows and columns of the input ``x``; ``n_out`` are the output channels of a group."""
+    n_in = x.shape[1] // groups
+    if channels is None:
+        cells: Ids = np.zeros((groups, n_in), dtype=np.int64)
+        return _InputGroups(cells, cells[:, 0], c.here(1), c.is_one_cell(n_out))
+    cells, axis = channels.ids.reshape(groups, n_in), channels.axis
+    whole = c.is_one_cell(n_out) or c.is_one_cell(n_in)
+    roots = c.units.find(cells)
+    if whole and n_in > 1 and weight.state is None and (roots == roots[:1]).all():
+        whole = False
+    if whole:
+        c.produces(weight, 0)
+        c.consumes(weight, 0, x, 1)
+        c.merge(cells[:, :1], cells, axis, axis)
+        return _InputGroups(cells, cells[:, 0], axis, True)
+    rows = c.units.fresh(groups)
+    c.rectangle(rows, cells)
+    return _InputGroups(cells, rows, axis, False)
+
+
+def _couple_grouped_weight(
+    c: Coupler, weight: Value, how: Convolution, inputs: _InputGroups, outputs: Ids
+) -> None:
+    """Couple both channel axes of a weight: one lies in groups, the other holds the channels of each group.
+
+    In groups are the output channels, or the input channels when transposed.
+    """
+    axis = inputs.axis
+    if how.inner == 0:
+        across, within, cells, grouped = how.inner, how.outer, outputs, inputs.cells
     else:
-        labels[1] = Label(flat.ids, (), axis, zero)
-    c.put(out, [*labels, *[None] * (out.dim() - 2)])
+        across, within, cells, grouped = how.outer, how.inner, inputs.cells, outputs
+    along = Value((grouped.size,), [Label(grouped.reshape(-1), (), axis, True)])
+    c.unify([(_column(weight, across), "c"), (along, "c")], "")
+    if weight.shape[within] == 1:
+        return
+    per_index = np.repeat(cells, grouped.shape[1], axis=0)
+    if inputs.whole:
+        c.freeze_dim(weight, within, "goes with its group of the convolution as a whole")
+        return
+    if weight.is_open(within):
+        c.adopt(weight, within, per_index, (across,), axis)
+        return
+    label, rows = weight.label(within), weight.label(across)
+    if label is None:
+        c.freeze(Label(cells.reshape(-1), (), axis), "meets a weight that cannot be narrowed")
+    elif label.over == (across,) and rows is not None and not rows.over and c.is_row(rows):
+        c.multiply(label.ids, rows.ids[:, None], per_index, axis)
+    else:
+        c.merge(per_index, label.ids if label.over else label.ids[None], axis, label.axis)
 
 
 def _column(weight: Value, dim: int) -> Value:
