@@ -220,8 +220,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is not a file of plain tensors, and fxprune runs no code from checkpoints "
-            f"({first_line(error)}); save one with torch.save(model.state_dict(), ...) or safetensors"
+            f"{path} is not a file of plain tensors, or is damaged; fxprune runs no code from checkpoints. "
+            "Save one with torch.save(model.state_dict(), ...) or safetensors"
         ) from error
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
         raise CheckpointError(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
+import io
+import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import FxpruneError, VerificationError
 from . import after, prune
@@ -44,7 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exception: any error as it is, with ``--debug``.
     """
     parser = _parser()
-    options = parser.parse_args(argv)
+    options, rest = parser.parse_known_args(argv)
+    if rest:
+        close = difflib.get_close_matches(rest[0], _flags(parser, options.command), n=1)
+        nearest = f"; did you mean {close[0]}?" if close else ""
+        parser.prog += f" {options.command}" if options.command else ""
+        parser.error(f"{parser.prog} does not take {' '.join(rest)}{nearest}")
     if options.command is None:
         parser.print_help()
         return 0
@@ -74,6 +83,17 @@ class _WholeNames(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{**options, "allow_abbrev": False})
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line, and where there is more, in place of a page of options."""
+        self.exit(2, f"error: {message} ({self.prog} --help says more)\n")
+
+
+def _flags(parser: argparse.ArgumentParser, command: str | None) -> list[str]:
+    """The long options of a command."""
+    with contextlib.redirect_stdout(io.StringIO()) as usage, contextlib.suppress(SystemExit):
+        parser.parse_args([*([command] if command else []), "--help"])
+    return sorted({*re.findall(r"--[a-z][a-z-]*", usage.getvalue())})
 
 
 def _parser() -> argparse.ArgumentParser:

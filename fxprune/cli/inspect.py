@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from typing import TYPE_CHECKING
 
-from .options import add_source, fill_outputs
+from .options import add_output, add_source, fill_outputs
 
 if TYPE_CHECKING:
     _SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -39,8 +37,7 @@ def add_inspect_parser(commands: _SubParsers) -> None:
     add_source(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--all", action="store_true", help="every group and axis in a line of its own")
-    output.add_argument("--json", action="store_true", help="plain data in place of tables")
-    output.add_argument("--debug", action="store_true", help="show the full traceback of an error")
+    add_output(output)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -52,12 +49,20 @@ def run(options: argparse.Namespace) -> int:
     import fxprune
 
     from .loading import load_source
+    from .progress import Progress, show
 
-    loaded = load_source(options)
-    graph = fxprune.analyze(
-        loaded.model, loaded.inputs, free_outputs=options.free_output, fill_outputs=fill_outputs(options)
-    )
-    report = graph.report()
-    text = json.dumps(report.as_dict(), indent=2) if options.json else report.text(all=options.all)
-    sys.stdout.write(f"{text}\n")
+    progress = Progress(options.quiet)
+    with progress.step("load") as say:
+        loaded = load_source(options)
+        say(options.model)
+    with progress.step("analyse") as say:
+        graph = fxprune.analyze(
+            loaded.model, loaded.inputs, free_outputs=options.free_output, fill_outputs=fill_outputs(options)
+        )
+        report = graph.report()
+        say("done")
+    if options.json:
+        show(report.as_dict())
+    else:
+        progress.out(report.text(all=options.all))
     return 0

@@ -11,7 +11,7 @@ import itertools
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,8 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ExampleInputsError, ModelSpecError
+from .. import importance
+from ..errors import ExampleInputsError, FxpruneError, ModelSpecError
 from ..files import few, first_line, load_checkpoint, read_tensors
+from ..importance.calibration import kind as kind_of
+from ..importance.calibration import run
 
 __all__ = ["Loaded", "load", "load_data", "load_source", "parse_shape"]
 
@@ -338,13 +341,53 @@ def _dummy_inputs(model: nn.Module) -> Any:
     return None
 
 
-def load_data(spec: str) -> Any:
+def load_criterion(spec: str | None, data: Any) -> Any:
+    """A criterion by name, with the data that it needs, or what ``package.module:name`` is.
+
+    Raises:
+        ModelSpecError: there is no such criterion.
+    """
+    if spec is None or ":" not in spec:
+        found = {"activation": importance.Activation, "wanda": importance.Wanda}.get(spec or "")
+        return spec if found is None else found(data)
+    kind, _, name = spec.rpartition(":")
+    target = _target(_import(kind), kind, name)
+    if isinstance(target, importance.Criterion) or (callable(target) and _required(target)):
+        return target
+    return _call(target, spec, "give a criterion")
+
+
+def load_data(spec: str, loaded: Loaded) -> Any:
     """Inputs for calibration, from a file of tensors or from ``package.module:loader``.
+
+    Args:
+        spec: the file or the loader.
+        loaded: the model, which is run on the first batch.
 
     Raises:
         CheckpointError: a file that cannot be read, or holds no tensors.
-        ModelSpecError: there is no such loader.
+        ModelSpecError: there is no such loader, or the model does not take what it gives.
     """
+    data = _data(spec)
+    if not isinstance(data, Iterable) or isinstance(data, (Tensor, dict, str)):
+        raise ModelSpecError(
+            f"{spec} gave a value of type {type(data).__name__}; it should be a list of batches, a data "
+            "loader, or a function without arguments that returns one"
+        )
+    batch = next(iter(data), None) if not isinstance(data, Iterator) else None
+    if batch is not None:
+        try:
+            with torch.no_grad():
+                run(loaded.model, batch)
+        except (FxpruneError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ModelSpecError(
+                f"the model does not take the first batch that --calibrate {spec} gives, a {kind_of(batch)}: "
+                f"{type(error).__name__}: {first_line(error)}"
+            ) from error
+    return data
+
+
+def _data(spec: str) -> Any:
     path = Path(spec)
     if path.suffix in (".pt", ".pth", ".safetensors"):
         found = [tensor for tensor in read_tensors(path).values() if tensor.dim()]
@@ -368,8 +411,8 @@ def _factory_model(module: ModuleType, module_name: str, path: str) -> tuple[nn.
     model = target if isinstance(target, nn.Module) else _call(target, spec, "make a model")
     if not isinstance(model, nn.Module):
         raise ModelSpecError(
-            f"{spec} gave a {type(model).__name__}, not a torch.nn.Module; name a function without arguments "
-            "that returns a module, a module class, or a module"
+            f"{spec} gave a value of type {type(model).__name__}, not a torch.nn.Module; name a function "
+            "without arguments that returns a module, a module class, or a module"
         )
     inputs = getattr(module, "example_inputs", None)
     if inputs is not None and callable(inputs):
@@ -439,18 +482,21 @@ def _import(name: str) -> ModuleType:
         ) from error
 
 
+def _required(function: Callable[..., Any]) -> list[str]:
+    """The arguments that a function cannot be called without."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some builtins have no signature
+        return []
+    return [
+        p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+
+
 def _call(target: Any, spec: str, purpose: str) -> Any:
     if not callable(target):
         raise ModelSpecError(f"{spec} is a {type(target).__name__}, which cannot {purpose}; name a function")
-    try:
-        required = [
-            p.name
-            for p in inspect.signature(target).parameters.values()
-            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        ]
-    except (TypeError, ValueError):  # some builtins have no signature
-        required = []
-    if required:
+    if required := _required(target):
         raise ModelSpecError(
             f"{spec} needs arguments ({', '.join(required)}), and fxprune calls it without any; name a "
             "function without required arguments"

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from pathlib import Path
 
 CRITERIA = ("l1", "l2", "random", "bn_scale", "lamp", "fpgm", "synflow")
 """Criteria that need nothing but weights; a test compares this with ``fxprune.importance.BUILT_IN``."""
+
+WITH_DATA = ("activation", "wanda")
+"""Criteria that need inputs, which ``--calibrate`` gives."""
+
+WITH_LOSS = ("taylor", "fisher", "hessian", "kfac", "snip")
+"""Criteria that need a loss, too, and so a line of Python."""
 
 BUDGETS = (
     ("--params", "KEEP", "budget: parameters to keep, a share such as 0.5 or a number such as 5e6"),
@@ -166,9 +173,11 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     )
     pruning.add_argument(
         "--importance",
-        choices=CRITERIA,
-        help="which units go first: those whose weights have the smallest norm (l2), or by another criterion "
-        "that needs no data (default: l2; with --calibrate what its data say)",
+        metavar="CRITERION",
+        type=_criterion,
+        help=f"which units go first: those with the least by {', '.join(CRITERIA)}, with --calibrate also "
+        f"by {', '.join(WITH_DATA)}, or by any criterion of fxprune.importance or function of a group: "
+        "package.module:name or file.py:name (default: l2; with --calibrate what its data say)",
     )
     pruning.add_argument(
         "--exact-only",
@@ -181,6 +190,35 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         help="inputs without labels, by which units are chosen and the layers that are left make up for what "
         "went: FILE.pt or FILE.safetensors with a tensor of inputs, or package.module:loader",
     )
+
+
+def _criterion(text: str) -> str:
+    """The name of a criterion, or where it is found."""
+    if ":" in text or text in (*CRITERIA, *WITH_DATA):
+        return text
+    if text in WITH_LOSS:
+        raise argparse.ArgumentTypeError(
+            f"{text} needs a loss: write a file.py with criterion = fxprune.importance.NAME(loss, batches), "
+            "and give file.py:criterion"
+        )
+    close = difflib.get_close_matches(text, (*CRITERIA, *WITH_DATA, *WITH_LOSS), n=1)
+    nearest = f"; did you mean {close[0]}?" if close else ""
+    known = ", ".join((*CRITERIA, *WITH_DATA))
+    raise argparse.ArgumentTypeError(
+        f"there is no criterion {text!r}, but {known}, package.module:name and file.py:name{nearest}"
+    )
+
+
+def given(options: argparse.Namespace) -> list[str]:
+    """The options that say what to remove, as far as they are not left at what they are without."""
+    parser = argparse.ArgumentParser()
+    add_selection(parser)
+    flags = {
+        name: f"--{getattr(options, name) if name == 'scope' else name.replace('_', '-')}"
+        for name, value in vars(parser.parse_args([])).items()
+        if getattr(options, name) != value
+    }
+    return list(flags.values())
 
 
 def add_results(parser: argparse.ArgumentParser, what: str) -> argparse._ArgumentGroup:

@@ -7,7 +7,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import BUDGETS, add_results, add_selection, add_source, fill_outputs
+from .options import BUDGETS, WITH_DATA, add_results, add_selection, add_source, fill_outputs
+from .options import given as given_options
 
 if TYPE_CHECKING:
     from ..planning.plan import PruningPlan
@@ -133,7 +134,7 @@ def run_prune(options: argparse.Namespace) -> int:
     """
     import fxprune
 
-    from ..errors import RatioError
+    from ..errors import RatioError, SelectionError
     from ..exporting import check_whole
     from ..files import check_output
     from ..origins import plans_of
@@ -147,6 +148,11 @@ def run_prune(options: argparse.Namespace) -> int:
             raise RatioError(
                 f"--{name} {share:g} is out of range: it is a share, 0 <= {name} < 1, such as {what}"
             )
+    others = [flag for flag in given_options(options) if flag != "--lossless"]
+    if options.lossless and others:
+        raise SelectionError(f"--lossless decides alone what goes; leave out {' and '.join(others)}")
+    if options.importance in WITH_DATA and not options.calibrate:
+        raise SelectionError(f"--importance {options.importance} needs inputs: add --calibrate DATA")
     names = [flag.strip("-").replace("-", "_") for flag, _, _ in BUDGETS]
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     budget = fxprune.Budget(**given, compiled=options.compiled) if given else None
@@ -181,7 +187,7 @@ def run_prune(options: argparse.Namespace) -> int:
             say("\n".join(["channels that do no work", *plan.notes]))
     else:
         pruned = None
-        plan, selection = _planned(options, progress, graph, given, budget)
+        plan, selection = _planned(options, progress, loaded, graph, given, budget)
     wanted = bool(options.ratio != 0 or options.heads or options.branch)
     if options.report is not None:
         with progress.step("report") as say:
@@ -200,16 +206,22 @@ def run_prune(options: argparse.Namespace) -> int:
 
 
 def _planned(
-    options: argparse.Namespace, progress: Progress, graph: Any, given: dict[str, float], budget: Any
+    options: argparse.Namespace,
+    progress: Progress,
+    loaded: Loaded,
+    graph: Any,
+    given: dict[str, float],
+    budget: Any,
 ) -> tuple[PruningPlan, Any]:
     """The plan that the options ask for, and the selection that they are."""
     import fxprune
 
-    from .loading import load_data
+    from .loading import load_criterion, load_data
 
+    data = load_data(options.calibrate, loaded) if options.calibrate else None
     selection = fxprune.Selection(
         options.ratio,
-        options.importance or ("auto" if options.calibrate else "l2"),
+        load_criterion(options.importance, data) or ("auto" if options.calibrate else "l2"),
         _is_exact if options.exact_only else None,
         options.seed,
         scope=options.scope,
@@ -221,7 +233,7 @@ def _planned(
         branches=options.branch,
         depth="auto" if options.depth is None else options.depth,
         into=options.into,
-        calibrate=load_data(options.calibrate) if options.calibrate else None,
+        calibrate=data,
     )
     with progress.step("plan") as say:
         plan = fxprune.plan(graph, selection)
@@ -297,7 +309,9 @@ def _carry_out(
     if wanted and not removed:
         progress.note(
             "note",
-            "nothing was removed: every group is frozen, left out, or too small for this ratio "
+            "nothing was removed: no channel is known to do no work"
+            if getattr(options, "lossless", False)
+            else "nothing was removed: every group is frozen, left out, or too small for this ratio "
             f"(fxprune inspect {options.model} says what is frozen and why)",
         )
     if options.no_verify:
