@@ -76,7 +76,9 @@ class OperatorCalls:
 class _Following:
     """Holds the calls of a run against those of another one, ``made``."""
 
-    def __init__(self, made: Sequence[tuple[fx.Node | None, Any, Any]], idle: Callable[[], Mask]) -> None:
+    def __init__(
+        self, made: Sequence[tuple[fx.Node | None, Any, Any]], idle: Callable[[], Mask | None]
+    ) -> None:
         self.made = made
         self.next = 0
         self.idle = idle
@@ -144,19 +146,19 @@ def _may_pass(operator: Any) -> bool:
     return rule is not None and rule.family != CUSTOM
 
 
-def _idle(run: Coupler) -> Mask:
+def _idle(run: Coupler) -> Mask | None:
     """For each unit whether it is of tables alone that stay as they are, and that meet nothing narrower.
 
-    A dimension of such units might as well have no label.
+    A dimension of such units might as well have no label. None where there are no tables.
     """
+    if not run.whole.size:
+        return None
     idle: Mask = np.zeros(run.units.count, dtype=bool)
-    if run.whole.size:
-        roots = run.units.roots()
-        idle[roots[run.whole]] = True
-        for use in (use for noted in run.table_uses.values() for use in noted):
-            idle[roots[use.units]] = False
-        idle = idle[roots]
-    return idle
+    roots = run.units.roots()
+    idle[roots[run.whole]] = True
+    for use in (use for noted in run.table_uses.values() for use in noted):
+        idle[roots[use.units]] = False
+    return idle[roots]
 
 
 def _values(tree: Any) -> Any:
@@ -174,7 +176,7 @@ def _values(tree: Any) -> Any:
 class _Pair:
     """One call, as it was in the first run, and as it is in the other."""
 
-    def __init__(self, operator: Any, known: Any, tree: Any, idle: Callable[[], Mask]) -> None:
+    def __init__(self, operator: Any, known: Any, tree: Any, idle: Callable[[], Mask | None]) -> None:
         self.operator = operator
         self.idle = idle
         self.tensors: list[tuple[Value, torch.Tensor]] = []
@@ -272,11 +274,14 @@ class _Pair:
             raise UnlikeError("other padding")
 
 
-def _without_idle(value: Value, idle: Callable[[], Mask]) -> Value:
+def _without_idle(value: Value, idle: Callable[[], Mask | None]) -> Value:
     """What is known of a tensor but for idle labels; all, where it may still meet something."""
+    mask = idle()
+    if mask is None:
+        return value
     dims = range(len(value.shape))
     labels = [value.label(d) for d in dims]
-    alone = [label is not None and bool(idle()[label.ids].all()) for label in labels]
+    alone = [label is not None and bool(mask[label.ids].all()) for label in labels]
     if not any(alone) or any(map(value.is_open, dims)):
         return value
     left = [None if out else label for label, out in zip(labels, alone, strict=True)]
@@ -285,9 +290,11 @@ def _without_idle(value: Value, idle: Callable[[], Mask]) -> Value:
 
 def _labelled(value: Value, dim: int) -> bool:
     """Whether a dimension has a label, or chooses the row of one."""
+    dims = range(len(value.shape))
     dim %= len(value.shape)
-    labels = [value.label(d) for d in range(len(value.shape))]
-    return labels[dim] is not None or any(label is not None and dim in label.over for label in labels)
+    return value.label(dim) is not None or any(
+        label is not None and dim in label.over for label in map(value.label, dims)
+    )
 
 
 def _repeats(value: Value, dim: int, period: int) -> bool:
