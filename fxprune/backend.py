@@ -26,6 +26,7 @@ from .coupling.graph import CouplingGraph
 from .coupling.groups import Group
 from .dead_channels import trains, without_dead_channels
 from .errors import PlanError, SelectionError
+from .exporting import take_along_dim
 from .planning.patterns import nearest
 from .planning.plan import PruningPlan
 from .planning.selection import Selection
@@ -193,7 +194,7 @@ class _Run:
             )
             return gm
         self._remember(graph, pruned, named, made.removed)
-        return pruned
+        return _with_free_sizes(pruned)
 
     def _narrowed(
         self,
@@ -348,6 +349,15 @@ def _of_plan(graph: CouplingGraph, given: PruningPlan, fixed: set[str]) -> dict[
             )
         wanted[group.name] = sorted(order[i] for i in given.removed[name])
     return wanted
+
+
+def _with_free_sizes(module: nn.Module) -> nn.Module:
+    """The graph without calls by which torch would compile it for one size alone; changed in place."""
+    if isinstance(module, fx.GraphModule):
+        for node in module.graph.find_nodes(op="call_function", target=torch.take_along_dim):
+            node.target = take_along_dim
+        module.recompile()
+    return module
 
 
 def _loaded(given: Any) -> PruningPlan:

@@ -252,21 +252,30 @@ def _export_free(model: nn.Module, given: Any, other: Any, wanted: Any, change: 
     return program
 
 
-class _Gather(TorchFunctionMode):
-    """Has ``take_along_dim`` done by ``gather``; torch's own builds the sizes in.
+def take_along_dim(source: Tensor, index: Tensor, dim: int) -> Tensor:
+    """As ``torch.take_along_dim``, which has the sizes of the example built in once exported or compiled.
 
     Heads pick their columns from a table (of rotary positions) with it.
+
+    Args:
+        source: of any shape.
+        index: positions along ``dim``; all other dimensions broadcast with those of ``source``.
+        dim: the dimension.
     """
+    dim %= source.dim()
+    others = [[size for d, size in enumerate(t.shape) if d != dim] for t in (source, index)]
+    shape = list(torch.broadcast_shapes(*others))
+    shape.insert(dim, -1)
+    return torch.gather(source.expand(shape), dim, index.expand(shape))
+
+
+class _Gather(TorchFunctionMode):
+    """Has :func:`take_along_dim` in place of torch's own."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.take_along_dim or len(args) != 3:
-            return func(*args, **(kwargs or {}))
-        source, index, dim = args
-        dim %= source.dim()
-        others = [[size for d, size in enumerate(t.shape) if d != dim] for t in (source, index)]
-        shape = list(torch.broadcast_shapes(*others))
-        shape.insert(dim, -1)
-        return torch.gather(source.expand(shape), dim, index.expand(shape))
+        if func is torch.take_along_dim and len(args) == 3:
+            func = take_along_dim
+        return func(*args, **(kwargs or {}))
 
 
 def _compare(expected: Any, found: Any) -> None:

@@ -63,6 +63,45 @@ def test_another_batch_size_removes_the_same_channels() -> None:
     assert all(a is b for a, b in zip(narrow, parameters(fast), strict=True))
 
 
+def test_other_lengths_share_a_compilation() -> None:
+    """Heads that keep other columns each pick them from tables of positions."""
+    from test_rotary import Net as Rotary
+
+    model = Rotary().eval()
+    lengths = (8, 12, 16, 20)
+    given = [torch.randn(1, length, 6) for length in lengths]
+    pruned = fxprune.prune(model, given[0], 0.5)
+    assert [*pruned.graph.find_nodes(op="call_function", target=torch.take_along_dim)]
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    fast = compiled(model, ratio=0.5, inner="aot_eager")
+    with torch.no_grad():
+        for x in given:
+            torch.testing.assert_close(fast(x), pruned(x))
+    assert graphs["unique_graphs"] == 2  # one for the first length, one for all others
+
+
+def test_bert() -> None:
+    """Inputs by name, outputs in a class of the library; another batch has the same channels."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=50, **sizes)).eval()
+    inputs = {"input_ids": torch.randint(0, 50, (2, 7)), "attention_mask": torch.ones(2, 7)}
+    inputs["attention_mask"][1, 5:] = 0
+    pruned = fxprune.prune(model, inputs, 0.5)
+    assert sum(p.numel() for p in pruned.parameters()) < 0.8 * sum(p.numel() for p in model.parameters())
+    fast = compiled(model, ratio=0.5)
+    with torch.no_grad():
+        for given in (inputs, {name: torch.cat([t, t]) for name, t in inputs.items()}):
+            got, wanted = fast(**given), pruned(**given)
+            torch.testing.assert_close(got.last_hidden_state, wanted.last_hidden_state, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(got.pooler_output, wanted.pooler_output, rtol=1e-4, atol=1e-4)
+    narrow, wanted = state_dict(fast), pruned.state_dict()
+    assert {name: t.shape for name, t in narrow.items()} == {
+        name: wanted.get(name, t).shape for name, t in model.state_dict().items()
+    }
+
+
 def test_training_and_evaluation_share_the_narrow_parameters() -> None:
     model = Residual().train()
     fast = compiled(model, ratio=0.5)
