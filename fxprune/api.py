@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -16,12 +17,13 @@ from .calls import CALLS
 from .capture.dynamo import named_inputs
 from .capture.patches import without_collector
 from .compensation import Pick, Reconstruction, compensated
-from .compensation.depth import Depth, Judge, Order, saved
+from .compensation.depth import Depth, Order, saved
+from .compensation.judge import Judge
 from .coupling.branches import Branch
 from .coupling.graph import WHOLE_ROWS, CouplingGraph
 from .coupling.groups import Group
 from .deciding import Asked, Decided, Decision, OwnClass, called_function, owner_of
-from .errors import PlanError, SelectionError
+from .errors import BudgetError, PlanError, SelectionError
 from .importance.base import Scores
 from .inputs import in_dtype_of, normalize, restore_inputs
 from .origins import remember
@@ -309,6 +311,7 @@ def _start(
 
 def _plan(given: nn.Module | CouplingGraph, example_inputs: Any, selection: Selection) -> Decided:
     """The plan, the analysis that it is for, and what it rewrites."""
+    compares = selection.scope == AUTO
     selection = resolved(selection)
     model = model_of(given)
     own = OwnClass.of(selection.into, model)
@@ -323,12 +326,62 @@ def _plan(given: nn.Module | CouplingGraph, example_inputs: Any, selection: Sele
     asked = Asked(selection, own, model, args, kwargs)
     names = _branches(asked, graph)
     if selection.depth and selection.budget is not None:
-        return _deep(asked, graph, names)
-    return Decision(asked, without_branches(graph, names)).run()
+        return _deep(asked, graph, names, compares)
+    return _decided(asked, without_branches(graph, names), compares)
 
 
-def _deep(asked: Asked, graph: CouplingGraph, names: tuple[str, ...]) -> Decided:
-    """As :class:`Decision`, with the number of residual branches for which the least is lost."""
+def _decided(asked: Asked, graph: CouplingGraph, compares: bool) -> Decided:
+    """As :class:`Decision`; where it ``compares``, no worse than the same share of every group."""
+    decision = Decision(asked, graph)
+    found = decision.run()
+    return _or_even(asked, graph, found, decision.scores) if compares else found
+
+
+def _or_even(
+    asked: Asked,
+    graph: CouplingGraph,
+    found: Decided,
+    scores: Callable[[Group], Scores],
+    judge: Judge | None = None,
+) -> Decided:
+    """``found``, or the same share of every group where the outputs lose less by that.
+
+    Args:
+        asked: what was asked for.
+        graph: the analysis to decide with.
+        found: what was decided by ranking all groups together.
+        scores: by which.
+        judge: compares the two; made where there is none.
+    """
+    selection = asked.selection
+    if not Judge.can(graph) or not any(found[0].removed.values()):
+        return found
+    try:
+        even = Decision(replace(asked, selection=replace(selection, scope="local")), graph, scores).run()
+    except BudgetError:
+        return found
+    if even[0].removed == found[0].removed:
+        return found
+    judge = judge or Judge(graph, selection.calibrate or (), selection.pick, selection.seed)
+    lost, otherwise = _loss(judge, found), _loss(judge, even)
+    made, left, rewritten = even if otherwise < lost else found
+    by = "the same share" if otherwise < lost else "what costs the outputs least"
+    note = (
+        f"every group gives {by}: on held-out calibration data the outputs lose {min(lost, otherwise):.3g} "
+        f"by that, and {max(lost, otherwise):.3g} the other way"
+    )
+    return replace(made, notes=(*made.notes, note)), left, rewritten
+
+
+def _loss(judge: Judge, found: Decided) -> float:
+    """What the outputs lose by a decision, with compensation."""
+    made, left, rewritten = found
+    graph_form = Rewritten.materialize(rewritten)  # which is called as the others that are judged
+    return judge.narrowed(graph_form, left, made.removed)
+
+
+def _deep(asked: Asked, graph: CouplingGraph, names: tuple[str, ...], compares: bool) -> Decided:
+    """As :func:`_decided`, with the number of residual branches for which the least is lost."""
     selection = asked.selection
     fixed = [graph.branches[name] for name in names]
     owner = owner_of(graph, asked.model)
@@ -338,7 +391,7 @@ def _deep(asked: Asked, graph: CouplingGraph, names: tuple[str, ...]) -> Decided
     assert selection.budget is not None
     share = saved(CostModel(graph), selection.budget, asked.meter(owner))
     if not any(map(share, may_go.values())):  # no branch can go, or nothing has to
-        return Decision(asked, without_branches(graph, names)).run()
+        return _decided(asked, without_branches(graph, names), compares)
     judge = Judge(graph, selection.calibrate or (), selection.pick, selection.seed)
     scores: Callable[[Group], Scores] | None = None
 
@@ -350,14 +403,11 @@ def _deep(asked: Asked, graph: CouplingGraph, names: tuple[str, ...]) -> Decided
         scores = decision.scores
         return found
 
-    def loss(found: Decided) -> float:
-        made, left, rewritten = found
-        graph_form = Rewritten.materialize(rewritten)  # which is called as the others that are judged
-        return judge.narrowed(graph_form, left, made.removed)
-
     most = len(may_go) if selection.depth is True else int(selection.depth)
-    search = Depth(Order(judge, may_go, fixed, share), most, decide, loss)
+    search = Depth(Order(judge, may_go, fixed, share), most, decide, partial(_loss, judge))
     made, left, rewritten = search.run()
+    if compares and scores is not None:
+        made, left, rewritten = _or_even(asked, left, (made, left, rewritten), scores, judge)
     made = replace(made, notes=(*made.notes, search.note), settings={**made.settings, **search.settings})
     return made, left, rewritten
 
@@ -408,7 +458,8 @@ def resolved(selection: Selection) -> Selection:
     importance = Reconstruction(
         selection.calibrate, selection.pick, "macs" if metric == "latency" else metric
     )
-    return replace(selection, importance=importance)
+    scope = "global" if selection.scope == AUTO else selection.scope
+    return replace(selection, importance=importance, scope=scope)
 
 
 def _finish(model: nn.Module, made: PruningPlan, rewritten: Rewritten) -> nn.Module:

@@ -188,8 +188,8 @@ def _steps(
             graph = analyze(
                 current, example_inputs, free_outputs=total.free_outputs, fill_outputs=total.fill_outputs
             )
-            carried = _carried(total, original, graph, resolved(goal).importance, goal.seed)
-            goal = _without_gone(goal, total)
+            goal = resolved(_without_gone(goal, total))
+            carried = _carried(total, original, graph, goal.importance, goal.seed)
             wider, total = total, plan(original, replace(goal, importance=carried))
             total = replace(total, settings={**total.settings, "importance": wider.settings["importance"]})
             made = since(total, wider, original, graph)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch.nn import functional as F
 
 import fxprune
 from fxprune.compensation import Compensation
-from fxprune.compensation.choice import _Consumer, _order, _Read
+from fxprune.compensation.choice import _Consumer, _order, _Read, _Worth
+from fxprune.compensation.judge import Judge
 from fxprune.compensation.moments import evened, inputs, matrix, outputs, write
 from fxprune.compensation.outputs import Difference
 from fxprune.compensation.walk import Runner, quiet
@@ -499,13 +501,44 @@ def test_verify_refuses_a_compensated_network_of_another_plan() -> None:
 
 def test_an_explicit_scope_is_kept() -> None:
     data, budget = batches(), fxprune.Budget(macs=0.7)
-    assert fxprune.Selection(budget=budget, calibrate=data).scope == "global"
+    assert fxprune.Selection(budget=budget, calibrate=data).scope == "auto"
     assert fxprune.Selection(budget=budget, calibrate=data, scope="local").scope == "local"
     assert fxprune.Selection(0.5, calibrate=data).scope == "local"
     model = settled(Residual(), 8, 3, 12, 12)
     made = fxprune.plan(model, data[0], budget=budget, calibrate=data, scope="local")
     shares = [narrowed.kept / narrowed.size for narrowed in made]
     assert max(shares) - min(shares) < 0.2
+
+
+@pytest.mark.parametrize("into", ["graph", "module"])
+def test_what_is_decided_is_no_worse_than_the_same_share_of_every_group(
+    into: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors that count a million times too much in one group, and too little in another, mislead nobody."""
+    model, data = settled(Residual(), 8, 3, 12, 12), batches(8)
+    asked: dict[str, Any] = {"budget": fxprune.Budget(macs=0.6), "calibrate": data, "into": into}
+    even = fxprune.plan(model, data[0], **asked, scope="local")
+    ranked = fxprune.plan(model, data[0], **asked, scope="global")
+    judge = Judge(fxprune.analyze(model, data[0]), data, None, 0)
+
+    def lost(plan: fxprune.PruningPlan) -> float:
+        graph = fxprune.analyze(model, data[0])
+        return judge.narrowed(replace(plan, into="graph").apply(graph), graph, plan.removed)
+
+    made = fxprune.plan(model, data[0], **asked)
+    best = min((ranked, even), key=lost)
+    assert made.removed == best.removed
+    assert ranked.removed != even.removed
+    assert any("every group gives" in note for note in made.notes)
+    monkeypatch.setattr(
+        _Worth, "of", lambda self, groups: {g.group.name: 1e6 ** (i % 2) for i, g in enumerate(groups)}
+    )
+    misled = fxprune.plan(model, data[0], **asked, scope="global")
+    assert lost(misled) > lost(even)
+    made = fxprune.plan(model, data[0], **asked)
+    assert made.removed == even.removed
+    assert "every group gives the same share" in "; ".join(made.notes)
+    assert "scope" not in made.settings
 
 
 def test_each_step_of_a_schedule_is_compensated() -> None:

@@ -113,7 +113,7 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         const="global",
         default="auto",
         help="rank all units of the network together, so that layers that matter less lose more (default: "
-        "every group loses the same share, and with --calibrate and a budget what costs least)",
+        "every group loses the same share; with --calibrate and a budget, what is best on held-out data)",
     )
     ranking.add_argument(
         "--isomorphic",

@@ -240,7 +240,8 @@ def _planned(
         asked = ", ".join(f"{name} {value:g}" for name, value in given.items())
         asked = asked or f"ratio {plan.settings['ratio']:g}"
         asked += f", heads {options.heads:g}" if options.heads else ""
-        ranked = "" if selection.scope == "local" else f", {selection.scope} ranking"
+        scope = plan.settings.get("scope")
+        ranked = f", {scope} ranking" if scope else ""
         exact = ", exact groups only" if options.exact_only else ""
         by = options.importance or ("calibration" if options.calibrate else "l2")
         say("\n".join([f"{asked} by {by}{ranked}{exact}", *plan.notes]))

@@ -4,6 +4,7 @@
 - :mod:`.walk`: two networks side by side over all batches, each node run once;
 - :mod:`.moments`: what is measured of a layer, and the least-squares problem;
 - :mod:`.choice`: what is given up, and how much of each group;
+- :mod:`.judge`: what the outputs lose by a decision;
 - :mod:`.depth`: which residual branches go as a whole;
 - :mod:`.layers`: statistics and least squares, layer after layer;
 - :mod:`.rebuild`: an optional fit by gradients, part by part;

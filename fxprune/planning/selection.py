@@ -52,7 +52,8 @@ class Selection:
         scope: what loses ``ratio`` of its units: ``"local"`` every group, ``"global"`` all groups ranked
             together, ``"isomorphic"`` the groups of the same structure ranked together (Fang et al., ECCV
             2024, https://arxiv.org/abs/2407.04616). Ranking compares scores between groups. ``"auto"`` is
-            ``"global"`` where calibration data choose and a budget is given, else ``"local"``.
+            ``"local"``, but where calibration data choose and a budget is given, both are tried on a part of
+            the data, and that counts by which the outputs lose less on another part.
         ratios: ratios of single layers, ``{"layer1": 0.3, nn.Linear: 0.2}``. Where several apply, the
             last counts.
         scopes: layers that are ranked together, and the ratio of their units to remove,
@@ -141,7 +142,7 @@ class Selection:
     def _check_calibration(self) -> None:
         if self.scope == AUTO:
             by_data = self.calibrate is not None and self.importance == AUTO and self.budget is not None
-            self._set("scope", "global" if by_data else "local")
+            self._set("scope", AUTO if by_data else "local")
         if self.calibrate is None and self.importance == AUTO:
             self._set("importance", "l2")
         if type(self.rebuild) is not int or self.rebuild < 0:
@@ -176,7 +177,7 @@ class Selection:
                 f"lambda group: group.exact; got {self.where!r}. By name, use keep, ratios or scopes."
             )
         valid = get_args(Scope)
-        if self.scope not in valid:
+        if self.scope not in (AUTO, *valid):
             raise SelectionError(
                 f"unknown scope {self.scope!r}; did you mean {nearest(str(self.scope), valid)[0]!r}? "
                 f"There are {', '.join(map(repr, valid))}."
