@@ -89,7 +89,7 @@ def test_bert() -> None:
     inputs = {"input_ids": torch.randint(0, 50, (2, 7)), "attention_mask": torch.ones(2, 7)}
     inputs["attention_mask"][1, 5:] = 0
     pruned = fxprune.prune(model, inputs, 0.5)
-    assert sum(p.numel() for p in pruned.parameters()) < 0.8 * sum(p.numel() for p in model.parameters())
+    assert sum(p.numel() for p in pruned.parameters()) < 0.9 * sum(p.numel() for p in model.parameters())
     fast = compiled(model, ratio=0.5)
     with torch.no_grad():
         for given in (inputs, {name: torch.cat([t, t]) for name, t in inputs.items()}):
