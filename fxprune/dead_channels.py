@@ -323,9 +323,8 @@ class _Search:
                     folds.append(fold)
         if gone.all():
             gone[0] = False  # one has to stay
-        gone = _balanced(group, gone)
         self.folds += folds
-        return [int(unit) for unit in np.flatnonzero(gone)]
+        return self._balanced(group, gone)
 
     def _home(self, group: Group) -> fx.Node | None:
         """The node with all tensors of a group, which begins and ends there; None if there is none such.
@@ -355,7 +354,7 @@ class _Search:
                 units = units.copy()
                 if units.all():
                     units[0] = False
-                return [int(unit) for unit in np.flatnonzero(_balanced(group, units))]
+                return self._balanced(group, units)
         self._stay(group, int(gone.sum()), f"{node.name} gives something else without them")
         return []
 
@@ -441,6 +440,13 @@ class _Search:
     def _stay(self, group: Group, count: int, reason: str) -> None:
         if count:
             self.notes.append(f"{count} dead channels of {group.name} stay: {reason}")
+
+    def _balanced(self, group: Group, gone: Mask) -> list[int]:
+        """Positions of as many of the units as can go; each row of a balanced set loses as many."""
+        left = _balanced(group, gone)
+        kept = int((gone & ~left).sum())
+        self._stay(group, kept, "rows (of a grouped convolution, of heads) have to stay equally long")
+        return [int(unit) for unit in np.flatnonzero(left)]
 
     def _observe(self) -> None:
         """Note what the consumers read: for the given inputs, random ones, and some of other sizes."""
@@ -826,6 +832,7 @@ def _effective(model: nn.Module, member: Member) -> Tensor | None:
 
 def _balanced(group: Group, gone: Mask) -> Mask:
     """As many of the units as every row of a balanced set can lose."""
+    gone = gone.copy()
     for atoms in group.balance:
         if len(atoms) < 2:
             continue

@@ -182,6 +182,18 @@ def test_constants_go_into_any_layer_to_which_they_add_the_same_everywhere(
     assert pruned.get_parameter("a.weight").shape[0] == left, pruned.meta["fxprune"].notes
 
 
+def test_rows_of_a_grouped_convolution_stay_equally_long() -> None:
+    torch.manual_seed(0)
+    model = Between(nn.Conv2d(8, 8, 3, groups=2)).eval()
+    with torch.no_grad():
+        for values in (model.a.weight, model.a.bias):
+            values[[0, 1, 2, 5]] = 0
+    pruned = unchanged(model, X)
+    assert pruned.get_parameter("a.weight").shape[0] == 6
+    (note,) = [note for note in pruned.meta["fxprune"].notes if "a.weight[0]" in note]
+    assert note.startswith("2 dead channels of a.weight[0] stay: rows (of a grouped convolution")
+
+
 def test_constants_stay_where_they_add_another_amount_at_each_place() -> None:
     torch.manual_seed(0)
     model = Between(nn.ConvTranspose2d(8, 8, 3, stride=2)).eval()

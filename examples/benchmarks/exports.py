@@ -198,10 +198,9 @@ def heading() -> str:
         "Random weights, ratio 0.5.\n"
         "`.pt2` and ONNX: the largest difference from the pruned network over all batches and sizes that "
         "were run, as a share of the\nlargest entry; `rounding`: the same between that network in single and "
-        "in double precision; `spread`: how far entries lie apart\nfor different inputs (standard deviation), "
-        "also as a share of the largest entry. A difference that is small beside the spread\nsays that the "
-        "file computes the same; where a network without training gives nearly the same for all inputs, the\n"
-        "rounding is a large share of the spread already.\n\n"
+        "in double precision; `spread`: how far entries lie\napart for other inputs (a standard deviation)"
+        ", also as a share of the largest entry. Where a network without training\ngives nearly the same for "
+        "all inputs, rounding is a large share of the spread already.\n\n"
         "| network | spread | sizes that the file takes | were run | rounding | `.pt2` | ONNX |\n"
         "|---|---|---|---|---|---|---|\n"
     )
