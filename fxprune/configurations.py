@@ -136,8 +136,13 @@ def solve_configs(model: nn.Module, target: Shapes) -> tuple[Iterator[dict[Key, 
         return iter(()), lambda: f"{type(model).__name__} has no configuration that it could be built from"
     builds = _Builds(model, target)
     before = builds.shapes({})
-    if before is None or before.keys() != target.keys():
-        return iter(()), lambda: f"{type(model).__name__} cannot be built from its own configuration"
+    kind = type(model).__name__
+    if before is None:
+        return iter(()), lambda: f"{kind} cannot be built from its own configuration"
+    if before.keys() != target.keys():
+        gone, added = (few(sorted(a.keys() - b.keys())) for a, b in ((before, target), (target, before)))
+        lacks = f"{kind} without {gone}" if gone else f"{kind} with {added}"
+        return iter(()), lambda: f"no configuration gives a {lacks}"
     nearest: list[dict[Key, int]] = [{}]
     found = _search(builds, _choices(builds, before), nearest)
 

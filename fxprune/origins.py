@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from .files import few
 from .planning.plan import PruningPlan
 
-__all__ = ["config_before", "keep_config", "made_in_training", "plans_of", "remember"]
+__all__ = ["config_before", "keep_config", "made_in_training", "plans_of", "remember", "reshaped"]
 
 _CONFIG = "fxprune_config"
-_LAST, _ALL, _MODE = "fxprune", "fxprune_plans", "fxprune_training"
+_LAST, _ALL, _MODE, _SHAPES = "fxprune", "fxprune_plans", "fxprune_training", "fxprune_shapes"
 
 
 def remember(pruned: nn.Module, model: nn.Module, plans: Sequence[PruningPlan]) -> None:
@@ -26,6 +27,7 @@ def remember(pruned: nn.Module, model: nn.Module, plans: Sequence[PruningPlan]) 
             _LAST: plans[-1],
             _ALL: (*known, *plans),
             _MODE: made_in_training(model) if known else model.training,
+            _SHAPES: {name: tuple(tensor.shape) for name, tensor in pruned.named_parameters()},
         }
 
 
@@ -35,6 +37,13 @@ def plans_of(pruned: nn.Module) -> tuple[PruningPlan, ...]:
     """
     found = _meta(pruned).get(_ALL, ())
     return tuple(plan for plan in found if isinstance(plan, PruningPlan))
+
+
+def reshaped(pruned: nn.Module) -> str:
+    """Parameters that have other shapes than when ``pruned`` was made, for people; empty where none has."""
+    then: Mapping[str, tuple[int, ...]] = _meta(pruned).get(_SHAPES, {})
+    now = {name: tuple(tensor.shape) for name, tensor in pruned.named_parameters()}
+    return few([f"{n} {now[n]} (was {s})" for n, s in then.items() if n in now and now[n] != s])
 
 
 def keep_config(pruned: nn.Module, config: Any) -> None:

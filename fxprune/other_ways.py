@@ -1,12 +1,14 @@
-"""Other ways through a module: ``forward_split`` beside ``forward``, for an exporter say.
+"""Other methods than ``forward``: ``forward_split`` for an exporter, ``reset_classifier`` for another task.
 
 No example call takes them, so what they read of the module's attributes has not been seen. Where such a
 method takes what ``forward`` takes and returns what it returns, it has to do so in the narrowed class, too;
-what a number has to be for that is found by trying.
+what a number has to be for that is found by trying. Where it makes layers anew, the numbers that these keep
+say which attributes their widths come from.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -16,10 +18,10 @@ import torch
 from torch import nn
 
 from .calls import as_one
-from .capture.numbers import Place
+from .capture.numbers import Number, Place, evaluate, mark, places, write
 from .capture.twin import twin_on_meta
 from .inputs import to_meta
-from .program import named_modules, named_tensors
+from .program import named_modules, named_tensors, unwrapped
 from .trees import flatten
 
 
@@ -28,8 +30,9 @@ def numbers_of_other_ways(
 ) -> dict[Place, int]:
     """New numbers for attributes of ``narrow``, without which other ways through its modules would fail.
 
-    A number is replaced where one method needs it, and one width of the module's own will do. All is run on
-    copies, on shapes.
+    A number is replaced where one method needs it, and one width of the module's own will do; or where a
+    method makes a layer with it in the place of one that has become narrower. All is run on copies, on
+    shapes.
 
     Args:
         model: the original.
@@ -37,6 +40,18 @@ def numbers_of_other_ways(
         args: positional inputs of the call that both are for.
         kwargs: its keyword inputs.
     """
+    made = {
+        place: width
+        for name in _makers(model)
+        for place, width in _numbers_of_maker(model, narrow, name, args, kwargs).items()
+    }
+    return {**made, **_numbers_of_ways(model, narrow, args, kwargs)}
+
+
+def _numbers_of_ways(
+    model: nn.Module, narrow: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[Place, int]:
+    """What methods called ``forward_...`` need."""
     ways = list(_ways(model, narrow))
     if not ways:
         return {}
@@ -65,6 +80,65 @@ def numbers_of_other_ways(
         if len(fits) == 1:
             found[Place(path, fits[0][0])] = fits[0][1]
     return found
+
+
+_OTHERS = 3
+"""How many outputs the layers that are made anew are to have."""
+
+
+def _makers(model: nn.Module) -> Iterator[str]:
+    """Methods of a model called ``reset_...`` that need one number."""
+    inner = unwrapped(model)
+    if inner is not model:
+        return
+    for name in dir(type(model)):
+        function = getattr(type(model), name, None) if name.startswith("reset_") else None
+        if inspect.isfunction(function):
+            needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+            if len(needed) == 2 and all(p.kind is p.POSITIONAL_OR_KEYWORD for p in needed):
+                yield name
+
+
+def _numbers_of_maker(
+    model: nn.Module, narrow: nn.Module, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[Place, int]:
+    """What the method ``name`` of a model reads to make layers anew that fit the narrowed ones."""
+
+    def after(twin: nn.Module) -> Any:
+        """The shapes of the outputs, once the method was called."""
+        with contextlib.suppress(Exception), torch.no_grad(), torch.device("meta"):  # whatever a class raises
+            getattr(twin, name)(_OTHERS)
+            return _described(as_one(twin, kwargs)(*to_meta(args), **to_meta(kwargs)))
+        return None
+
+    marked, twin = twin_on_meta(model).eval(), twin_on_meta(narrow).eval()
+    mark(marked)
+    before, kept = {id(module) for module in marked.modules()}, dict(named_modules(narrow))
+    held = list(marked.modules())  # so that no new one gets the address of one that goes
+    wanted = after(marked)
+    if wanted is None or after(twin) == wanted:
+        return {}
+    del held
+    found: dict[Place, int] = {}
+    for path, module in named_modules(marked):
+        for key, value in module.__dict__.items() if id(module) not in before and path in kept else ():
+            width = kept[path].__dict__.get(key)
+            if isinstance(value, Number) and type(width) is int:
+                found.update(_solved(value, width))
+    twin = twin_on_meta(narrow).eval()
+    for place, width in found.items():
+        write(twin, place, width)
+    return found if after(twin) == wanted else {}
+
+
+def _solved(number: Number, value: int) -> dict[Place, int]:
+    """What the one attribute that a number is computed from has to be so that it is ``value``."""
+    within = set(places(number.origin))
+    if len(within) != 1:
+        return {}
+    (place,) = within
+    fits = [n for n in range(1, int(number) + 1) if evaluate(number.origin, {place: n}) == value]
+    return {place: fits[0]} if len(fits) == 1 else {}
 
 
 def _ways(model: nn.Module, narrow: nn.Module) -> Iterator[tuple[str, str, list[str]]]:

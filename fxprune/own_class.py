@@ -37,6 +37,7 @@ from .capture.numbers import (
     parts,
     places,
     unmarked,
+    write,
 )
 from .capture.twin import Twin, twin_on_meta
 from .coupling.units import Label, Value
@@ -69,13 +70,32 @@ def copy_of(
         for value in module.__dict__.values():
             if isinstance(value, torch.Tensor) and id(value) not in memo:
                 memo[id(value)] = value.detach().clone()
+    layers = [(memo[id(m)], m) for _, m in named_modules(model) if id(m) in (modules or {})]
+    for layer, original in layers:  # whose handles are to remove the hooks of the copy
+        memo.update({id(original.__dict__[name]): layer.__dict__[name] for name in _TABLES})
     try:
-        return copy.deepcopy(model, memo)
+        new = copy.deepcopy(model, memo)
+        for layer, original in layers:
+            _hook(layer, original, memo)
+        return new
     except Exception as error:  # whatever a user's class raises
         raise CaptureError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), as a result in its "
             f'own class needs. Next: make copy.deepcopy(model) work, or use into="graph".'
         ) from error
+
+
+def _hook(layer: nn.Module, original: nn.Module, memo: dict[int, Any]) -> None:
+    """Give a narrowed layer the hooks of its original, which tracing has followed and left out of it."""
+    for name in _HOOKS:
+        hooks, left = original.__dict__[name], layer.__dict__[name]
+        own = [(k, left[k] if k in left else copy.deepcopy(hook, memo)) for k, hook in hooks.items()]
+        left.clear()
+        left.update(own)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_TABLES = tuple(n for n, held in nn.Module().__dict__.items() if "_hooks" in n and isinstance(held, dict))
 
 
 def marked_copy(model: nn.Module) -> tuple[nn.Module, list[Comparison]]:
@@ -187,7 +207,7 @@ def build(
             if shapes != before and not isinstance(module, nn.MultiheadAttention):
                 module.__dict__.update(narrowed_attributes(module, shapes))
     for place, value in attributes.items():
-        _write(new, place, value)
+        write(new, place, value)
     stand_ins.put_into(new)
     for module in new.modules():
         for key, hook in [*module._forward_pre_hooks.items()]:
@@ -214,18 +234,6 @@ def _plain(module: nn.Module) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Number)
-
-
-def _write(model: nn.Module, place: Place, value: int) -> None:
-    *holders, name = place.name.split(".")
-    owner: Any = model.get_submodule(place.path)
-    for holder in holders:
-        owner = owner.__dict__[holder]
-    if place.item is not None:
-        old = owner.__dict__[name]
-        items = [value if i == place.item else item for i, item in enumerate(old)]
-        value = type(old)(items)
-    owner.__dict__[name] = value
 
 
 def read(model: nn.Module, place: Place) -> int:
@@ -527,7 +535,7 @@ def rewrite_in_class(
             continue
         notes = tuple(
             f"{place} becomes {number}: no call has read it, but a method beside forward needs it so to "
-            f"return what forward returns; only shapes were compared"
+            f"return what forward returns, or to make layers that fit; only shapes were compared"
             for place, number in (ways or {}).items()
             if attributes[place] == number
         )

@@ -116,8 +116,25 @@ def wrapped(model: nn.Module) -> str | None:
     """The name of the module that a wrapper of torch's runs; None for what is no wrapper."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return "module"
+    if isinstance(model, Through):
+        return model.wrapped
     kinds = {(kind.__module__, kind.__qualname__) for kind in type(model).__mro__}
     return "_orig_mod" if ("torch._dynamo.eval_frame", "OptimizedModule") in kinds else None
+
+
+class Through(nn.Module):
+    """Stands for a wrapper that compiles a module, or runs it on several devices: runs it."""
+
+    def __init__(self, module: nn.Module, name: str, training: bool) -> None:
+        super().__init__()
+        self.wrapped = name
+        self._modules[name] = module
+        self.training = training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        (module,) = self._modules.values()
+        assert module is not None
+        return module(*args, **kwargs)
 
 
 def own_train(module: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from .errors import CheckpointError, OutputError
 from .files import few, first_line
 from .graph_module import clone_module
 from .inputs import meta_like
-from .origins import made_in_training, plans_of
+from .origins import made_in_training, plans_of, reshaped
 from .planning.plan import PruningPlan
 from .program import exchange, named_modules, named_tensors
 
@@ -51,7 +51,8 @@ def save(pruned: nn.Module, path: str | Path, plan: PruningPlan | Sequence[Pruni
         The size of the file in bytes.
 
     Raises:
-        OutputError: if the file cannot be written, if no plan is known, or if a tensor has no values.
+        OutputError: if the file cannot be written, if no plan is known, if a tensor has no values, or if
+            layers have got other shapes since, which no plan gives.
     """
     path = Path(path)
     files.check_output(path, (".safetensors",))
@@ -61,6 +62,14 @@ def save(pruned: nn.Module, path: str | Path, plan: PruningPlan | Sequence[Pruni
         raise OutputError(
             f"cannot write {path}: nobody knows which plan made this {type(pruned).__name__}, and "
             "without it the weights fit no network; give fxprune.save the plan"
+        )
+    changed = reshaped(pruned) if not given else ""
+    if changed:
+        raise OutputError(
+            f"cannot write {path}: {changed} have other shapes than the plan gives, so that nothing could "
+            f"open the file; a layer was replaced or resized since {type(pruned).__name__} was pruned. Next: "
+            f"replace it before pruning, or keep state_dict() and load it into plan.apply(model) once the "
+            f"layer is replaced there, too."
         )
     tensors, last = _stored(pruned, path)
     header = {

@@ -679,7 +679,8 @@ class _Walk:
                 raise VerificationError(
                     f"the pruned network first differs from the masked original at node "
                     f"{node.name}{where}: relative error {error:.1e}, allowed {self.limit:.0e}. "
-                    f"Got {_shapes(got.values[node])}, expected {_shapes(expected)}."
+                    f"Got {_shapes(got.values[node])}, expected {_shapes(expected)}. "
+                    f"(A network that was trained or edited since it was pruned differs, too.)"
                 )
             worst = max(worst, error)
         return worst

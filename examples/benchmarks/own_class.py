@@ -6,7 +6,10 @@ For each model, at ratio 0.5, with randomly initialised weights:
 - **verify**: ``fxprune.verify`` of the class form: the graph against the masked original, and the class's own
   ``forward`` against both;
 - **generate**: for language models, whether 20 tokens generated greedily with the cache are those of
-  the masked original in float64.
+  the masked original in float64;
+- **reopened**: for these, whether what ``save_pretrained`` wrote at 0.7 of the parameters, with
+  ``uniform=True``, gives the same logits and the same 20 tokens in a process that cannot import fxprune,
+  opened by ``from_pretrained`` of transformers itself.
 
 Models of transformers are narrowed in their exact groups, all else in all groups. Rows are appended to
 ``own_class.jsonl``; models that have a row are not run again, unless they are named. Each model has a
@@ -25,8 +28,11 @@ import datetime
 import json
 import logging
 import multiprocessing
+import os
 import platform
 import subprocess
+import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -44,7 +50,7 @@ ROWS = Path(__file__).with_name("own_class.jsonl")
 Make = Callable[[], tuple[nn.Module, Any]]
 LARGE = 320_000_000
 """Models with more parameters are planned on the meta device, and not run."""
-SINGLE = 10_000_000
+SINGLE = 100_000_000
 """Models with more parameters are run in float32."""
 
 
@@ -240,7 +246,44 @@ def judge(zoo: str, name: str) -> dict[str, Any]:
         pair = [m.to(dtype).eval().generate(**given, max_new_tokens=20, do_sample=False)
                 for m in (plan.mask(model), result)]  # fmt: skip
         row["generate"] = "equal" if torch.equal(*pair) else "DIFFERS"
+        row["reopened"] = reopened(make()[0].eval(), inputs)
     return row
+
+
+REOPEN = """
+import sys
+sys.modules["fxprune"] = None
+import torch, transformers
+inputs, logits, tokens, kind = torch.load(sys.argv[2], weights_only=False)
+model = getattr(transformers, kind).from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    apart = (model(**inputs).logits - logits).abs().max() / logits.abs().max()
+    given = {k: v for k, v in inputs.items() if k in ("input_ids", "input_features")}
+    same = torch.equal(model.generate(**given, max_new_tokens=20, do_sample=False), tokens)
+print(f"{float(apart):.0e}, tokens", "equal" if same else "DIFFER")
+"""
+
+
+def reopened(model: Any, inputs: dict[str, Any]) -> str:
+    """How far the logits are from those of the network that was saved, in a process without fxprune."""
+    options: dict[str, Any] = {"budget": fxprune.Budget(params=0.7), "importance": "random", "uniform": True}
+    try:
+        result: Any = fxprune.prune(model, inputs, into="module", **options)
+    except fxprune.BudgetError as error:
+        return f"no: {error}".splitlines()[0][:200]
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        saved = fxprune.save_pretrained(result, folder)
+        if saved.config is None:
+            return f"no: {saved.reason}"[:200]
+        given = {k: v for k, v in inputs.items() if k in ("input_ids", "input_features")}
+        tokens = result.generate(**given, max_new_tokens=20, do_sample=False)
+        expected = Path(folder) / "expected.pt"
+        torch.save((inputs, result(**inputs).logits, tokens, type(result).__name__), expected)
+        run = subprocess.run(
+            [sys.executable, "-c", REOPEN, folder, str(expected)], capture_output=True, text=True,
+            check=False, cwd=folder, env={**os.environ, "PYTHONPATH": ""},
+        )  # fmt: skip
+        return (run.stdout.strip() or f"FAILS: {run.stderr.strip()}").splitlines()[-1][:200]
 
 
 def _send(to: Connection, zoo: str, name: str) -> None:
@@ -315,12 +358,12 @@ def table(path: Path) -> None:
             f"({len(good) - len(exact)} more were planned on meta). {len(near)} are within {bound} of the "
             f"graph form and not found wrong ({len(near) / every:.0%} of all), {len(sure)} of them verified "
             f"({len(sure) / every:.0%}).", "",
-            "| model | graph | class | verify | generate | seconds | date | commit |",
-            "|---|---|---|---|---|---|---|---|",
+            "| model | graph | class | verify | generate | reopened | seconds | date | commit |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         for row in own:
             verdict = str(row.get("verify", row.get("error", ""))).split(" (")[0].split(":")[0]
-            own_cells = [row.get(name, "") for name in ("generate", "seconds", "date", "commit")]
+            own_cells = [row.get(name, "") for name in ("generate", "reopened", "seconds", "date", "commit")]
             cells = [row["model"], row.get("graph", ""), row.get("class", ""), verdict, *own_cells]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     path.write_text("\n".join(lines) + "\n")

@@ -206,6 +206,19 @@ def unmarked(value: Any) -> Any:
     return value
 
 
+def write(model: nn.Module, place: Place, value: int) -> None:
+    """Put another number at ``place``."""
+    *holders, name = place.name.split(".")
+    owner: Any = model.get_submodule(place.path)
+    for holder in holders:
+        owner = owner.__dict__[holder]
+    if place.item is not None:
+        old = owner.__dict__[name]
+        items = [value if i == place.item else item for i, item in enumerate(old)]
+        value = type(old)(items)
+    owner.__dict__[name] = value
+
+
 def numbers(args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
     """All leaves of a call's arguments, in order; those of slices, too."""
     found: list[Any] = []
@@ -316,4 +329,5 @@ __all__ = [
     "parts",
     "places",
     "unmarked",
+    "write",
 ]

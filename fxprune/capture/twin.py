@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..inputs import meta_like
-from ..program import wrapped
+from ..program import Through, wrapped
 
 Swap = Callable[[torch.Tensor], torch.Tensor]
 
@@ -108,7 +108,7 @@ class Twin:
     def _object(self, value: Any) -> Any:
         inner = wrapped(value) if isinstance(value, nn.Module) else None
         if inner is not None:
-            self._made[id(value)] = through = _Through(self._of(value._modules[inner]), inner, value.training)
+            self._made[id(value)] = through = Through(self._of(value._modules[inner]), inner, value.training)
             return through
         try:
             new = object.__new__(type(value))
@@ -162,20 +162,6 @@ def twin_on_meta(model: nn.Module) -> nn.Module:
         return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
 
     return Twin(model, shape_of).model
-
-
-class _Through(nn.Module):
-    """Stands for a wrapper that compiles a module, or runs it on several devices: runs it."""
-
-    def __init__(self, module: nn.Module, name: str, training: bool) -> None:
-        super().__init__()
-        self._modules[name] = module
-        self.training = training
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        (module,) = self._modules.values()
-        assert module is not None
-        return module(*args, **kwargs)
 
 
 def _is_foreign(kind: Any) -> bool:
