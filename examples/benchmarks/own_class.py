@@ -196,7 +196,49 @@ def of_timm() -> dict[str, Make]:
     return {name: make(name) for name in TIMM}
 
 
-ZOOS = {"transformers": of_transformers, "torchvision": of_torchvision, "timm": of_timm}
+def of_others() -> dict[str, Make]:
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    def yolo(version: str) -> Make:
+        def build() -> tuple[nn.Module, Any]:
+            from ultralytics import YOLO
+
+            return YOLO(f"yolo{version}.yaml", verbose=False).model.float(), image
+
+        return build
+
+    def unet() -> tuple[nn.Module, Any]:
+        import segmentation_models_pytorch
+
+        return segmentation_models_pytorch.Unet("resnet18", encoder_weights=None), image
+
+    def diffusion() -> tuple[nn.Module, Any]:
+        from diffusers import UNet2DConditionModel
+
+        model = UNet2DConditionModel(
+            sample_size=16, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), norm_num_groups=8,
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=4,
+        )  # fmt: skip
+        inputs = {"sample": torch.randn(2, 4, 16, 16), "timestep": torch.tensor([3, 7]),
+                  "encoder_hidden_states": torch.randn(2, 5, 32)}  # fmt: skip
+        return model, inputs
+
+    def sage() -> tuple[nn.Module, Any]:
+        from torch_geometric.nn.models import GraphSAGE
+
+        return GraphSAGE(8, 32, 2, 3), {"x": torch.randn(12, 8), "edge_index": torch.randint(0, 12, (2, 30))}
+
+    def unetr() -> tuple[nn.Module, Any]:
+        from monai.networks.nets import SwinUNETR
+
+        return SwinUNETR(in_channels=1, out_channels=2, feature_size=12), torch.rand(1, 1, 64, 64, 64)
+
+    return {"yolov8n": yolo("v8n"), "yolo11n": yolo("11n"), "smp Unet": unet, "diffusers UNet": diffusion,
+            "GraphSAGE": sage, "SwinUNETR": unetr}  # fmt: skip
+
+
+ZOOS = {"transformers": of_transformers, "torchvision": of_torchvision, "timm": of_timm, "others": of_others}
 
 
 # -- one model ---------------------------------------------------------------------------------------
@@ -213,7 +255,7 @@ def judge(zoo: str, name: str) -> dict[str, Any]:
         try:
             with torch.device("meta"):
                 model = make()[0].eval()
-        except NotImplementedError:  # RegNets compute their widths with tensors
+        except (NotImplementedError, RuntimeError):  # some compute their widths with tensors
             model = make()[0].eval().to("meta")
     large = model is not None and parameters(model) > LARGE
     built, inputs = make() if not large else (model, torch.empty(1, 3, 224, 224, device="meta"))
@@ -373,7 +415,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("zoos", nargs="*", help="transformers, torchvision, timm")
+    parser.add_argument("zoos", nargs="*", help=", ".join(ZOOS))
     parser.add_argument("--models", nargs="*", default=[])
     parser.add_argument("--limit", type=float, default=300.0, help="seconds for one model")
     parser.add_argument("--table", type=Path)
