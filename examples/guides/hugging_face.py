@@ -68,8 +68,8 @@ else:
     assert not torch.equal(weight, untrained)
     assert {name: parameter.shape for name, parameter in narrow.named_parameters()} == widths
 
-# The Trainer goes on from checkpoints that it has written of a narrowed model. Their config.json is that of the
-# original, so from_pretrained does not open them; what step 5 writes it does.
+# The Trainer goes on from checkpoints that it has written of a narrowed model. Their config.json is that of
+# the original, so from_pretrained does not open them; what step 5 writes it does.
 
 # 5. Save. What changed in the configuration is solved, and AutoModel opens the directory, without fxprune.
 with tempfile.TemporaryDirectory() as directory:
