@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,14 +22,21 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from .capture.dynamo import named_inputs
 from .capture.patches import PlainAttention
 from .errors import ExampleInputsError
 from .inputs import normalize, to_meta
 
-__all__ = ["Count", "count", "latency_ratio", "measure_latency"]
+# Where there is no triton it warns of that when it is imported, though nothing here has kernels of triton's.
+_warns = logging.getLogger("torch.utils.flop_counter")
+_level = _warns.level
+_warns.setLevel(logging.ERROR)
+from torch.utils.flop_counter import FlopCounterMode, flop_registry  # noqa: E402
+
+_warns.setLevel(_level)
+
+__all__ = ["Count", "count", "flop_registry", "latency_ratio", "measure_latency"]
 
 
 _TURN, _TURNS, _PATIENCE = 1e-3, 5, 5

@@ -17,14 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import flop_registry
 
 from ..coupling.branches import Branch
 from ..coupling.graph import CouplingGraph
 from ..coupling.interpreter import interpret
 from ..coupling.roles import module_of
 from ..coupling.units import Ids, Label, Value
-from ..measure import Count
+from ..measure import Count, flop_registry
 
 Mask = NDArray[np.bool_]
 

@@ -23,13 +23,12 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import flop_registry
 
 from ..convolution import with_fitting_groups
 from ..coupling.branches import Branch
 from ..coupling.units import Ids
 from ..errors import BudgetError
-from ..measure import measure_latency
+from ..measure import flop_registry, measure_latency
 from .cost_model import Call, CostModel
 
 VERSION = 1
