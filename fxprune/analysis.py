@@ -9,13 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from .capture import Captured, capture
+from .calls import as_one
+from .capture import RUNGS, Captured, capture
 from .coupling.graph import CouplingGraph, Source
 from .coupling.outputs import fill
 from .errors import SelectionError
 from .inputs import describe_inputs, to_meta
 from .planning.patterns import nearest
 from .planning.selection import AUTO, output_names
+from .verify_model import is_the_model
 
 
 def explored(
@@ -24,12 +26,13 @@ def explored(
     kwargs: dict[str, Any],
     free_outputs: str | Sequence[str],
     fill_outputs: str | Sequence[str],
+    original: nn.Module | None = None,
 ) -> CouplingGraph:
-    """As :func:`fxprune.analyze`."""
+    """As :func:`fxprune.analyze`; ``original`` is what ``model`` is a marked copy of."""
     describe_inputs(args, kwargs)  # a plan could not be made for others
     free, zeros = output_names("free_outputs", free_outputs), output_names("fill_outputs", fill_outputs)
-    named = (tuple(name for name in names if name != AUTO) for names in (free, zeros))
-    graph = analyzed(model, args, kwargs, frozenset(), None, *named)
+    free_names, zero_names = (tuple(name for name in names if name != AUTO) for names in (free, zeros))
+    graph = analyzed(model, args, kwargs, frozenset(), None, free_names, zero_names, original)
     graph = graph.freed() if AUTO in free else graph
     graph = graph.filled() if AUTO in zeros else graph
     return graph.keep(model, args, kwargs)
@@ -43,6 +46,7 @@ def analyzed(
     regions: Mapping[str, Any] | None = None,
     free_outputs: tuple[str, ...] = (),
     fill_outputs: tuple[str, ...] = (),
+    original: nn.Module | None = None,
 ) -> CouplingGraph:
     """As :func:`explored`, where every option is decided.
 
@@ -54,6 +58,7 @@ def analyzed(
         regions: the parts that an earlier capture found, where only parts can be captured.
         free_outputs: names of outputs that may become narrower.
         fill_outputs: names of outputs that are filled up with zeros.
+        original: what ``model`` is a marked copy of.
 
     Raises:
         CaptureError: if the model cannot be turned into a graph.
@@ -61,12 +66,23 @@ def analyzed(
     """
     graphs: list[CouplingGraph] = []
 
-    def accept(captured: Captured) -> None:
+    original = model if original is None else original
+
+    def accept(captured: Captured, part: nn.Module, its: tuple[Any, ...], named: dict[str, Any]) -> bool:
         source = Source(weakref.ref(model), to_meta(args), to_meta(kwargs), dissolve)
         program = replace(captured.program, free_outputs=free_outputs)
         if fill_outputs and not captured.regions:
             program = fill(program, fill_outputs)
         graphs.append(CouplingGraph(replace(captured, program=program), source))
+        own = part if original is model else as_one(original, kwargs)
+        whole = named is kwargs  # of a marked copy, parts have no counterpart at hand
+        if dissolve or captured.rung not in RUNGS or not (whole or own is part):
+            return True
+        unknown = is_the_model(own, captured.program, its, named)
+        if unknown:
+            known = graphs[-1].captured
+            graphs[-1].captured = replace(known, notes=(*known.notes, unknown))
+        return not unknown or captured.rung != next(iter(RUNGS))  # another is as good
 
     capture(model, args, kwargs, dissolve, regions, accept)
     graph = graphs[-1]

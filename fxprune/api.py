@@ -306,7 +306,7 @@ def _start(
         args, kwargs = normalize(example_inputs, several=True)
     if own.marked is not None:
         zeros = ()  # its own code returns what it returns
-    return explored(own.source, args, kwargs, free, zeros)
+    return explored(own.source, args, kwargs, free, zeros, own.model)
 
 
 def _plan(given: nn.Module | CouplingGraph, example_inputs: Any, selection: Selection) -> Decided:

@@ -37,6 +37,7 @@ from .coupling.graph import CouplingGraph, tree_values
 from .coupling.groups import Group, Member
 from .coupling.roles import Use
 from .errors import VerificationError
+from .graph_module import Interpreter
 from .inputs import normalize
 from .nodes import mutable, operator_name
 from .origins import remember
@@ -470,7 +471,7 @@ class _Search:
         def copied(leaf: Any) -> Any:
             return leaf.detach().clone() if isinstance(leaf, Tensor) and id(leaf) not in own else leaf
 
-        class Watch(fx.Interpreter):
+        class Watch(Interpreter):
             def run_node(self, n: fx.Node) -> Any:
                 if n.name in seen:
                     inputs = {node.name: self.env[node] for node in n.all_input_nodes}

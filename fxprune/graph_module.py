@@ -17,6 +17,7 @@ from torch.fx.graph import CodeGen
 from .errors import ModeError
 from .graph_record import record, replay
 from .modes import deciding, in_mode
+from .nodes import mutable
 
 if TYPE_CHECKING:
     from .program import Program
@@ -102,6 +103,41 @@ class _Deferred:
         return getattr(owner if instance is None else instance, "forward")  # noqa: B009  (now another one)
 
 
+_OWN = frozenset(dir(fx.GraphModule)) - frozenset(dir(nn.Module))
+"""Names of which ``torch.fx.GraphModule`` makes use itself: ``graph``, ``code``, ``meta`` ..."""
+_NAMING = ("call_module", "get_attr")
+_STATE = tuple(vars(nn.Module()))
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """The same module as one that has nothing but its parameters, buffers and submodules.
+
+    There a buffer may be called ``code``: in a ``GraphModule`` that is the text of its forward.
+    """
+    new = nn.Module.__new__(nn.Module)
+    new.__dict__.update((name, module.__dict__[name]) for name in _STATE)
+    return new
+
+
+class Interpreter(fx.Interpreter):
+    """Runs a module node by node, and does what its generated code does."""
+
+    def __init__(self, module: nn.Module, garbage_collect_values: bool = True) -> None:
+        super().__init__(module, garbage_collect_values)  # type: ignore[arg-type]
+        self.module = plain(module)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(target, mutable(args), mutable(kwargs))
+
+
+def _on_plain(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(plain(self), *args, **kwargs)
+
+    return run
+
+
 class _NamedOutputs(CodeGen):
     """Code that knows the classes of the named tuples that it returns: before torch 2.14 it lacks them."""
 
@@ -151,6 +187,24 @@ class OwnedModule(fx.GraphModule):
             module.__dict__.pop(name, None)  # older versions of torch know fewer of them
         type(module).forward = module._first()
         return module
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("graph", "meta"):  # of which names there may be modules or tensors
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        hidden = target.partition(".")[0] in _OWN
+        return plain(self).get_submodule(target) if hidden else super().get_submodule(target)
+
+    def recompile(self) -> Any:
+        """Write the code again, after the ``graph`` was edited."""
+        written = super().recompile()
+        kind: Any = type(self)
+        if any(n.op in _NAMING and str(n.target).partition(".")[0] in _OWN for n in self._graph.nodes):
+            kind.forward = _on_plain(vars(kind)["forward"])
+        return written
 
     def _first(self) -> Any:
         """What the class has as ``forward`` to begin with."""

@@ -29,11 +29,11 @@ from .capture.regions import real_inputs
 from .coupling.graph import CouplingGraph
 from .coupling.units import Ids, Label, Value
 from .errors import ExampleInputsError, ModeError, VerificationError
-from .graph_module import OwnedModule
+from .graph_module import Interpreter, OwnedModule
 from .inputs import normalize
 from .known_values import made_of_sizes
 from .nn import MultiheadAttention, multi_head_attention
-from .nodes import copy_graph, describe_source, mutable, operator_name
+from .nodes import copy_graph, describe_source, operator_name
 from .passes import Narrowing
 from .passes.parameters import masked, narrow, surviving
 from .planning.plan import PruningPlan
@@ -43,6 +43,9 @@ from .sizes import resized
 from .trees import Leaf, flatten
 from .verify_class import as_graph, compare_classes
 from .verify_model import (
+    LARGE,
+    LIMITS,
+    ROUGH,
     Outcome,
     buffer_scale,
     call,
@@ -95,13 +98,6 @@ class Verdict:
                 f"other {self.compared} nodes equal those of the masked original {measured}"
             )
         return "\n".join([said, *(f"not compared: {note}" for note in self.notes)])
-
-
-_LARGE = 1 << 30
-"""Bytes of parameters from which on networks are compared in their own precision."""
-_LIMITS = {torch.float64: 1e-8, torch.float32: 1e-3}
-"""Largest relative error by precision; in less than these, that of a few rounded steps."""
-_ROUGH = 5e-2
 
 
 def verify(
@@ -162,7 +158,7 @@ def verify(
         raise VerificationError("the model is on the meta device, so there are no weights to verify.")
     own = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
     size = sum(t.numel() * t.element_size() for t in model.parameters())
-    choice = dtype or (own if low_memory or size > _LARGE else torch.float64)
+    choice = dtype or (own if low_memory or size > LARGE else torch.float64)
     try:
         return _verify(given, pruned, plan, example_inputs, choice, own, tolerance, more_inputs)
     except _Precision as error:
@@ -202,7 +198,7 @@ class _Precision(Exception):
 
 
 def _limit(dtype: torch.dtype, tolerance: float | None) -> float:
-    return tolerance if tolerance is not None else _LIMITS.get(dtype, _ROUGH)
+    return tolerance if tolerance is not None else LIMITS.get(dtype, ROUGH)
 
 
 def _verify(
@@ -860,16 +856,11 @@ def _runs(ids: Ids, length: int) -> bool:
     return bool((parts == parts[..., :1]).all())
 
 
-class _Interpreter(fx.Interpreter):
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return super().call_function(target, mutable(args), mutable(kwargs))
-
-
 class _Stepper:
     """An fx interpreter that can be stopped after each node, and whose values can be exchanged."""
 
     def __init__(self, module: fx.GraphModule, inputs: list[Any]) -> None:
-        self.interpreter = _Interpreter(module, garbage_collect_values=False)
+        self.interpreter = Interpreter(module, garbage_collect_values=False)
         self.nodes = iter(module.graph.nodes)
         self.inputs = iter(inputs)
         self.values: dict[fx.Node, Any] = self.interpreter.env

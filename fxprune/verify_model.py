@@ -1,7 +1,8 @@
 """Verify against the user's own model: the captured graph must do what ``model(x)`` does.
 
 Copies of both run on the same inputs with the same random numbers, in each mode, in the model's own
-precision; outputs and buffers (running statistics) are compared.
+precision; outputs and buffers (running statistics) are compared. When a model is captured this is done in the
+mode that it is in, where its calls of operators do not show already that they are those of the graph.
 """
 
 from __future__ import annotations
@@ -18,13 +19,71 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .capture.twin import Twin
-from .errors import FxpruneError, ModeError, VerificationError
+from .errors import CaptureError, FxpruneError, ModeError, VerificationError
+from .graph_module import Interpreter
 from .nn import assign
-from .nodes import describe_source, mutable, writes
+from .nodes import describe_source, writes
 from .program import Program, own_train
+from .same_calls import same_calls
 from .trees import flatten
 
 MODES = {False: "evaluation", True: "training"}
+LIMITS = {torch.float64: 1e-8, torch.float32: 1e-3}
+"""Largest relative error by precision; in less than these, that of a few rounded steps."""
+ROUGH = 5e-2
+LARGE = 1 << 30
+"""Bytes of parameters from which on a model is not run where nobody asked for it."""
+
+
+def is_the_model(model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Check that what was captured of a model is the model; gives why that is not known, or "".
+
+    Args:
+        model: the model, which is not changed.
+        program: what was captured of it as a whole.
+        args: inputs; for those that have no values, numbers are made up.
+        kwargs: the same by name.
+
+    Raises:
+        CaptureError: if the graph does something else than the model; names the first layer that does.
+    """
+    owner = program.graph.owning_module  # modules are made of the graph here
+    try:
+        if same_calls(model, program, args, kwargs):
+            return ""
+        return _compared(model, program, *_with_values((args, kwargs)))
+    finally:
+        program.graph.owning_module = owner
+
+
+def _compared(model: nn.Module, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    tensors = [*model.parameters(), *model.buffers()]
+    unknown = "whether the graph is all that the model does was not seen: {}"
+    if any(tensor.is_meta for tensor in tensors):
+        return unknown.format("there are no weights yet")
+    if sum(t.numel() * t.element_size() for t in model.parameters()) > LARGE:
+        return unknown.format("the model is large, so that only fxprune.verify looks")
+    dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+    limit = LIMITS.get(dtype, ROUGH)
+    try:
+        _, reason = compare_with_model(model, program, args, kwargs, model.training, limit)
+    except VerificationError as error:
+        raise CaptureError(str(error)) from error
+    return unknown.format(reason) if reason else ""
+
+
+def _with_values(tree: Any) -> Any:
+    """The inputs, with random numbers and zeros in those that have no values."""
+    generator = torch.Generator().manual_seed(0)
+
+    def made(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_meta:
+            return tensor
+        if tensor.is_floating_point():
+            return torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+    return pytree.tree_map_only(torch.Tensor, made, tree)
 
 
 @dataclass(frozen=True)
@@ -185,7 +244,7 @@ def _is_parameter(piece: Program, name: str) -> bool:
     return isinstance(piece.tensors.get(name), nn.Parameter)
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder(Interpreter):
     """Keeps what leaf modules return, call by call."""
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -197,9 +256,6 @@ class _Recorder(fx.Interpreter):
         if n.op == "call_module":
             self.calls.append((str(n.target), n, copied(result)))
         return result
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return super().call_function(target, mutable(args), mutable(kwargs))
 
 
 def _first_difference(
@@ -302,10 +358,14 @@ def relative_error(got: Any, wanted: Any, scale: float = 0.0) -> float:
 
 
 __all__ = [
+    "LARGE",
+    "LIMITS",
+    "ROUGH",
     "buffer_scale",
     "call",
     "compare_with_model",
     "copied",
+    "is_the_model",
     "plain",
     "relative_error",
     "second_batch",

@@ -231,7 +231,9 @@ class Pass(abc.ABC):
         if list(after.tensors) != list(before.tensors):
             raise RewriteError(f"{self} added, dropped or reordered parameters.")
         if after.graph is not before.graph or self.edits_graph:
+            owner, after.graph.owning_module = after.graph.owning_module, None  # which may have old widths
             after.graph.lint()
+            after.graph.owning_module = owner
 
     def __call__(self, program: Program, narrowing: Narrowing) -> Program:
         sites = self.requires(program, narrowing)

@@ -16,7 +16,8 @@ ORDER = (
     # the stages: capture, couple and group, score, plan, rewrite
     "capture", "coupling", "importance", "measure", "planning", "passes",
     # the stages composed
-    "analysis", "origins", "saving", "configurations", "pretrained", "compensation", "other_ways",
+    "same_calls", "verify_model", "analysis", "origins", "saving", "configurations", "pretrained",
+    "compensation", "other_ways",
     "branches_in_class", "own_class", "deciding", "reuse",
     "functional", "api",
     # what is done with the result: all modules that are not named here; no stage may import one of them

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from .. import sizes
 from ..calls import as_one
@@ -32,7 +32,7 @@ from .composites import dissolve as dissolve_composites
 from .gradient_hooks import note_on_gradient_hooks
 from .train_methods import switches
 
-__all__ = ["Captured", "capture", "recapture"]
+__all__ = ["RUNGS", "Captured", "capture", "recapture"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Captured:
 
 
 Rung = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Program]
-Accept = Callable[[Captured], Any]
+Accept = Callable[[Captured, nn.Module, tuple[Any, ...], dict[str, Any]], bool]
 
 RUNGS: dict[str, Rung] = {
     "symbolic tracing": symbolic.trace,
@@ -83,7 +83,7 @@ def capture(
     kwargs: dict[str, Any],
     dissolve: frozenset[str] = frozenset(),
     known: Mapping[str, Any] | None = None,
-    accept: Accept = lambda captured: None,
+    accept: Accept = lambda *_: True,
 ) -> Captured:
     """Capture ``model`` with the first rung that can.
 
@@ -93,8 +93,9 @@ def capture(
         kwargs: its keyword inputs.
         dissolve: names of functions to trace into (see :func:`fxprune.capture.symbolic.function_name`).
         known: regions to capture (:attr:`Captured.regions`), instead of looking for any.
-        accept: called with what a rung delivers, last with what is returned; raises CaptureError or
-            ExampleInputsError to have the next rung tried.
+        accept: called with what a rung delivers, what it was captured of, and the inputs of that; last with
+            what is returned. Raises CaptureError or ExampleInputsError to have the next rung tried, and gives
+            False for what is to be taken only where no further rung captures the whole.
 
     Raises:
         CaptureError: if no rung can; the message holds each rung's reason. Also for what is no module, and
@@ -180,7 +181,7 @@ def recapture(
     }
 
     def whole(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, str]:
-        found = _climb(module, args, kwargs, rungs, lambda captured: None)
+        found = _climb(module, args, kwargs, rungs, lambda *_: True)
         return found.program, found.rung
 
     if captured.regions:
@@ -214,7 +215,10 @@ def _climb(
     """Try ``rungs`` in their order; with ``other_sizes`` the model is looked at there, too."""
     name = type(unwrapped(model)).__name__
     refusals: list[tuple[str, CaptureError | ExampleInputsError]] = []
+    doubtful: list[Captured] = []
     for rung, trace in rungs.items():
+        if doubtful and rung not in RUNGS:
+            break
         try:
             program = _with_switches(trace(model, args, kwargs), model)
             free: tuple[Change, ...] = ()
@@ -229,14 +233,19 @@ def _climb(
             if rung in RUNGS:
                 captured = replace(captured, notes=(*captured.notes, *_note_on_values(program, model)))
             captured = replace(captured, trials=_trials(program, free, args, kwargs))
-            accept(captured)
-            return captured
+            if accept(captured, model, args, kwargs) or len(rungs) == 1:
+                return captured
+            doubtful.append(captured)
+            refusals.append((rung, CaptureError("it was not seen that the graph is all that the model does")))
         except CaptureError as refusal:
             refusals.append((rung, refusal))
         except ExampleInputsError as refusal:
             if not hasattr(refusal, "node"):  # the inputs do not fit the signature
                 raise
             refusals.append((rung, refusal))
+    for captured in doubtful:
+        accept(captured, model, args, kwargs)
+        return captured
     for _, reason in refusals:
         if isinstance(reason, ExampleInputsError):
             raise reason
@@ -350,20 +359,11 @@ def _captured(
     return Captured(program, rung, summary, tuple(notes), name, inputs, regions.describe(program))
 
 
-_OWN = frozenset(dir(fx.GraphModule({}, fx.Graph()))) - frozenset(dir(nn.Module()))
-"""Names of which ``torch.fx.GraphModule`` makes use itself: ``graph``, ``code``, ``meta`` ..."""
-
-
 def _check_names(program: Program) -> None:
     """Refuse names of modules and tensors that could not stand in the code of a graph module."""
     names = [str(node.target) for node in program.graph.nodes if node.op in ("call_module", "get_attr")]
     for name in names:
-        first, *_ = parts = name.split(".")
-        if any(keyword.iskeyword(part) for part in parts):
+        if any(keyword.iskeyword(part) for part in name.split(".")):
             raise CaptureError(
                 f"torch.fx cannot write code for {name!r}, because a Python keyword is part of it."
-            )
-        if first in _OWN:
-            raise CaptureError(
-                f"the model's {first!r} would hide what every torch.fx.GraphModule has of that name."
             )

@@ -19,7 +19,7 @@ from .merge import Call, same_constant, same_module
 
 _STEADY = frozenset([bool, int, float, torch.dtype, torch.device, torch.Size, torch.Tensor])
 """Types of what does not change once it is made; tensors change their shapes by operators of these names:"""
-_RESHAPES = frozenset(
+RESHAPES = frozenset(
     ["resize_", "resize_as_", "set_", "as_strided_", "t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_",
      "unsqueeze_", "assign"]
 )  # fmt: skip
@@ -53,7 +53,7 @@ class Recording:
 
     def steady(self, seen: Mapping[fx.Node, Any]) -> Mapping[fx.Node, Any]:
         """Of what nodes were ``seen`` to be at the end of a trace what they were when they were made."""
-        if any(operator_name(node) in _RESHAPES for node, _ in self.calls):
+        if any(operator_name(node) in RESHAPES for node, _ in self.calls):
             return {}
         return {node: value for node, value in seen.items() if type(value) in _STEADY}
 
@@ -113,4 +113,4 @@ def _same(a: Any, b: Any) -> bool:
         return False
 
 
-__all__ = ["Following", "PartedError", "Recording"]
+__all__ = ["RESHAPES", "Following", "PartedError", "Recording"]

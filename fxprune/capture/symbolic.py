@@ -207,6 +207,9 @@ class _Tracer(fx.Tracer):
         self.options: tuple[Any, ...] = ()
         self.switches: set[str] = set()
         self.flipped = False  # whether all modules are in the other mode than they are in
+        self.types_decide: frozenset[str] = (
+            frozenset()
+        )  # lines where the type of a tensor must be a plain one
         self.calls: list[Call] = []  # of modules, that tracing is in
         self.asked: dict[tuple[Call, ...], dict[str, None]] = {}
         self.given_to: dict[Call, Any] = {}
@@ -253,6 +256,8 @@ class _Tracer(fx.Tracer):
             if self.lists_as_values or not self.pins or not any(map(_is_numbers, self.given.values())):
                 raise
             return self._again(lists_as_values=True).program()
+        if lines := self.lines_for_types(graph) - self.types_decide:
+            return self._again(types_decide=self.types_decide | lines).program()
         lists = [n for n in graph.find_nodes(op="placeholder") if _is_numbers(self.given[str(n.target)])]
         users = {user.target for node in lists for user in node.users}
         if not self.lists_as_values and not self.pins and users - {rnn.pack_padded_sequence}:
@@ -421,10 +426,18 @@ class _Tracer(fx.Tracer):
             return self.type_of(value.node)
         return int if isinstance(value, Number) else type(value)
 
+    def lines_for_types(self, graph: fx.Graph) -> frozenset[str]:
+        """Lines of code that ask for the type of a tensor, and of which nothing in the graph makes use.
+
+        There it decides which way the code goes: ``x.dtype is torch.float32``, ``table.get(x.dtype)``.
+        """
+        return frozenset()
+
     def _again(self, **options: Any) -> _Tracer:
         """A tracer of the same model, with other options."""
         again = type(self)(self.model, self.arguments, *self.options)
         again.switches, again.lists_as_values = self.switches, self.lists_as_values
+        again.types_decide = self.types_decide
         for name, value in options.items():
             setattr(again, name, value)
         return again
@@ -814,6 +827,8 @@ class _ShapeProxy(_Proxy):
             raise AttributeError(name)
         if name == "item" and not isinstance(self.value, torch.Tensor):  # of a number of NumPy
             return lambda: self
+        if name == "dtype" and here() in self.tracer.types_decide:
+            return self.tracer.pinned_type(self)
         if name in ("shape", "device", "dtype", "T", "mT", "H"):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return super().__getattr__(name)
@@ -971,6 +986,22 @@ class _ShapeTracer(_Tracer):
             where = self._note(node, f"a number that depends on values of the inputs stays {number!r}")
             self.create_proxy("call_function", check_number, (proxy, kind(number), where), {})
         return number
+
+    def lines_for_types(self, graph: fx.Graph) -> frozenset[str]:
+        asked = graph.find_nodes(op="call_function", target=getattr)
+        return frozenset(
+            "{}:{} in {}: ".format(*node.meta["source"])
+            for node in asked
+            if node.args[1] == "dtype" and not node.users and "source" in node.meta
+        )
+
+    def pinned_type(self, proxy: _ShapeProxy) -> torch.dtype:
+        """The type of a tensor as a plain value, which the graph checks."""
+        found: Any = self.create_proxy("call_function", getattr, (proxy, "dtype"), {})
+        seen: torch.dtype = found.value
+        where = self._note(found.node, f"the type of a tensor, of which the code asks, stays {seen}")
+        self.create_proxy("call_function", check_number, (found, seen, where), {})
+        return seen
 
     def _note(self, node: fx.Node, what: str) -> str:
         """Say in the notes what is pinned; gives the line of the model."""

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..graph_module import Interpreter
 from ..importance.products import Products, Site
-from ..nodes import mutable
 from .batches import Values
 
 
@@ -78,11 +78,6 @@ class _Look(Products):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-class _Interpreter(fx.Interpreter):
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return super().call_function(target, mutable(args), mutable(kwargs))
-
-
 class Runner:
     """Runs parts of a graph module.
 
@@ -94,7 +89,7 @@ class Runner:
         self.module = module
         self.nodes = list(module.graph.nodes)
         self.place = {node.name: number for number, node in enumerate(self.nodes)}
-        self._interpreter = _Interpreter(module, garbage_collect_values=False)
+        self._interpreter = Interpreter(module, garbage_collect_values=False)
         self._looking = _Look(module)
         self._last: list[list[fx.Node]] = [[] for _ in self.nodes]
         for number, node in enumerate(self.nodes):
