@@ -123,7 +123,7 @@ class Interpreter(fx.Interpreter):
     """Runs a module node by node, and does what its generated code does."""
 
     def __init__(self, module: nn.Module, garbage_collect_values: bool = True) -> None:
-        super().__init__(module, garbage_collect_values)  # type: ignore[arg-type]
+        super().__init__(module, garbage_collect_values)
         self.module = plain(module)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
