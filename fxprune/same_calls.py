@@ -91,6 +91,8 @@ class _Comparison:
             if layer is None or not names:
                 continue
             inside.update(f"{path}.{name}" for name in names)
+            if self.twin.of(layer) is layer:
+                raise LookupError(f"{path} has no twin")  # its own forward is not to be replaced
             run: Any = graphs[path].forward
             for owner, formulas, how in (
                 (graphs[path], self.of_graph, run),

@@ -877,18 +877,19 @@ class _Stepper:
             self.values[node] = next(self.inputs)
         else:
             try:
-                self.values[node] = self.interpreter.run_node(node)
+                self.values[node] = self._seeded(node, 0)  # both networks draw the same random numbers
             except Exception as error:
                 raise VerificationError(f"node {node.name} fails: {type(error).__name__}: {error}") from error
         return node
 
+    def _seeded(self, node: fx.Node, seed: int) -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return self.interpreter.run_node(node)
+
     def draws(self, node: fx.Node, limit: float) -> bool:
         """Whether the node that was run last gives something else with another seed."""
-        outcomes = []
-        for seed in (0, 1):
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                outcomes.append(pytree.tree_leaves(copied(self.interpreter.run_node(node))))
+        outcomes = [pytree.tree_leaves(copied(self._seeded(node, seed))) for seed in (0, 1)]
         return relative_error(outcomes[0], outcomes[1]) > limit
 
     def averages(self, node: fx.Node) -> bool:
