@@ -126,4 +126,5 @@ def test_a_model_that_is_ready_for_training_is_pruned() -> None:
     assert result.is_gradient_checkpointing
     result(**inputs).logits.sum().backward()
     assert all(p.grad is not None for p in result.parameters())
-    assert fxprune.verify(model, result, plan, inputs).exact
+    masked: Any = plan.mask(model)
+    torch.testing.assert_close(result(**inputs).logits, masked(**inputs).logits)

@@ -45,6 +45,7 @@ import torch
 from torch import nn
 
 import fxprune
+from fxprune.errors import BudgetError
 
 ROWS = Path(__file__).with_name("own_class.jsonl")
 Make = Callable[[], tuple[nn.Module, Any]]
@@ -311,7 +312,7 @@ def reopened(model: Any, inputs: dict[str, Any]) -> str:
     options: dict[str, Any] = {"budget": fxprune.Budget(params=0.7), "importance": "random", "uniform": True}
     try:
         result: Any = fxprune.prune(model, inputs, into="module", **options)
-    except fxprune.BudgetError as error:
+    except BudgetError as error:
         return f"no: {error}".splitlines()[0][:200]
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         saved = fxprune.save_pretrained(result, folder)
