@@ -384,7 +384,7 @@ def table(path: Path) -> None:
         'Random weights, ratio 0.5, `importance="random"`; transformers: exact groups only. Shares are of',
         f"parameters. Rows with `planned on meta` were not run (today those of more than {LARGE // 10**6} M",
         f"parameters); models of more than {SINGLE // 10**6} M are run in float32, all others in float64",
-        "(at f62d4fb and before: float32 beyond 10 M, too little for some: they are said to fail).",
+        "(at f62d4fb and before: float32 beyond 10 M; the rows that fail there were not run in float64).",
     ]
     for zoo in ZOOS:
         own = [row for row in rows() if row["zoo"] == zoo]
