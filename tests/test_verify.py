@@ -156,13 +156,13 @@ def test_nothing_is_written_and_little_is_copied(monkeypatch: pytest.MonkeyPatch
     """In the networks' own precision, the weights of the result are compared as they lie there."""
     seen = []
     module: Any = importlib.import_module("fxprune.verification")
-    made = module._converted
+    made = module.converted
 
     def converted(*args: Any) -> nn.Module:
         seen.append(made(*args))
         return seen[-1]
 
-    monkeypatch.setattr(module, "_converted", converted)
+    monkeypatch.setattr(module, "converted", converted)
     model = Net().eval().to(torch.bfloat16)
     plan, result = pruned(model, X.to(torch.bfloat16))
     before = copy.deepcopy(result.state_dict())
