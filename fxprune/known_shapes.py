@@ -126,7 +126,8 @@ def _key(argument: Any) -> Any:
             return None
         return argument.shape, argument.stride(), argument.dtype, argument.storage_offset()
     if kind is slice:
-        return kind, _key((argument.start, argument.stop, argument.step))
+        ends = _key((argument.start, argument.stop, argument.step))
+        return None if ends is None else (kind, ends)
     if kind in _SEQUENCES:
         parts = [_key(part) for part in argument]
         return None if None in parts else (kind, *parts)

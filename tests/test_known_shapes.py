@@ -158,6 +158,19 @@ def test_all_else_runs_each_time(function: Any, args: Any, monkeypatch: pytest.M
         assert facts(made) == facts(called(function, args, {}))
 
 
+def test_parts_with_ends_of_an_unknown_kind_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An end may be a number that remembers where it is from."""
+
+    class Marked(int):
+        pass
+
+    monkeypatch.setattr(known_shapes, "_found", {})
+    for stop in (4, 3, 2):
+        part = (X, (..., slice(None, Marked(stop))))
+        made = known_shapes.of_call(operator.getitem, part, {}, partial(called, operator.getitem, part, {}))
+        assert made.shape[-1] == stop
+
+
 def test_arguments_in_other_places_of_memory_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known_shapes, "_found", {})
     whole = meta(3, 4)

@@ -75,6 +75,31 @@ def test_the_type_is_said_and_checked() -> None:
         pruned.double()(X.double())
 
 
+class OnlyAsks(Net):
+    def between(self, x: Tensor, h: Tensor) -> Tensor:
+        kind = x.dtype
+        return h.relu() if kind is not None and len(x) > 1 else h.sigmoid()
+
+
+class AsksAndWrites(Net):
+    """What is written in place makes the nodes of the graph others than those that were recorded."""
+
+    def between(self, x: Tensor, h: Tensor) -> Tensor:
+        _ = x.dtype
+        h = h + len(x)
+        h += x.mean()
+        return h.relu() if len(x) > 1 else h
+
+
+@pytest.mark.parametrize("kind", [OnlyAsks, AsksAndWrites])
+def test_a_type_that_decides_nothing_is_not_pinned(kind: type[Net]) -> None:
+    """Else nobody could run a pruned network in half precision."""
+    model = kind().eval()
+    pruned = fxprune.prune(model, X)
+    assert pruned.meta["fxprune"].notes == ()
+    assert pruned.double()(X.double()).dtype == torch.float64
+
+
 class AsksForTheClass(Net):
     def between(self, x: Tensor, h: Tensor) -> Tensor:
         return h.relu() if h.__class__ is Tensor else h.sigmoid()

@@ -48,6 +48,7 @@ from ..program import Program, Skeleton, named_modules, named_tensors
 from ..trees import TENSORS, flatten
 from ..value_dependent import AS_LIST, ON_SHAPES, OnShapes, kept_whole
 from . import patches, traced_sizes
+from .alike import compare
 from .arguments import LITERALS, Arguments, packing
 from .effects import AUGMENTED, AttributesBefore, not_kept, write_in_place
 from .merge import Call, Trace, merge, same_in_both
@@ -207,9 +208,7 @@ class _Tracer(fx.Tracer):
         self.options: tuple[Any, ...] = ()
         self.switches: set[str] = set()
         self.flipped = False  # whether all modules are in the other mode than they are in
-        self.types_decide: frozenset[str] = (
-            frozenset()
-        )  # lines where the type of a tensor must be a plain one
+        self.types_decide: frozenset[str] = frozenset()  # lines where a tensor's type is a plain one
         self.calls: list[Call] = []  # of modules, that tracing is in
         self.asked: dict[tuple[Call, ...], dict[str, None]] = {}
         self.given_to: dict[Call, Any] = {}
@@ -256,8 +255,7 @@ class _Tracer(fx.Tracer):
             if self.lists_as_values or not self.pins or not any(map(_is_numbers, self.given.values())):
                 raise
             return self._again(lists_as_values=True).program()
-        if lines := self.lines_for_types(graph) - self.types_decide:
-            return self._again(types_decide=self.types_decide | lines).program()
+        typed = self._with_plain_types(graph)
         lists = [n for n in graph.find_nodes(op="placeholder") if _is_numbers(self.given[str(n.target)])]
         users = {user.target for node in lists for user in node.users}
         if not self.lists_as_values and not self.pins and users - {rnn.pack_padded_sequence}:
@@ -284,7 +282,7 @@ class _Tracer(fx.Tracer):
                 both = None if graph is self.recorded else both
         for node in graph.nodes:
             node.meta.pop("calls", None)
-        return Program(
+        made = Program(
             graph=graph,
             modules={str(n.target): self.leaf(str(n.target)) for n in graph.nodes if n.op == "call_module"},
             tensors={name: self.tensors[name] for name in self.names},
@@ -295,6 +293,20 @@ class _Tracer(fx.Tracer):
             seen=self.merged or self.seen(),
             again=partial(self._makes_again, both) if self.pins and both is not None else None,
         )
+        return made if typed is None or compare(made, typed).same else typed
+
+    def _with_plain_types(self, graph: fx.Graph) -> Program | None:
+        """What is captured where types of tensors are plain ones; None where the calls are the same.
+
+        Code that asks for a type, and makes nothing of it in the graph, mostly does nothing with it.
+        """
+        lines = self.lines_for_types(graph) - self.types_decide
+        if not lines:
+            return None
+        plain = {"types_decide": self.types_decide | lines}
+        other = self._again(**plain)
+        other.knows(self.recording.steady(self.seen()))
+        return None if other.makes(self.recording) else self._again(**plain).program()
 
     def makes(self, recording: Recording) -> bool:
         """Whether the model, as this tracer runs it, makes the calls of another trace; in doubt, no."""
@@ -999,6 +1011,8 @@ class _ShapeTracer(_Tracer):
         """The type of a tensor as a plain value, which the graph checks."""
         found: Any = self.create_proxy("call_function", getattr, (proxy, "dtype"), {})
         seen: torch.dtype = found.value
+        if self.following is not None:  # to see whether it makes a difference
+            return seen
         where = self._note(found.node, f"the type of a tensor, of which the code asks, stays {seen}")
         self.create_proxy("call_function", check_number, (found, seen, where), {})
         return seen
