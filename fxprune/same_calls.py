@@ -178,7 +178,8 @@ class _Formulas(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._table, self._known = table, known
         self._numbers: dict[int, int] = {}
-        self._written: dict[int, tuple[int, int]] = {}  # by storage: which tensor was last written, and what
+        self._written: dict[int, int] = {}  # by storage, what was last written there
+        self._since: dict[int, int | None] = {}  # the same when a tensor got its number
         self._alive: list[Any] = []  # ids stay theirs
         self._draws = 0
 
@@ -231,9 +232,9 @@ class _Formulas(TorchDispatchMode):
             copied = name == "copy" and (args[0].shape, args[0].dtype) == (args[1].shape, args[1].dtype)
             for place, tensor in enumerate(changed):
                 number = self._number(self._read(args[1]) if copied else (call, place))
+                self._written[_storage(tensor)] = number
                 if tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes():
                     self.name(tensor, number)  # as a new one
-                self._written[_storage(tensor)] = id(tensor), number
         for place, leaf in enumerate(_tensors(result)):
             if not any(leaf is tensor for tensor in changed):
                 self.name(leaf, (call, place))
@@ -243,6 +244,7 @@ class _Formulas(TorchDispatchMode):
         """Give a new tensor its formula, or the number of that."""
         self._alive.append(tensor)
         self._numbers[id(tensor)] = self._number(formula)
+        self._since[id(tensor)] = self._written.get(_storage(tensor))
 
     def formula(self, value: Any) -> Any:
         """What stands for an argument as it is now."""
@@ -268,13 +270,15 @@ class _Formulas(TorchDispatchMode):
         return self._numbers[id(tensor)]
 
     def _read(self, tensor: torch.Tensor) -> Any:
+        if not tensor.numel():
+            return tensor.dtype, tensor.shape
         if not tensor.is_meta and tensor.numel() <= _FEW and tensor.layout is torch.strided:
             with _disable_current_modes():
                 values = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
             return tensor.dtype, tensor.shape, values
         number = self._number_of(tensor)
-        writer, what = self._written.get(_storage(tensor), (0, 0))
-        return number if not writer or (writer, what) == (id(tensor), number) else (number, what)
+        what = self._written.get(_storage(tensor))
+        return number if what == self._since[id(tensor)] else (number, what)
 
 
 @functools.cache

@@ -147,6 +147,7 @@ class Writes(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer, self.norm, self.out = nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, 4)
+        self.turn = nn.Linear(12, 12)
         self.register_buffer("steps", torch.zeros(()))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -154,6 +155,8 @@ class Writes(nn.Module):
         h = self.norm(self.layer(x)).relu_()
         h[:, :3] *= 2
         h += F.dropout(h, 0.5, self.training)
+        h = torch.cat([torch.tensor([], device=x.device), h.t()])
+        h = self.turn(h.t())
         h = h.masked_fill(mask[:, None], 0.0)
         return self.out(h)
 
