@@ -369,3 +369,23 @@ def test_grouped_products(dtype):
     pruned = fxprune.prune(net, (x, offsets), ratio=0.5)
     assert pruned.up.shape == (4, 16, 32)
     assert fxprune.analyze(net, (x, offsets)).captured.rung == KNOWN
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.45])
+@pytest.mark.parametrize("round_to", [None, 6])
+def test_widths_of_grouped_products_are_such_as_their_kernels_take(ratio, round_to):
+    """Rows begin at multiples of 16 bytes, in half precision, too."""
+
+    def how(s, t, offsets):
+        return (F.grouped_mm(t.reshape(-1, 32), s.up, offs=offsets).relu() @ s.back).reshape(t.shape)
+
+    net = Middle(how).eval()
+    net.up, net.back = (nn.Parameter(torch.randn(*shape) / 8) for shape in ((4, 32, 96), (96, 32)))
+    x, offsets = torch.randn(2, 8, 16), torch.tensor([4, 8, 12, 16], dtype=torch.int32)
+    pruned = fxprune.prune(net, (x, offsets), ratio=ratio, round_to=round_to)
+    assert pruned.up.shape[1] % 8 == pruned.up.shape[2] % 8 == 0
+    assert pruned.up.shape[2] < 96
+    if round_to:
+        assert pruned.up.shape[2] % 24 == 0
+    for dtype in (torch.float32, torch.bfloat16):
+        assert pruned.to(dtype)(x.to(dtype), offsets).isfinite().all()

@@ -62,6 +62,7 @@ class Coupler:
         self.rectangles: list[Rectangle] = []
         self.frozen: list[Event] = []
         self.inexact: list[Event] = []
+        self.multiples: list[tuple[Ids, int]] = []
         self.collisions: list[fx.Node | None] = []
         self.by_size: set[fx.Node] = set()
         """Nodes whose effect on labelled dimensions depends on sizes or positions."""
@@ -295,6 +296,11 @@ class Coupler:
             label.close()
             return
         self.inexact.append(Event(label.ids, label.axis, self.node, reason))
+
+    def keep_multiple(self, label: Label, number: int) -> None:
+        """Have the number of units that are left of a label be a multiple: an operator takes no others."""
+        if not isinstance(label, Open):
+            self.multiples.append((label.ids, number))
 
     def once_used(
         self, tensor: torch.Tensor, kept: Sequence[tuple[Label, str]], inexact: Sequence[tuple[Label, str]]

@@ -12,6 +12,7 @@ row goes when all of its units go, in every rectangle that it is a row of (:mod:
 from __future__ import annotations
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -91,6 +92,7 @@ def form_groups(
         lambda: find_rows()[0],
         coupler.uses,
         cells,
+        coupler.multiples,
     )
     cells.inherit(np.logical_or, prunable)
     return Grouping(groups, roots, prunable, tuple(events), tuple(rectangles), cells, find_rows)
@@ -247,6 +249,7 @@ def _collect(
     find_rows: Callable[[], tuple[RowSet, ...]],
     uses: Uses,
     cells: Cells,
+    asked: Sequence[tuple[Ids, int]],
 ) -> tuple[Group, ...]:
     """Join balanced sets that share member axes into groups."""
     components = _components(balanced_sets, signature, order)
@@ -256,6 +259,7 @@ def _collect(
         group_of[units] = number
         position[units] = np.arange(units.size)
     axes = _axes_of_groups(states, roots, cells, group_of, len(components))
+    multiples = _multiples_of_groups(asked, roots, group_of)
 
     def build(number: int) -> Any:
         def inside(classes: Ids) -> Ids:
@@ -279,8 +283,18 @@ def _collect(
         number_of = int(inexact[units].min())
         event = reasons[number_of] if number_of < len(reasons) else None
         because = f"{event.reason} at {event.at}" if event is not None else ""
-        groups.append(Group(name, units, balance, event is None, because, build(number), find_rows))
+        multiple = multiples.get(number, 1)
+        groups.append(Group(name, units, balance, event is None, because, multiple, build(number), find_rows))
     return tuple(groups)
+
+
+def _multiples_of_groups(asked: Sequence[tuple[Ids, int]], roots: Ids, group_of: Ids) -> Mapping[int, int]:
+    """By number of the group what the number of its units has to be a multiple of."""
+    found: dict[int, int] = {}
+    for ids, multiple in asked:
+        for number in np.unique(group_of[roots[ids]]).tolist():
+            found[number] = math.lcm(found.get(number, 1), multiple)
+    return found
 
 
 def _components(

@@ -84,6 +84,7 @@ class Group:
         exact: no normalisation or reduction runs over the group's axes, so that the pruned network
             equals the masked one.
         inexact_because: what makes it inexact, with the node; empty if exact.
+        multiple: the units that are left are a multiple of this, which an operator asks for.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Group:
     balance: tuple[tuple[Ids, ...], ...]
     exact: bool
     inexact_because: str
+    multiple: int
     _build: Any = field(repr=False)
     _find_rows: Callable[[], tuple[RowSet, ...]] = field(repr=False)
 

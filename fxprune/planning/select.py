@@ -240,7 +240,7 @@ def _sets(
             continue
         if (group.name not in assigned.shares and selection.scope == "local") or scope == ("own", group.name):
             scope = None  # each set is one of its own
-        number = assigned.multiples.get(group.name, single)
+        number = math.lcm(assigned.multiples.get(group.name, single), group.multiple)
         for place, rows in enumerate(without_rows(group, gone.get(group.name, ())).balance):
             parts = math.gcd(*(row.size for row in rows))
             levels = _levels(rows, parts, number, selection.max_ratio)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -347,7 +348,12 @@ def trilinear(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None
 
 @rule("_grouped_mm", "transformers::grouped_mm_fallback")
 def grouped_mm(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
-    """Rows ``(S, K)`` sorted by expert, times one matrix of ``(E, K, N)`` for each expert: ``(S, N)``."""
+    """Rows ``(S, K)`` sorted by expert, times one matrix of ``(E, K, N)`` for each expert: ``(S, N)``.
+
+    Rows have to begin at multiples of 16 bytes
+    (https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.grouped_mm.html); in half precision
+    those are eight numbers.
+    """
     x, weight = c.value(args[0]), c.value(args[1])
     if len(x.shape) != 2 or len(weight.shape) != 3 or (len(args) > 3 and args[3] is not None):
         for value in (x, weight):
@@ -355,3 +361,11 @@ def grouped_mm(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> Non
         return
     c.freeze_dim(weight, 0, "experts are chosen at run time")
     _contract(c, [(x, "sk"), (weight, "ekn")], "sn", out)
+    for dim in (1, 2):
+        label = weight.label(dim)
+        if label is not None:
+            c.keep_multiple(label, math.gcd(_ALIGNED, weight.shape[dim]))
+
+
+_ALIGNED = 8
+"""Numbers in 16 bytes of half precision."""
