@@ -31,6 +31,9 @@ _IDENTITIES = frozenset(["detach", "alias", "lift_fresh"])
 _FEW = 4096
 """Up to so many entries, tensors that have values are compared by these, whatever they were computed by."""
 
+_UNFILLED = ("empty", "new_empty")
+"""Beginnings of the names of operators whose results have no values yet; random ones, say, are to follow."""
+
 _PLAIN = frozenset([type(None), bool, int, float, torch.dtype])
 
 
@@ -194,13 +197,8 @@ class _Formulas(TorchDispatchMode):
         for place, leaf in enumerate(_tensors((args, kwargs))):
             self.name(leaf, ("input", place))
         before = {name: self._read(tensor) for name, tensor in tensors.items()}
-        state = torch.get_rng_state()
-        torch.default_generator.manual_seed(0)
-        try:
-            with torch.no_grad(), self:
-                output = code(*args, **kwargs)
-        finally:
-            torch.set_rng_state(state)
+        with torch.no_grad(), self:
+            output = code(*args, **kwargs)
         returned = [self._read(leaf) for leaf in flatten(output)[0] if isinstance(leaf, torch.Tensor)]
         after = {name: self._read(tensor) for name, tensor in tensors.items()}
         return returned, {name: number for name, number in after.items() if number != before[name]}
@@ -209,13 +207,18 @@ class _Formulas(TorchDispatchMode):
         kwargs = kwargs or {}
         name, written, in_place, random, on_device = _facts(func)
         if on_device:
-            kwargs = {**kwargs, "device": torch.device("cpu")}
+            kwargs = {
+                **kwargs,
+                "device": torch.device("meta" if random or name.startswith(_UNFILLED) else "cpu"),
+            }
         call: tuple[Any, ...] = (name, self.formula(args), self.formula(kwargs))
-        if random:
+        tensors = _tensors((args, kwargs))
+        if random:  # without values, so that the numbers that other threads draw stay theirs
             self._draws += 1
             call = (*call, self._draws)
-        tensors = _tensors((args, kwargs))
-        if any(t.is_meta for t in tensors) and not all(t.is_meta for t in tensors):
+            if written and not args[0].is_meta:
+                raise NotImplementedError(f"{name} fills a tensor that has values")
+        if random or (any(t.is_meta for t in tensors) and not all(t.is_meta for t in tensors)):
             args, kwargs = _without((args, kwargs))
         if in_place and args[0].is_meta:
             result = args[0]  # which has no values to change

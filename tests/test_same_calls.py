@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -175,6 +176,25 @@ def test_models_that_are_followed_make_the_same_calls(training: bool) -> None:
         program = fxprune.analyze(model, inputs).captured.program
         assert same_calls(model, program, inputs, {})
         assert same_calls(model, program, to_meta(inputs), {})
+
+
+def test_random_numbers_of_others_stay_theirs() -> None:
+    """All threads draw from one generator; a look at shapes alone neither seeds it nor draws from it."""
+    seen = SimpleNamespace(seeds=set())
+
+    class Noisy(Net):
+        def between(self, x: Tensor, h: Tensor) -> Tensor:
+            seen.seeds.add(torch.initial_seed())
+            return F.dropout(h + torch.rand(32) * torch.rand_like(h), 0.5, self.training)
+
+    model = Noisy().train()
+    program = fxprune.analyze(model, X).captured.program
+    torch.manual_seed(1234)
+    state = torch.get_rng_state()
+    seen.seeds.clear()
+    assert same_calls(model, program, (X,), {})
+    assert seen.seeds == {1234}
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def others() -> list[Any]:
