@@ -355,7 +355,8 @@ def _with_free_sizes(module: nn.Module) -> nn.Module:
     """The graph without calls by which torch would compile it for one size alone; changed in place."""
     if isinstance(module, fx.GraphModule):
         for node in module.graph.find_nodes(op="call_function", target=torch.take_along_dim):
-            node.target = take_along_dim
+            if len(node.args) == 3 and not node.kwargs:
+                node.target = take_along_dim
         module.recompile()
     return module
 

@@ -81,6 +81,26 @@ def test_other_lengths_share_a_compilation() -> None:
     assert graphs["unique_graphs"] == 2  # one for the first length, one for all others
 
 
+class Picks(nn.Module):
+    """Entries of a layer's output, by keyword and of all dimensions at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(6, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.out(self.into(x).relu())
+        first = torch.take_along_dim(out, indices=out.argsort(1), dim=1)
+        return first + torch.take_along_dim(out, out.flatten().argsort())[:4]
+
+
+def test_entries_are_picked_however_it_is_written() -> None:
+    model, x = Picks().eval(), torch.randn(5, 6)
+    with torch.no_grad():
+        got = compiled(model, ratio=0.5)(x)
+    torch.testing.assert_close(got, fxprune.prune(model, x, 0.5)(x))
+
+
 def test_bert() -> None:
     """Inputs by name, outputs in a class of the library; another batch has the same channels."""
     transformers = pytest.importorskip("transformers")
