@@ -367,7 +367,7 @@ def _or_even(
     made, left, rewritten = even if otherwise < lost else found
     by = "the same share" if otherwise < lost else "what costs the outputs least"
     note = (
-        f"every group gives {by}: on held-out calibration data the outputs lose {min(lost, otherwise):.3g} "
+        f"every group gives {by}: on {judge.where} the outputs lose {min(lost, otherwise):.3g} "
         f"by that, and {max(lost, otherwise):.3g} the other way"
     )
     return replace(made, notes=(*made.notes, note)), left, rewritten

@@ -166,7 +166,7 @@ class Depth(Generic[_T]):
         )
         return (
             f"{self.count} of {len(self.order.branches)} residual branches go, by what the outputs lose on "
-            f"held-out calibration data: {losses}"
+            f"{self.order.judge.where}: {losses}"
         )
 
     @property

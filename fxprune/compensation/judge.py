@@ -36,6 +36,9 @@ class Judge:
         pick: see :data:`.batches.Pick`.
         seed: for the positions of large inputs that are looked at.
 
+    Attributes:
+        where: on which data it compares, for people: on few batches, nothing can be held out.
+
     Raises:
         CalibrationError: for data that are empty, or do not fit the model.
     """
@@ -50,6 +53,9 @@ class Judge:
         self.pick, self.seed = pick, seed
         some = list(itertools.islice(series(batches), 2 * _BATCHES))
         self.fitted, held = some[:_BATCHES], some[_BATCHES:] or some
+        apart = len(some) > _BATCHES
+        part = "calibration data that the compensation did not see"
+        self.where = part if apart else f"the {len(some)} batches of calibration data"
         device = next((tensor.device for tensor in self.program.tensors.values()), torch.device("cpu"))
         dense = private(self.program).module().eval()
         self.probes: list[list[Any]] = []
