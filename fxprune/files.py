@@ -124,6 +124,9 @@ def write(path: Path, save: Callable[[Path], Any]) -> int:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fxprune-") as folder:
             draft = Path(folder) / path.name
             save(draft)
+            plain = Path(folder) / "plain"
+            plain.touch()
+            draft.chmod(plain.stat().st_mode)  # safetensors lets nobody but the owner read what it writes
             size = draft.stat().st_size
             os.replace(draft, path)
     except Exception as error:

@@ -51,6 +51,13 @@ def test_a_plan_goes_through_a_file(plan: fxprune.PruningPlan, tmp_path: Path) -
     assert any(line.strip().startswith('"blocks.1.0.weight[0]": "') for line in lines)
 
 
+def test_whoever_may_read_other_files_may_read_these(plan: fxprune.PruningPlan, tmp_path: Path) -> None:
+    plain, weights = tmp_path / "plain.txt", tmp_path / "net.safetensors"
+    plain.touch()
+    fxprune.save(plan.apply(Net()), weights)
+    assert weights.stat().st_mode == plain.stat().st_mode
+
+
 def test_positions_are_ranges(plan: fxprune.PruningPlan) -> None:
     edited = plan.with_removed({"blocks.0.0.weight[0]": [0, 1, 2, 5, 7, 8]})
     text = edited.to_json()
