@@ -75,14 +75,14 @@ def analyzed(
             program = fill(program, fill_outputs)
         graphs.append(CouplingGraph(replace(captured, program=program), source))
         own = part if original is model else as_one(original, kwargs)
-        whole = named is kwargs  # of a marked copy, parts have no counterpart at hand
+        whole = named is kwargs  # not one of the parts, which of a marked copy have no counterpart at hand
         if dissolve or captured.rung not in RUNGS or not (whole or own is part):
             return True
         unknown = is_the_model(own, captured.program, its, named)
         if unknown:
             known = graphs[-1].captured
             graphs[-1].captured = replace(known, notes=(*known.notes, unknown))
-        return not unknown or captured.rung != next(iter(RUNGS))  # another is as good
+        return not unknown or captured.rung != next(iter(RUNGS))  # the second rung sees more than the first
 
     capture(model, args, kwargs, dissolve, regions, accept)
     graph = graphs[-1]

@@ -385,6 +385,7 @@ def table(path: Path) -> None:
         f"parameters. Rows with `planned on meta` were not run (today those of more than {LARGE // 10**6} M",
         f"parameters); models of more than {SINGLE // 10**6} M are run in float32, all others in float64",
         "(at f62d4fb and before: float32 beyond 10 M; the rows that fail there were not run in float64).",
+        "Commits that are not on main were those of a branch, before it was put on top of others.",
     ]
     for zoo in ZOOS:
         own = [row for row in rows() if row["zoo"] == zoo]

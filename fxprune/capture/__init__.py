@@ -243,9 +243,9 @@ def _climb(
             if not hasattr(refusal, "node"):  # the inputs do not fit the signature
                 raise
             refusals.append((rung, refusal))
-    for captured in doubtful:
-        accept(captured, model, args, kwargs)
-        return captured
+    if doubtful:
+        accept(doubtful[0], model, args, kwargs)
+        return doubtful[0]
     for _, reason in refusals:
         if isinstance(reason, ExampleInputsError):
             raise reason

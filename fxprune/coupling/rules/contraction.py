@@ -350,9 +350,9 @@ def trilinear(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None
 def grouped_mm(c: Coupler, args: Args, kwargs: Kwargs, out: torch.Tensor) -> None:
     """Rows ``(S, K)`` sorted by expert, times one matrix of ``(E, K, N)`` for each expert: ``(S, N)``.
 
-    Rows have to begin at multiples of 16 bytes
-    (https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.grouped_mm.html); in half precision
-    those are eight numbers.
+    The kernels refuse rows that do not begin at multiples of 16 bytes, which are eight numbers in half
+    precision (https://docs.pytorch.org/docs/main/generated/torch.nn.functional.grouped_mm.html speaks of
+    their layout).
     """
     x, weight = c.value(args[0]), c.value(args[1])
     if len(x.shape) != 2 or len(weight.shape) != 3 or (len(args) > 3 and args[3] is not None):
