@@ -14,7 +14,10 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from statistics import median
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,15 +31,7 @@ from .capture.patches import PlainAttention
 from .errors import ExampleInputsError
 from .inputs import normalize, to_meta
 
-# Where there is no triton it warns of that when it is imported, though nothing here has kernels of triton's.
-_warns = logging.getLogger("torch.utils.flop_counter")
-_level = _warns.level
-_warns.setLevel(logging.ERROR)
-from torch.utils.flop_counter import FlopCounterMode, flop_registry  # noqa: E402
-
-_warns.setLevel(_level)
-
-__all__ = ["Count", "count", "flop_registry", "latency_ratio", "measure_latency"]
+__all__ = ["Count", "count", "flop_counter", "latency_ratio", "measure_latency"]
 
 
 _TURN, _TURNS, _PATIENCE = 1e-3, 5, 5
@@ -178,6 +173,21 @@ def latency_ratio(a: nn.Module, b: nn.Module, example_inputs: Any = (), min_run_
     return seconds["b"] / seconds["a"]
 
 
+@cache
+def flop_counter() -> ModuleType:
+    """``torch.utils.flop_counter``, imported when something is counted: it imports all of triton.
+
+    Where there is no triton it warns of that, though nothing here has kernels of triton's: that is silenced.
+    """
+    warns = logging.getLogger("torch.utils.flop_counter")
+    level = warns.level
+    warns.setLevel(logging.ERROR)
+    try:
+        return import_module("torch.utils.flop_counter")
+    finally:
+        warns.setLevel(level)
+
+
 class _Activations(TorchDispatchMode):
     """Counts the entries of what the operators give that ``FlopCounterMode`` counts."""
 
@@ -187,7 +197,7 @@ class _Activations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in flop_registry:
+        if func.overloadpacket in flop_counter().flop_registry:
             first = out if isinstance(out, Tensor) else out[0]  # attention also gives what backward needs
             self.count += first.numel()
         return out
@@ -214,7 +224,7 @@ def _work(model: nn.Module, args: Any, kwargs: Any) -> tuple[int, int]:
 
 
 def _counted(twin: nn.Module, args: Any, kwargs: Any) -> tuple[int, int]:
-    counter, activations = FlopCounterMode(display=False), _Activations()
+    counter, activations = flop_counter().FlopCounterMode(display=False), _Activations()
     with PlainAttention(), torch.no_grad(), activations, counter:
         twin.eval()(*args, **kwargs)
     # FlopCounterMode counts a multiplication and an addition as two.

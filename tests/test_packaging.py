@@ -139,6 +139,19 @@ def test_importing_fxprune_does_not_import_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_public_names_import_no_more_than_they_need() -> None:
+    """What is needed for some models, formats or surfaces alone is imported when it is."""
+    heavy = {"networkx", "torch._inductor", "torchvision", "transformers", "triton"}
+    heavy |= {"IPython", "matplotlib", "onnx", "onnxruntime", "onnxscript", "pandas", "rich", "scipy"}
+    code = (
+        "import sys, torch; before = {*sys.modules}\n"
+        "from fxprune import *\n"
+        f"print(sorted({heavy} & ({{*sys.modules}} - before)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_public_names_are_where_they_are_said_to_be() -> None:
     """What a type checker is told agrees with what is imported when it is asked for."""
     fxprune = import_module("fxprune")

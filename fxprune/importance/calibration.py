@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import distributed, nn
 
 from ..capture.patches import PlainAttention
@@ -274,6 +272,9 @@ def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
 
 def progress(data: Iterable[Any], owner: str) -> Iterable[Any]:
     """The batches; on a terminal, with a bar on stderr."""
+    from rich.console import Console
+    from rich.progress import track
+
     console = Console(stderr=True)
     return track(data, owner, console=console, transient=True, disable=not console.is_terminal)
 

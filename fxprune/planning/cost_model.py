@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from ..coupling.graph import CouplingGraph
 from ..coupling.interpreter import interpret
 from ..coupling.roles import module_of
 from ..coupling.units import Ids, Label, Value
-from ..measure import Count, flop_registry
+from ..measure import Count, flop_counter
 
 Mask = NDArray[np.bool_]
 
@@ -103,7 +103,7 @@ class CostModel:
         self._rows: list[Ids] = []
         self._where: list[int] = []
         self.calls = tuple(self._interpret())
-        self._counted = [call for call in self.calls if call.operator.overloadpacket in _FLOPS]
+        self._counted = [call for call in self.calls if call.operator.overloadpacket in _formulas()]
         self._tensors()
         self._classes = np.concatenate([r.reshape(-1) for r in self._rows]) if self._rows else _NONE
         widths = np.concatenate([np.full(*r.shape) for r in self._rows]) if self._rows else _NONE
@@ -238,7 +238,8 @@ class CostModel:
         key = id(call), sizes[call.dims].tobytes()
         if key not in self._known:
             args, kwargs, out = call.given(sizes, _meta)
-            self._known[key] = int(_FLOPS[call.operator.overloadpacket](*args, **kwargs, out_val=out))
+            formula = _formulas()[call.operator.overloadpacket]
+            self._known[key] = int(formula(*args, **kwargs, out_val=out))
         return self._known[key]
 
     def activations(self, sizes: Ids) -> int:
@@ -273,7 +274,11 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, *bias: Any, out_val: torch.Te
     return 2 * out_val.numel() * weight.shape[1]
 
 
-_FLOPS: Mapping[Any, Callable[..., int]] = {**flop_registry, torch.ops.aten.linear: _linear}
+@cache
+def _formulas() -> Mapping[Any, Callable[..., int]]:
+    """How many FLOPs a call of each operator takes that is counted."""
+    return {**flop_counter().flop_registry, torch.ops.aten.linear: _linear}
+
 
 _NONE: Ids = np.empty(0, dtype=np.int64)
 

@@ -28,7 +28,7 @@ from ..convolution import with_fitting_groups
 from ..coupling.branches import Branch
 from ..coupling.units import Ids
 from ..errors import BudgetError
-from ..measure import flop_registry, measure_latency
+from ..measure import flop_counter, measure_latency
 from .cost_model import Call, CostModel
 
 VERSION = 1
@@ -162,8 +162,9 @@ class Latency:
     def __init__(self, costs: CostModel, table: LatencyTable, compiled: bool = False) -> None:
         self.costs = costs
         self._curves = []
+        counted = flop_counter().flop_registry
         for call in costs.calls:
-            if call.operator.overloadpacket not in flop_registry and (compiled or _is_view(call.operator)):
+            if call.operator.overloadpacket not in counted and (compiled or _is_view(call.operator)):
                 continue
             points = table.points(call, costs)
             if points:
@@ -351,7 +352,7 @@ class _Try:
 
 def work(call: Call, costs: CostModel, sizes: Ids) -> float:
     """What the time of a call grows with: FLOPs, or entries of its operands."""
-    if call.operator.overloadpacket in flop_registry:
+    if call.operator.overloadpacket in flop_counter().flop_registry:
         return float(costs.flops(call, sizes))
     return float(sum(sizes[list(operand.dims)].prod() for operand in call.operands))
 

@@ -20,7 +20,6 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
@@ -283,10 +282,15 @@ def _repeating(sets: list[_Set]) -> list[list[int]]:
 
 def _together(*kinds: Iterable[list[int]]) -> list[list[int]]:
     """Numbers of the sets that lose equally many steps, for one reason or several in a chain."""
+    several = [numbers for numbers in itertools.chain(*kinds) if len(numbers) > 1]
+    if not several:
+        return []
+    import networkx as nx  # which takes long to import, and most plans need not
+
     found = nx.Graph()
-    for numbers in itertools.chain(*kinds):
+    for numbers in several:
         nx.add_path(found, numbers)
-    return [sorted(numbers) for numbers in nx.connected_components(found) if len(numbers) > 1]
+    return [sorted(numbers) for numbers in nx.connected_components(found)]
 
 
 def _tied(graph: CouplingGraph, sets: list[_Set], ties: Iterable[Sequence[str]]) -> list[list[int]]:
