@@ -23,8 +23,12 @@ FROM_SHAPE = frozenset(["zeros_like", "ones_like", "empty_like", "full_like", "n
                          "new_empty", "new_full", "new_tensor"])  # fmt: skip
 """Functions that look at nothing but the shape, type and device of their first argument."""
 _RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout", "uniform", "exponential", "poisson")
-_FACTS = frozenset(["shape", "ndim", "dtype", "device", "is_cuda", "requires_grad", "size", "dim", "numel",
-                    "nelement", "is_floating_point", "stride"])  # fmt: skip
+KINDS = frozenset(["layout", "is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn", "is_mps",
+                   "is_xla", "is_xpu"])  # fmt: skip
+"""Attributes that say how a tensor is stored, which is no more in an example than in any other input."""
+_FACTS = KINDS | {"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad", "size", "dim", "numel",
+                  "nelement", "is_floating_point", "is_complex", "is_signed", "is_contiguous", "is_tensor",
+                  "element_size", "itemsize", "stride"}  # fmt: skip
 """What a tensor says of itself without a look at its entries."""
 
 
@@ -183,7 +187,7 @@ def _is_whole(seen: Any) -> bool:
 def _fact(node: fx.Node) -> bool:
     if node.target is getattr:
         return node.args[1] in _FACTS
-    return node.op == "call_method" and node.target in _FACTS
+    return node.op in ("call_method", "call_function") and operator_name(node) in _FACTS
 
 
 __all__ = ["FROM_SHAPE", "UnknownValueError", "Values", "made_of_sizes"]

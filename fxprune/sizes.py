@@ -26,6 +26,8 @@ be channels in videos; height and width."""
 NEAR, FAR = 1, 32
 """By how much sizes change: by a small odd number, another one for each extent; or by 32, as networks ask for
 that halve an image five times, and to twice the size where it is no multiple of that."""
+FINER = (2, 4, 8, 16)
+"""By how much sizes change where a difference of 32 is one that a network takes."""
 
 Change = Mapping[str, int]
 """Kinds of sizes, each with :data:`NEAR`, :data:`FAR`, or by how much it is larger."""
@@ -148,7 +150,8 @@ def places(tree: Any) -> list[Place]:
     The batch is the first dimension of every tensor that has as many entries there as the first one. What
     else may change is height and width of images and volumes, and the length of sequences: the second
     dimension of whole numbers, and of floating-point numbers in three dimensions; or the last dimension of
-    floating-point numbers. A mask as long as a sequence changes with it. One is no length.
+    floating-point numbers. What is as long as a sequence changes with it: a mask, or what is given for each
+    edge of a graph. One is no length.
     """
     tensors = [
         (number, leaf)
@@ -164,7 +167,7 @@ def places(tree: Any) -> list[Place]:
         for dim, size in enumerate(tensor.shape):
             kind = None
             if dim == 0:
-                kind = BATCH if size == batch else None
+                kind = BATCH if size == batch else LENGTH if size != 1 and size in lengths else None
             elif size != 1 and tensor.dim() > 3 and dim > 1:
                 kind = {tensor.dim() - 3: DEPTH, tensor.dim() - 2: IMAGE, tensor.dim() - 1: IMAGE}.get(dim)
                 kind = LENGTH if kind and size in lengths else kind
@@ -275,6 +278,6 @@ def guarded(graph: fx.Graph) -> list[InputSize]:
     return found
 
 
-__all__ = ["BATCH", "DEPTH", "FAR", "IMAGE", "LAST", "LENGTH", "NEAR", "Change", "InputSize", "InputSizes",
-           "Place", "Trial", "asks_more", "changed_size", "changes", "guard", "guarded", "named", "places",
-           "resized"]  # fmt: skip
+__all__ = ["BATCH", "DEPTH", "FAR", "FINER", "IMAGE", "LAST", "LENGTH", "NEAR", "Change", "InputSize",
+           "InputSizes", "Place", "Trial", "asks_more", "changed_size", "changes", "guard", "guarded",
+           "named", "places", "resized"]  # fmt: skip

@@ -511,3 +511,35 @@ def test_a_model_that_ran_before_is_exported_alike() -> None:
         pruned = fxprune.prune(model, x, ratio=0.5)
         assert not any(node.target is operator.ne for node in pruned.graph.nodes)
         assert "any batch" in capture_program(pruned, (x,), {}).sizes
+
+
+class Ensemble(nn.Module):
+    """What ``torch.vmap`` calls is written for one sample."""
+
+    def __init__(self, nested: bool, between: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b, self.between, self.nested = nn.Linear(6, 16), nn.Linear(16, 3), between, nested
+
+    def forward(self, x: Tensor) -> Tensor:
+        def one(sample: Tensor) -> Tensor:
+            return self.b(self.a(sample).relu())
+
+        return self.between(torch.vmap(torch.vmap(one) if self.nested else one)(x))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_torch_vmap_calls_narrows(nested: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Ensemble(nested, nn.Linear(3, 2)).eval(), torch.randn(4, 5, 6)
+    plan = fxprune.plan(model, x, ratio=0.5)
+    pruned = plan.apply(model)
+    assert pruned.get_parameter("a.weight").shape == (8, 6)
+    assert fxprune.verify(model, pruned, plan, x).exact
+    same = fxprune.prune(model, x, ratio=0.0)
+    other = torch.randn(3, 7, 6)
+    torch.testing.assert_close(same(other), model(other))
+
+
+def test_under_torch_vmap_dropout_would_stay_in_one_mode() -> None:
+    with pytest.raises(CaptureError, match=r"torch.vmap at .*test_export.py.* leaves between \(Dropout\)"):
+        fxprune.analyze(Ensemble(False, nn.Dropout()).eval(), torch.randn(4, 6))

@@ -614,7 +614,8 @@ def test_what_torch_vmap_calls_is_left_as_it_is() -> None:
     class Mapped(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6))
+            # The batch norm would stay in one mode, were the whole model exported.
+            self.a = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 6))
             self.b = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6))
 
         def forward(self, x: Tensor) -> Tensor:

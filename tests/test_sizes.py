@@ -181,6 +181,43 @@ class Frames(nn.Module):
         return self.b(self.a(x.reshape(n * t, c, h, w)).relu()).view(n, t, 2, h, w).mean(1)
 
 
+class Patches(nn.Module):
+    """Patches of 4 pixels; its code asks for sizes, so that it is traced with those of the example."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(48, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        n, c, h, w = x.shape
+        if h % 4 or w % 4:
+            raise ValueError("no whole number of patches")
+        x = x.view(n, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return self.b(self.a(x).relu().mean((1, 2)))
+
+
+class Edges(nn.Module):
+    """Messages along the edges of a graph, which has fewer nodes than edges."""
+
+    def __init__(self, check):
+        super().__init__()
+        self.message, self.out, self.check = nn.Linear(8 + 5, 16), nn.Linear(16, 3), check
+
+    def forward(self, nodes, edges, attributes):
+        if self.check and attributes.shape[0] != edges.shape[1]:
+            raise ValueError("each edge has its attributes")
+        source, target = edges[0], edges[1]
+        sent = self.message(torch.cat([nodes[source], attributes], -1)).relu()
+        return self.out(sent.new_zeros(nodes.shape[0], sent.shape[1]).index_add(0, target, sent))
+
+
+GRAPH = {
+    "nodes": torch.randn(7, 8),
+    "edges": torch.randint(0, 7, (2, 11)),
+    "attributes": torch.randn(11, 5),
+}
+
+
 class Both(nn.Module):
     """An image of one size, and any text."""
 
@@ -202,13 +239,16 @@ SIZES = {
     "any": (Cached(), torch.randn(1, 3, 8, 8), "batch, height, width: any"),
     "square": (Cached(), torch.randn(2, 3, 16, 16), "batch, height, width: any"),
     "halving": (Halving(), torch.randn(1, 3, 32, 32), "batch: any; height, width: multiples of 4"),
+    "patches": (Patches(), torch.randn(2, 3, 16, 24), "batch: any; height, width: multiples of 4"),
+    "edges": (Edges(check=False), GRAPH, "batch, length: any"),
+    "edges, checked": (Edges(check=True), GRAPH, "batch, length: any"),
     "volumes": (nn.Conv3d(3, 2, 3), torch.randn(1, 3, 4, 6, 6), "batch, depth, height, width: any"),
     "videos": (
         Frames(),
         torch.randn(2, 4, 3, 8, 6),
         "batch, height, width: any; depth: pinned at 3, because the model does not run at another",
     ),
-    "windows": (Windows(), torch.randn(2, 32, 8), "batch: any; length: multiples of 32"),
+    "windows": (Windows(), torch.randn(2, 32, 8), "batch: any; length: multiples of 4"),
     "waves": (Waves(), torch.randn(2, 50), "batch, length: any"),
     "channels first": (nn.Conv1d(3, 2, 3), torch.randn(2, 3, 9), "batch, length: any"),
     "words": (nn.Embedding(9, 4), IDS, "batch, length: any"),
@@ -233,7 +273,7 @@ def test_free_sizes_in_words(name):
 def test_sizes_for_which_the_code_does_something_else_are_refused_by_name():
     pruned = fxprune.prune(Windows().eval(), torch.randn(2, 32, 8), ratio=0.5)
     assert pruned(torch.randn(3, 64, 8)).shape == (3, 16, 8)
-    with pytest.raises(PinnedError, match=r"'x' has size 33 in dimension 1 \(length\).*multiple of 32"):
+    with pytest.raises(PinnedError, match=r"'x' has size 33 in dimension 1 \(length\).*multiple of 4"):
         pruned(torch.randn(2, 33, 8))
 
 
@@ -249,7 +289,7 @@ class Exported(nn.Module):
         self.a, self.b, self.more = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 1), more
 
     def forward(self, x):
-        if x.sum().is_sparse:  # only torch.export takes it
+        if x.sum().is_inference():  # only torch.export takes it
             return x
         return self.more(self.b(self.a(x).relu()))
 

@@ -53,6 +53,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fxprune
+from fxprune.sizes import BATCH, FAR, resized
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from more_zoos import MORE
@@ -513,17 +514,21 @@ def runs_in_double(oracle: Any, model: nn.Module, inputs: Any) -> bool:
 
 
 def takes_batches(oracle: Any, model: nn.Module, pruned: nn.Module, inputs: Any) -> str:
-    """The column "batch": any, fixed, or empty where the original does not take twice the batch."""
-    larger = oracle.enlarged(inputs, 0)
+    """The column "batch": any, fixed, or empty where the original does not take twice the batch.
+
+    Of inputs that belong to a graph, only those of its nodes are taken twice.
+    """
     with torch.no_grad():
-        try:
-            wanted = oracle.call(model, larger)
-        except Exception:
-            return ""
-        try:
-            return "any" if oracle.same_structure(wanted, oracle.call(pruned, larger)) else "fixed"
-        except Exception:
-            return "fixed"
+        for larger in (oracle.enlarged(inputs, 0), resized(inputs, {BATCH: FAR})):
+            try:
+                wanted = oracle.call(model, larger)
+            except Exception:
+                continue
+            try:
+                return "any" if oracle.same_structure(wanted, oracle.call(pruned, larger)) else "fixed"
+            except Exception:
+                return "fixed"
+    return ""
 
 
 def follows_modes(oracle: Any, model: nn.Module, pruned: nn.Module, inputs: Any) -> str:

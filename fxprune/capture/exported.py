@@ -219,11 +219,25 @@ class _Exporter:
                 continue
             if inputs is examples or not _fixes_batch(exported):
                 self.notes += not_kept(left)
-                return exported
+                return self._batched(exported)
             refusal = refusal or CaptureError("the model fixes the batch size")
         if refusal is None:
             raise CaptureError("there is nothing to export")
         raise CaptureError(f"{type(refusal).__name__}: {_first_lines(refusal)}") from refusal
+
+    def _batched(self, exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+        """The program with calls for the whole batch in place of those under ``torch.vmap``, for a sample."""
+        called = [n for n in exported.graph.nodes if getattr(n.target, "__module__", "") == _TRANSFORMS]
+        if not called:
+            return exported
+        for path, layer in self.model.named_modules():
+            if isinstance(layer, (_BatchNorm, _DropoutNd)):
+                where = source_line(called[0])
+                raise CaptureError(
+                    f"the model calls torch.vmap{f' at {where[0]}:{where[1]}' if where else ''}, and what "
+                    f"torch.export makes of that leaves {path} ({type(layer).__name__}) in one mode"
+                )
+        return exported.run_decompositions({})
 
     def _stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
         """torch.export puts fake tensors in place of parameters and buffers; others are copied."""
@@ -465,6 +479,8 @@ def _is_idle_cast(node: fx.Node) -> bool:
     )
 
 
+_TRANSFORMS = "torch._functorch.predispatch"
+"""The module of the functions that mark what is under ``torch.vmap`` in an exported graph."""
 _SWITCHED = (torch.ops.aten.dropout.default, torch.ops.aten.batch_norm.default)
 
 _FRAME = re.compile(r'File "(.+)", line (\d+), in (\S+)')

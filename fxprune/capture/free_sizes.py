@@ -35,43 +35,64 @@ def look(
     known: dict[str, int] = {}
     free: list[Change] = []
     because: dict[str, str] = {}
-    apart = False
+    seen = _Seen(trace, model, program)
     alone = [{kind: how} for kind in sorted(kinds - {BATCH}) for how in (NEAR, FAR)]
     for change in [*sizes.changes(tree), *alone]:
         if not sizes.asks_more(change, known):
             continue
-        inputs = sizes.resized(tree, change)
-        if program.again is not None and program.again(*inputs):
+        reason = seen.differs(*sizes.resized(tree, change))
+        if not reason:
             free.append(change)
             known = {**change, **known}
             if _settled(kinds, known):
                 break
-            continue
-        try:
-            other = trace(model, *inputs)
-        except Exception as error:  # noqa: BLE001  the model takes no such size, or is not captured there
-            reason = f"the model does not run at another ({_short(error)})"
-        else:
-            found = compare(program, other)
-            if found.same:
-                free.append(change)
-                known = {**change, **known}
-                if found.computed:
-                    program = other
-                if _settled(kinds, known):
-                    break
-                continue
-            apart = True
-            where = describe_source(found.node)
-            reason = f"the model's code does something else at another{f' ({where})' if where else ''}"
         for kind in change.keys() - known.keys():
             because[kind] = reason
-    if apart and not compare(program, trace(model, args, kwargs)).same:
-        return replace(program, seen={}, again=None), tuple(free)  # no two traces are alike
+    if seen.apart and not compare(seen.program, trace(model, args, kwargs)).same:
+        return replace(seen.program, seen={}, again=None), tuple(free)  # no two traces are alike
+    stepped = [kind for kind in sorted(kinds - {BATCH}) if known.get(kind) == FAR]
+    for step in sizes.FINER if stepped else ():
+        finer = dict.fromkeys(stepped, step)
+        if not seen.differs(*sizes.resized(tree, finer)):
+            free.append(finer)
+            known |= finer
+            break
+    program = seen.program
     bounds = steps(kinds, known)
     if bounds:
         pin(program.graph, Arguments.of(model, args, kwargs).all(), bounds, because)
     return replace(program, seen={}, again=None), tuple(free)
+
+
+class _Seen:
+    """A program, and traces of its model at other sizes.
+
+    Attributes:
+        program: the program; the one that computes from its inputs' sizes what an earlier call kept.
+        apart: whether the model's code did something else at some size.
+    """
+
+    def __init__(self, trace: Trace, model: nn.Module, program: Program) -> None:
+        self._trace, self._model = trace, model
+        self.program = program
+        self.apart = False
+
+    def differs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Why the program is not that of the model for these inputs; empty where it is."""
+        if self.program.again is not None and self.program.again(args, kwargs):
+            return ""
+        try:
+            other = self._trace(self._model, args, kwargs)
+        except Exception as error:  # noqa: BLE001  the model takes no such size, or is not captured there
+            return f"the model does not run at another ({_short(error)})"
+        found = compare(self.program, other)
+        if not found.same:
+            self.apart = True
+            where = describe_source(found.node)
+            return f"the model's code does something else at another{f' ({where})' if where else ''}"
+        if found.computed:
+            self.program = other
+        return ""
 
 
 def steps(kinds: Collection[str], known: Change) -> dict[str, int]:
@@ -82,7 +103,7 @@ def steps(kinds: Collection[str], known: Change) -> dict[str, int]:
         known: changes that were seen to make no difference.
     """
     fixed = set(kinds) - known.keys() - {LAST} - ({LENGTH} if LAST in known else set())
-    return {kind: FAR for kind, how in known.items() if how == FAR} | dict.fromkeys(fixed, 0)
+    return {kind: how for kind, how in known.items() if how != NEAR} | dict.fromkeys(fixed, 0)
 
 
 def pin(graph: fx.Graph, given: dict[str, Any], bounds: dict[str, int], because: dict[str, str]) -> None:
@@ -91,7 +112,7 @@ def pin(graph: fx.Graph, given: dict[str, Any], bounds: dict[str, int], because:
     Args:
         graph: changed in place.
         given: the inputs, by name.
-        bounds: by kind 0, or :data:`FAR` where sizes may differ by that.
+        bounds: by kind 0, or by what sizes may differ.
         because: by kind why.
     """
     names = sizes.named(given)
@@ -101,7 +122,8 @@ def pin(graph: fx.Graph, given: dict[str, Any], bounds: dict[str, int], because:
         if place.kind not in bounds or (place.kind == BATCH and batch):
             continue
         batch |= place.kind == BATCH  # one input stands for all
-        step = sizes.changed_size(place, FAR) - place.size if bounds[place.kind] else 0
+        how = bounds[place.kind]
+        step = sizes.changed_size(place, how) - place.size if how else 0
         name, keys = names[place.leaf]
         axes.append(
             (InputSize(name, place.dim, place.name, place.size, step, because.get(place.kind, "")), keys)

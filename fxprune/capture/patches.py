@@ -245,11 +245,13 @@ def functions(names: Iterable[str], make: Callable[[Any], Callable[..., Any]]) -
 
 
 def types_of_values(tables: Iterable[dict[str, Any]], is_instance: Callable[[Any, Any], bool]) -> Patch:
-    """Have ``isinstance`` in the global names ``tables``, and ``torch.is_tensor``, ask ``is_instance``."""
+    """Have ``isinstance`` in the global names ``tables``, ``torch.is_tensor`` and ``torch.jit.isinstance``
+    ask ``is_instance``.
+    """
 
     def patch(session: Session) -> None:
         session.replace(torch, "is_tensor", lambda original: lambda obj: is_instance(obj, torch.Tensor))
-        for table in tables:
+        for table in (*tables, vars(torch._jit_internal)):
             session.note(table, "isinstance")
             chosen = session.own(table.get("isinstance", isinstance), is_instance)
             session._begin.append(partial(table.__setitem__, "isinstance", chosen))

@@ -40,7 +40,7 @@ from ..graph_module import clone_module
 from ..guards import check_number
 from ..inputs import meta_like, to_meta
 from ..known_shapes import Remembered
-from ..known_values import UnknownValueError, Values
+from ..known_values import KINDS, UnknownValueError, Values
 from ..module_registry import leaf_for, own_kind
 from ..nn import Apply, TrainingFlag, assign, keep, stop_gradient
 from ..nodes import by_position, describe_source, is_assertion, mutable
@@ -825,7 +825,7 @@ class _ShapeProxy(_Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, item), {})
 
     def __getattr__(self, name: str) -> Any:
-        if isinstance(self.value, torch.Tensor) and name in ("ndim", "requires_grad"):
+        if isinstance(self.value, torch.Tensor) and (name in ("ndim", "requires_grad") or name in KINDS):
             return getattr(self.value, name)
         if isinstance(self.value, torch.Tensor) and name in ("dim", "ndimension"):
             return self.value.dim  # a plain number, which dictionaries have as a key

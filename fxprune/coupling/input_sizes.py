@@ -12,6 +12,7 @@ from ..region_program import RegionProgram
 from ..sizes import (
     BATCH,
     FAR,
+    FINER,
     LAST,
     LENGTH,
     NEAR,
@@ -82,7 +83,7 @@ def pin_folded(captured: Captured, because: Mapping[str, str]) -> None:
 
 def _finest(captured: Captured, kind: str) -> int:
     """The smallest power of two by which sizes of a kind may differ; 0 where none is known."""
-    for step in (2, 4, 8, 16):
+    for step in FINER:
         try:
             interpret(captured.program, resized(captured.inputs, {kind: step}), labels=False)
         except FxpruneError:

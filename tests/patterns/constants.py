@@ -188,6 +188,18 @@ def type_and_device_of_what_is_traced(net, x):
 
 
 @case(VECTOR, two_linears(), "a b")
+def kind_of_what_is_traced(net, x):
+    """How a tensor is stored, and its type as TorchScript asks for it, are no values of the inputs."""
+    x = net.a(x)
+    kinds = (torch.sparse_coo, torch.sparse_csr)
+    if x.layout in kinds or x.is_sparse or x.is_quantized or x.is_nested or x.is_mkldnn:
+        x = x.to_dense()
+    if not x.is_floating_point() or torch.is_complex(x) or not x.is_contiguous() or x.element_size() < 2:
+        x = x.relu()
+    return net.b(x * 2 if torch.jit.isinstance(x, torch.Tensor) else x)
+
+
+@case(VECTOR, two_linears(), "a b")
 def width_as_alpha(net, x):
     x = net.a(x)
     return net.b(torch.add(x, F.relu(x), alpha=1 / x.shape[1]))
