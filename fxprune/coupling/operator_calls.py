@@ -22,7 +22,7 @@ from .coupler import Coupler
 from .groups import Mask
 from .registry import CUSTOM, rule_for
 from .roles import factor
-from .units import Value
+from .units import FIXED, Value
 
 Follow = Callable[[fx.Node | None, Any, Any, Any, Any], None]
 """Called as ``follow(node, operator, args, kwargs, out)`` after an ATen call; the operator is None for a
@@ -149,7 +149,8 @@ def _may_pass(operator: Any) -> bool:
 def _idle(run: Coupler) -> Mask | None:
     """For each unit whether it is of tables alone that stay as they are, and that meet nothing narrower.
 
-    A dimension of such units might as well have no label. None where there are no tables.
+    A dimension of such units, with or without some that are fixed, might as well have no label. None where
+    there are no tables.
     """
     if not run.whole.size:
         return None
@@ -158,6 +159,7 @@ def _idle(run: Coupler) -> Mask | None:
     idle[roots[run.whole]] = True
     for use in (use for noted in run.table_uses.values() for use in noted):
         idle[roots[use.units]] = False
+    idle[FIXED] = True
     return idle[roots]
 
 

@@ -71,9 +71,17 @@ def differing(run: Run, other: Run) -> Iterator[Event]:
 
 def _twice(a: Ids, b: Ids) -> Mask:
     """For each pair whether one of the two has another partner elsewhere."""
-    base = int(b.max(initial=0)) + 1
-    ours, others = np.divmod(np.unique(a.astype(np.int64) * base + b), base)
-    found: Mask = (np.bincount(ours) > 1)[a] | (np.bincount(others) > 1)[b]
+    return _has_two(a, b) | _has_two(b, a)
+
+
+def _has_two(a: Ids, b: Ids) -> Mask:
+    """For each pair ``(a, b)`` whether there is another one of the same ``a`` with another ``b``."""
+    size = int(a.max(initial=0)) + 1
+    one = np.zeros(size, dtype=np.int64)
+    one[a] = b  # of several the last
+    two = np.zeros(size, dtype=bool)
+    two[a[one[a] != b]] = True
+    found: Mask = two[a]
     return found
 
 
