@@ -121,6 +121,14 @@ def rotated(self: Any, x: Tensor) -> Tensor:
     return found
 
 
+def prefixed(self: Any, x: Tensor) -> Tensor:
+    """Positions with one more in front of them, as models look for sequences that are packed together."""
+    rows = torch.arange(x.shape[2])[None].expand(x.shape[0], -1)
+    follows = torch.cat([rows[:, :1] - 1, rows], 1).diff(dim=1) == 1
+    found: Tensor = self.b(self.a(x) * follows[:, None, :, None])
+    return found
+
+
 def attend(self: Any, x: Tensor) -> Tensor:
     """Attention of as many positions as there are embeddings, entry by entry of the batch."""
     y = self.a(x).flatten(2).transpose(1, 2) + self.positions
@@ -139,6 +147,7 @@ def example(forward: Any) -> nn.Module:
 FORWARDS = [
     (plain, False), (tokens, False), (mixed, True), (folded, False), (behind, True), (stretched, False),
     (transposed, True), (padded, False), (wider, True), (cut, True), (rotated, False),
+    (prefixed, False),
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fxprune
+from fxprune.capture import free_sizes
 from fxprune.errors import PinnedError
 
 
@@ -118,6 +119,33 @@ def test_what_was_kept_for_the_size_of_the_last_call_is_computed(ran):
     for size in [(1, 8, 8), (2, 12, 10), (3, 7, 9)]:
         x = torch.randn(size[0], 3, *size[1:])
         torch.testing.assert_close(pruned(x), net(x))
+
+
+class Padding(nn.Module):
+    """Brings images to even sizes, of which the example's are."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        if x.shape[2] % 64 or x.shape[3] % 64:
+            x = nn.functional.interpolate(x, (64, 64))
+        return self.b(self.a(x).relu())
+
+
+def test_sizes_that_make_a_difference_beside_another_batch_are_not_tried_alone(monkeypatch):
+    tried, resized = [], free_sizes.sizes.resized
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            free_sizes.sizes, "resized", lambda tree, how: (tried.append(how), resized(tree, how))[1]
+        )
+        graph = fxprune.analyze(Padding().eval(), torch.randn(1, 3, 64, 64))
+    assert {axis.name for axis in graph.sizes.pinned} == {"height", "width"}
+    assert "does something else" in str(graph.sizes)
+    assert {"batch": 1, "image": 32} in tried
+    assert {"batch": 1} in tried
+    assert {"image": 32} not in tried
 
 
 def test_what_was_kept_and_is_not_what_would_be_computed_is_pinned():

@@ -307,6 +307,22 @@ def test_an_interrupt_at_any_moment_leaves_nothing() -> None:
     assert hits
 
 
+@pytest.mark.skipif(not hasattr(_symbolic_trace, "_is_fx_tracing_tls"), reason="one flag for all threads")
+def test_an_interrupt_before_torch_fx_can_put_its_flag_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    put = _symbolic_trace._set_is_fx_tracing
+
+    def interrupted(value: bool) -> None:
+        put(value)
+        if value:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_symbolic_trace, "_set_is_fx_tracing", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fxprune.analyze(Net().eval(), torch.randn(2, 3, 8, 8))
+    monkeypatch.undo()
+    assert not _symbolic_trace.is_fx_tracing()
+
+
 def test_tables_of_functions_made_meanwhile_hold_the_functions() -> None:
     """As ``with torch.device(...)`` makes one, when it is first used."""
     net, made = Net().eval(), SimpleNamespace(table=set())

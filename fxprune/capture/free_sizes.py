@@ -35,20 +35,27 @@ def look(
     known: dict[str, int] = {}
     free: list[Change] = []
     because: dict[str, str] = {}
+    fixed: list[tuple[Change, str]] = []  # of which at least one kind may not change so, and why
     seen = _Seen(trace, model, program)
     alone = [{kind: how} for kind in sorted(kinds - {BATCH}) for how in (NEAR, FAR)]
     for change in [*sizes.changes(tree), *alone]:
         if not sizes.asks_more(change, known):
             continue
+        said = [reason for tried, reason in fixed if _is_left_of(change, tried, known)]
+        if said:
+            because |= dict.fromkeys(change, said[-1])
+            continue
         reason = seen.differs(*sizes.resized(tree, change))
-        if not reason:
+        if reason:
+            fixed.append((change, reason))
+        else:
             free.append(change)
             known = {**change, **known}
             if _settled(kinds, known):
                 break
         for kind in change.keys() - known.keys():
             because[kind] = reason
-    if seen.apart and not compare(seen.program, trace(model, args, kwargs)).same:
+    if seen.apart and seen.differs(args, kwargs):
         return replace(seen.program, seen={}, again=None), tuple(free)  # no two traces are alike
     stepped = [kind for kind in sorted(kinds - {BATCH}) if known.get(kind) == FAR]
     for step in sizes.FINER if stepped else ():
@@ -62,6 +69,11 @@ def look(
     if bounds:
         pin(program.graph, Arguments.of(model, args, kwargs).all(), bounds, because)
     return replace(program, seen={}, again=None), tuple(free)
+
+
+def _is_left_of(change: Change, tried: Change, known: Change) -> bool:
+    """Whether ``change`` is what made a difference in ``tried``, where all else is known to be free."""
+    return change.items() <= tried.items() and tried.items() - change.items() <= known.items()
 
 
 class _Seen:

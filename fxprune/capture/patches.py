@@ -53,6 +53,7 @@ class Session:
         self._begin: list[Callable[[], Any]] = [partial(setattr, self, "thread", get_ident())]
         self._end: list[Callable[[], Any]] = [partial(setattr, self, "thread", None)]
         self._noted: set[tuple[int, str]] = set()
+        self._owned: dict[tuple[int, int], Callable[..., Any]] = {}
 
     def is_here(self) -> bool:
         """Whether the call is under way, and asked for by its thread."""
@@ -60,11 +61,15 @@ class Session:
 
     def own(self, original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
         """A function that is ``replacement`` in this thread, during the call, and else ``original``."""
+        found = self._owned.get((id(original), id(replacement)))  # a built-in has a place in many tables
+        if found is not None:
+            return found
 
         @functools.wraps(original)
         def chosen(*args: Any, **kwargs: Any) -> Any:
             return (replacement if get_ident() == self.thread else original)(*args, **kwargs)
 
+        self._owned[id(original), id(replacement)] = chosen
         return chosen
 
     def replace(
@@ -180,6 +185,7 @@ def within(patches: Iterable[Patch], call: Callable[[], _T]) -> _T:
         finally:
             end()
             session._begin.clear()  # holds code, into which the collector of cycles does not see
+            session._owned.clear()
 
 
 # -- symbolic tracing -----------------------------------------------------------------------------
@@ -209,6 +215,8 @@ def fx_tracing(session: Session) -> None:
             return super().reapply_all_patches() if session.is_here() else self.patches_made
 
     session.note(_symbolic_trace, "CURRENT_PATCHER")
+    if hasattr(_symbolic_trace, "_is_fx_tracing_tls"):  # an interrupt may come between setting it and `try`
+        session.note(_symbolic_trace._is_fx_tracing_tls, "flag")
     session.replace(_symbolic_trace, "_Patcher", lambda original: Patcher)
 
 

@@ -21,7 +21,7 @@ import operator
 import os
 import sys
 from collections import ChainMap, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import FrameType, FunctionType
@@ -428,7 +428,7 @@ class _Tracer(fx.Tracer):
             *self._number_patches(tables),
         ]
 
-    def _number_patches(self, tables: list[dict[str, Any]]) -> list[patches.Patch]:
+    def _number_patches(self, tables: Sequence[dict[str, Any]]) -> list[patches.Patch]:
         """What is replaced for what numbers and types are; ``tables`` are global names."""
         return [traced_sizes.types(tables, self._kind)]
 
@@ -956,7 +956,7 @@ class _ShapeTracer(_Tracer):
     def wants_factory(self) -> bool:
         return not self.evaluating
 
-    def _number_patches(self, tables: list[dict[str, Any]]) -> list[patches.Patch]:
+    def _number_patches(self, tables: Sequence[dict[str, Any]]) -> list[patches.Patch]:
         def value(proxy: fx.Proxy) -> Any:
             return self.values[proxy.node] if isinstance(proxy, _ShapeProxy) else proxy
 
