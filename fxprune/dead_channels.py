@@ -1,7 +1,8 @@
 """Channels that do no work, removed without changing the result.
 
 A channel is dead where everything that makes it is zero (masks of ``torch.nn.utils.prune``, training with a
-penalty on whole channels): it is the same number for every input. Where that number is zero at all layers
+penalty on whole channels), or where a batch normalisation scales it by zero: it is the same number for every
+input. Where that number is zero at all layers
 that read the channel, nothing changes when it goes. Where it is another (a bias, the shift of a batch
 normalisation that a ReLU lets through), what it adds to a layer is looked at: where that is the same at all
 places, for all inputs and at other sizes of these, it goes into the layer's bias, or into the running mean
@@ -14,11 +15,13 @@ with which the layers read the two are added up.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.fx.operator_schemas import get_signature_for_torch_op
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
@@ -43,7 +46,8 @@ from .nodes import mutable, operator_name
 from .origins import remember
 from .passes import rewrite
 from .planning.plan import PruningPlan
-from .sizes import guarded, resized
+from .region_program import RegionProgram, handed, joined
+from .sizes import Change, changes, guarded, resized
 
 __all__ = ["lossless", "without_dead_channels"]
 
@@ -125,6 +129,28 @@ def without_dead_channels(
             f"{_ALLOWED:.0e}. Please report this; fxprune.prune is not concerned."
         )
     return made, pruned
+
+
+def _calls(program: RegionProgram, model: nn.Module, given: Any) -> list[tuple[str, Any]]:
+    """Run ``model`` once: with which arguments the regions are called, by their paths, in order."""
+    calls: list[tuple[str, Any]] = []
+
+    def note(path: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+        clone = partial(pytree.tree_map_only, Tensor, lambda t: t.detach().clone())
+        calls.append((path, (clone(args), clone(kwargs))))
+
+    hooks = [
+        model.get_submodule(region.path).register_forward_pre_hook(
+            partial(note, region.path), with_kwargs=True
+        )
+        for region in program.regions
+    ]
+    try:
+        model(*given[0], **given[1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -237,10 +263,11 @@ class _Search:
         self.seen: dict[str, list[dict[str, Any]]] = {}
         """By node, for each run, what the nodes gave that it reads, by their names."""
         self.carried = self._carried()
-        if captured.regions:
-            self.notes.append("the model was captured in parts; its dead channels are not looked for")
-        else:
-            self._observe()
+        self.scaled: dict[str, list[fx.Node]] = {}
+        """By the tensor with which they multiply each channel, the normalisations that do."""
+        for node in self.nodes:
+            self.scaled.setdefault(self._scale(node), []).append(node)
+        self._observe()
 
     def superfluous(self, group: Group) -> list[int]:
         """Positions in ``group`` of the units that may go: dead ones, and copies of others."""
@@ -249,7 +276,7 @@ class _Search:
 
     def copies(self, group: Group, dead: Set[int]) -> list[int]:
         """Positions in ``group`` of units that are the same as others that stay."""
-        if not group.exact or self.graph.captured.regions or any(len(atoms) > 1 for atoms in group.balance):
+        if not group.exact or any(len(atoms) > 1 for atoms in group.balance):
             return []
         reading = [m for m in group.members if m.consuming]
         making = [m for m in group.members if not m.consuming]
@@ -275,9 +302,11 @@ class _Search:
     def dead(self, group: Group) -> list[int]:
         """Positions in ``group`` of the dead units that may go; notes why others stay."""
         producers = [(m, use) for m in group.members for use in m.producing]
-        if not producers or self.graph.captured.regions:
+        if not producers:
             return []
         zero = {use.node: self._zero(group, member) for member, use in producers}
+        scales = [(m, node) for m in group.members for node in self.scaled.get(m.axis.name, ())]
+        zero |= {node: self._zero(group, member) for member, node in scales}
         if not any(mask.any() for mask in zero.values()):
             return []
         if not group.exact:
@@ -394,7 +423,7 @@ class _Search:
             values: what it reads, by node.
             tensors: tensors of the network that stand in for its own, by name.
         """
-        node, tensors = self.running[node.name], tensors or {}
+        tensors = tensors or {}
         own = pytree.tree_map(_double, dict(values))
         own |= {
             n.name: tensors[str(n.target)].double()
@@ -404,7 +433,7 @@ class _Search:
         args, kwargs = mutable(map_arg((node.args, node.kwargs), lambda n: own[n.name]))
         with torch.no_grad():
             if node.op != "call_module":
-                return getattr(self.runner, node.op)(node.target, args, kwargs)
+                return getattr(fx.Interpreter, node.op)(None, node.target, args, kwargs)
             layer = _copied(self.module.get_submodule(str(node.target))).double()
             inside = dict(_tensors(layer))
             for name, tensor in tensors.items():
@@ -478,20 +507,34 @@ class _Search:
                     seen[n.name].append(pytree.tree_map(copied, inputs))
                 return super().run_node(n)
 
-        self.runner = Watch(self.module)
-        self.running = {node.name: node for node in self.runner.graph.nodes}
-        inputs = self.program.bind(self.args, self.kwargs)
+        program, inputs, pieces = self.program, (self.args, self.kwargs), self.program.pieces()
+        regions = program if isinstance(program, RegionProgram) else None
+
+        def run(given: Any) -> None:
+            calls = _calls(regions, self.module, pytree.tree_map(copied, given)) if regions else [("", given)]
+            for path, call in calls:
+                args = pytree.tree_map(copied, pieces[path].bind(*call))
+                view = regions.graph_module(self.module, path) if regions else self.module
+                if view is not None:
+                    Watch(view).run(*args)
+
+        def runs(change: Change) -> bool:
+            try:
+                run(pytree.tree_map(random, resized(inputs, change)))
+            except Exception:  # noqa: BLE001  a table may end, which shapes do not tell
+                return False
+            return True
+
         with torch.no_grad():
-            for number in range(_RUNS + 1):
-                given = inputs if not number else pytree.tree_map(random, inputs)
-                given = pytree.tree_map(copied, given)
-                self.runner.run(*given)
-            if self.graph.other_sizes:
-                args, kwargs = resized((self.args, self.kwargs), self.graph.other_sizes)
-                try:
-                    self.runner.run(*pytree.tree_map(random, self.program.bind(args, kwargs)))
-                except Exception:  # noqa: BLE001  a table may end, which shapes do not tell
-                    self.any_size = True
+            run(inputs)
+            for _ in range(_RUNS):
+                # Code around regions may refuse what is random.
+                with contextlib.suppress(*(Exception,) if regions else ()):
+                    run(pytree.tree_map(random, inputs))
+            if regions:
+                self.any_size = not any(map(runs, changes(inputs)))
+            elif self.graph.other_sizes:
+                self.any_size |= not runs(self.graph.other_sizes)
 
     def _zero(self, group: Group, member: Member) -> Mask:
         """The units whose entries in a weight that makes them are all zero."""
@@ -507,6 +550,16 @@ class _Search:
                 found[unit] &= empty[index]
         return found & present
 
+    def _scale(self, node: fx.Node) -> str:
+        """Name of the tensor with which a normalisation of each channel multiplies it; empty for none."""
+        if node.op == "call_module":
+            layer = self.module.get_submodule(str(node.target))
+            return f"{node.target}.weight" if isinstance(layer, _NormBase) else ""
+        if node.op != "call_function" or operator_name(node) not in _NORMS:
+            return ""
+        weight = _argument(node, "weight")
+        return str(weight.target) if isinstance(weight, fx.Node) and weight.op == "get_attr" else ""
+
     def _constant(self, group: Group, zero: Mapping[fx.Node, Mask]) -> dict[fx.Node, Mask]:
         """For each node that carries the group's channels the units that are the same for all inputs."""
         found: dict[fx.Node, Mask] = {}
@@ -517,7 +570,8 @@ class _Search:
             inputs = [n for n in node.all_input_nodes if not self._fixed(n)]
             carrying = {n: found[n] for n in inputs if n in found}
             name = operator_name(node)
-            if carrying and (len(carrying) == len(inputs) or name in ("cat", "concat")):
+            beside = name in ("cat", "concat") or node.target in (handed, joined)
+            if carrying and (beside or len(carrying) == len(inputs)):
                 made = made | np.logical_and.reduce([*carrying.values()])
             elif carrying and name in (*_PRODUCTS, _ATTENTION):  # zero times anything
                 zeros = [mask & self._zeros(group, node, n) for n, mask in carrying.items()]
@@ -625,7 +679,7 @@ class _Search:
             number: of the run.
             factors: how far the factors are from one that they get: with any, nothing cancels by chance.
         """
-        node = self.running[reading.node.name]
+        node = reading.node
         values = self.seen[node.name][number]
         alone = reading.alone(values[reading.given.name], units)
         if factors:
@@ -681,7 +735,7 @@ class _Search:
             if isinstance(layer, kinds) and len(calls) == 1 and getattr(layer, what, None) is not None:
                 found = f"{node.target}.{what}"
         elif node.op == "call_function":
-            layers = _LAYERS if what == "bias" else ("batch_norm", "_native_batch_norm_legit_no_training")
+            layers = _LAYERS if what == "bias" else _BATCH_NORMS
             given = _argument(node, what) if operator_name(node) in layers else None
             if isinstance(given, fx.Node) and given.op == "get_attr" and len(given.users) == 1:
                 found = str(given.target)
@@ -719,6 +773,10 @@ _LAYERS = (
     "addmm",
     *convolution.FUNCTIONS,
 )
+
+
+_BATCH_NORMS = ("batch_norm", "_native_batch_norm_legit_no_training")
+_NORMS = (*_BATCH_NORMS, "instance_norm")
 
 
 def trains(node: fx.Node) -> bool:

@@ -8,14 +8,12 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, OutputError
+
+if TYPE_CHECKING:  # the command line checks names of files before it imports torch
+    from torch import Tensor, nn
 
 __all__ = [
     "FORMATS",
@@ -161,6 +159,8 @@ def load_checkpoint(model: nn.Module, path: Path) -> tuple[str, ...]:
     Raises:
         CheckpointError: the file cannot be read, holds something else, or does not fit the model.
     """
+    from torch import Tensor
+
     own = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     read, nests = _read(path)
     state = _without_prefixes(read, own)
@@ -214,6 +214,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """As :func:`read_tensors`, with the names under which the tensors are nested in the file."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from torch import Tensor
+
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint file {path}")
     try:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,8 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.cli import loading, main
-from fxprune.cli.loading import load, parse_shape
-from fxprune.cli.options import CRITERIA
+from fxprune.cli.loading import load
+from fxprune.cli.options import CRITERIA, parse_shape
 from fxprune.errors import (
     CheckpointError,
     ExampleInputsError,
@@ -463,6 +466,31 @@ class TestErrors:
         monkeypatch.setattr(loading, "load_source", interrupt)
         assert main(["prune", "nets:build"]) == 130
 
+    def test_a_signal_ends_a_process_as_is_written(self, tmp_path: Path) -> None:
+        """Ctrl-C while the model is made: the documented exit code, no traceback, no file."""
+        lines = (
+            "import pathlib, time",
+            "",
+            "def build():",
+            "    pathlib.Path('here').touch()",
+            "    time.sleep(60)",
+        )
+        (tmp_path / "slow.py").write_text("\n".join(lines))
+        argv = ["prune", "slow.py:build", "--out", "half.safetensors", "--plan-out", "plan.json"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fxprune", *argv],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(Path(fxprune.__file__).parents[1])},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while not (tmp_path / "here").exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate()[1].endswith("interrupted\n")
+        assert process.returncode == 130
+        assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"slow.py", "here"}
+
     @pytest.mark.parametrize(
         ("stage", "whole"),
         [
@@ -776,7 +804,25 @@ class TestCommands:
     def test_criteria_are_those_that_need_no_data(self) -> None:
         assert list(CRITERIA) == list(BUILT_IN)
 
-    @pytest.mark.parametrize("argv", [["--help"], ["prune", "--help"], ["prune", "--ratoi"], ["nothing"], []])
+    @pytest.mark.parametrize(
+        "argv",
+        [
+            ["--help"],
+            ["prune", "--help"],
+            ["prune", "--ratoi"],
+            ["nothing"],
+            [],
+            ["prune", "resnet18"],
+            ["prune", "torchvision:resnet18", "--out", "half.foo"],
+            ["plan", "torchvision:resnet18", "--ratio", "1.5"],
+            ["plan", "torchvision:resnet18", "--ratio", "0.5", "--macs", "0.5"],
+            ["apply", "torchvision:resnet18", "plan.json", "--out", "half.foo"],
+            ["inspect", "torchvision:resnet18", "--input-shape", "a,b"],
+            ["count", "nets.py:build", "--weights", "DEFAULT"],
+            ["export", "torchvision:resnet18", "--out", "half.foo"],
+            ["verify", "torchvision:resnet18", "--pruned", "half.foo"],
+        ],
+    )
     def test_help_and_wrong_usage_do_not_wait_for_torch(self, argv: list[str]) -> None:
         code = f"""
 import sys

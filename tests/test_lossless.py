@@ -369,3 +369,94 @@ def test_copies_stay_where_something_else_reads_them() -> None:
         model = Net(apart)
         model.a.weight.data[2], model.a.bias.data[2] = model.a.weight[1], model.a.bias[1]
         assert unchanged(model.eval(), torch.randn(3, 5)).get_parameter("a.weight").shape == (4, 5)
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_what_a_normalisation_scales_by_zero_is_dead(kind: type[nn.Module]) -> None:
+    """The layer in front may compute what it likes; what another layer reads unscaled has to stay."""
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self, both: bool) -> None:
+            super().__init__()
+            self.a, self.norm = nn.Conv2d(3, 8, 3), kind(8, affine=True)
+            self.b, self.c = nn.Conv2d(8, 6, 1), nn.Conv2d(8, 6, 1)
+            self.both = both
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.a(x)
+            b = self.b(self.norm(a).relu())
+            return (b + self.c(a) if self.both else b).mean((2, 3))
+
+    for both in (False, True):
+        model = settled(Net(both))
+        norm: Any = model.norm
+        norm.weight.data[:4] = 0
+        norm.bias.data[:4] = torch.tensor([-1.0, 0.0, 0.5, 2.0])
+        pruned = unchanged(model, X)
+        assert pruned.get_submodule("a").weight.shape[0] == (8 if both else 4)
+
+
+class Parts(nn.Module):
+    """Two parts with a decision on values in front, the second on what the first returns."""
+
+    def __init__(self, padding: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(8, 12, 3, padding=padding), nn.ReLU(), nn.Conv2d(12, 4, 1))
+        self.between = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        while x.sum() > 1000:
+            x = x - 1
+        y = self.first(x)
+        if self.between:
+            y = y + y.max()
+        return self.second(y)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("between", [False, True])
+def test_models_that_are_captured_in_parts(padding: int, between: bool) -> None:
+    """Within a part and from one to the next; constants are folded, but not where the next layer pads."""
+    torch.manual_seed(0)
+    model = settled(Parts(padding))
+    model.between = between
+    first, second = model.first, model.second
+    with torch.no_grad():
+        first[0].weight[:4], first[0].bias[:4] = 0, 0
+        first[1].running_mean[:4], first[1].bias[:4] = 0, torch.tensor([-1.0, -0.5, 0.5, 2.0])
+        second[0].weight[:6], second[0].bias[:6] = 0, torch.arange(6.0) - 2
+    assert fxprune.analyze(model, X).captured.regions
+    pruned: Any = unchanged(model, X)
+    assert type(pruned) is Parts
+    went = 0 if between else 2 if padding else 4
+    assert pruned.first[0].weight.shape[0] == 8 - went
+    assert pruned.second[0].weight.shape[0] == 6
+    notes = " ".join(pruned.meta["fxprune"].notes)
+    assert ("differs between places" in notes) is (padding == 1 and not between)
+
+
+def test_parts_that_run_at_one_size_only_keep_constants() -> None:
+    """At other sizes a padded layer may see more than padding."""
+    torch.manual_seed(0)
+
+    class Small(nn.Module):
+        def __init__(self, refuses: bool) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 10), nn.Conv2d(8, 6, 3, padding=1), nn.ReLU())
+            self.refuses = refuses
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.refuses and x.shape != X.shape:
+                raise ValueError("another size")
+            while x.sum() > 1000:
+                x = x - 1
+            return self.body(x).mean((2, 3))
+
+    for refuses in (True, False):
+        model: Any = Small(refuses).eval()
+        with torch.no_grad():
+            model.body[0].weight[:4], model.body[0].bias[:4] = 0, torch.arange(1.0, 5.0)
+        assert fxprune.analyze(model, X).captured.regions
+        assert unchanged(model, X).body[0].weight.shape[0] == 8

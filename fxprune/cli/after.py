@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import add_output, add_results, add_source
+from .options import add_output, add_results, add_source, check_source
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,14 +52,18 @@ def _start(options: argparse.Namespace) -> tuple[Progress, Loaded, nn.Module | N
     import fxprune
 
     from ..errors import CheckpointError
-    from .loading import load_source
+
+    path = options.pruned
+    check_source(options)
+    if path is not None and path.suffix not in (".json", ".safetensors"):
+        raise CheckpointError(f"cannot read {path}: --pruned takes {_PRUNED}")
+
+    from .loading import load_source  # from here on torch is needed
     from .progress import Progress
 
-    progress, path = Progress(options.quiet), options.pruned
+    progress = Progress(options.quiet)
     with progress.step("load") as say:
         plan = fxprune.PruningPlan.load(path) if path is not None and path.suffix == ".json" else None
-        if path is not None and plan is None and path.suffix != ".safetensors":
-            raise CheckpointError(f"cannot read {path}: --pruned takes {_PRUNED}")
         loaded, pruned = load_source(options), None
         if path is not None:
             pruned = plan.apply(loaded.model) if plan is not None else fxprune.load(loaded.model, path)
@@ -68,13 +72,13 @@ def _start(options: argparse.Namespace) -> tuple[Progress, Loaded, nn.Module | N
 
 
 def _verify(options: argparse.Namespace) -> int:
+    progress, loaded, pruned = _start(options)
     import fxprune
 
     from ..errors import PlanError
     from ..origins import plans_of
     from .progress import show
 
-    progress, loaded, pruned = _start(options)
     assert pruned is not None
     plans = plans_of(pruned)
     if len(plans) != 1:
@@ -95,7 +99,6 @@ def _export(options: argparse.Namespace) -> int:
     import fxprune
 
     from ..errors import OutputError
-    from ..exporting import export
     from ..files import check_output
     from .progress import show, size
 
@@ -106,6 +109,8 @@ def _export(options: argparse.Namespace) -> int:
             path, (".pt2", ".onnx", ".aoti.pt2", ".safetensors"), [options.checkpoint, options.pruned]
         )
     progress, loaded, pruned = _start(options)
+    from ..exporting import export
+
     files: list[dict[str, Any]] = []
     for path in options.out:
         with progress.step("write") as say:
@@ -122,10 +127,10 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _count(options: argparse.Namespace) -> int:
+    progress, loaded, pruned = _start(options)
     from ..measure import count
     from .progress import costs, number, show, size, table
 
-    progress, loaded, pruned = _start(options)
     before = count(loaded.model, loaded.inputs)
     after = count(pruned, loaded.inputs) if pruned is not None else None
     if options.json:
@@ -142,6 +147,7 @@ def _count(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    progress, loaded, pruned = _start(options)
     import torch
 
     from ..exporting import quiet
@@ -149,7 +155,6 @@ def _bench(options: argparse.Namespace) -> int:
     from ..measure import measure_latency
     from .progress import duration, show
 
-    progress, loaded, pruned = _start(options)
     models: dict[str, Any] = {"before": loaded.model, **({"after": pruned} if pruned is not None else {})}
     if options.compiled:
         models |= {f"{name}, compiled": torch.compile(model) for name, model in models.items()}

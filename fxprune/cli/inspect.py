@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from .options import add_output, add_source, fill_outputs
+from .options import add_output, add_source, check_source, fill_outputs
 
 if TYPE_CHECKING:
     _SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -48,7 +48,9 @@ def run(options: argparse.Namespace) -> int:
     """
     import fxprune
 
-    from .loading import load_source
+    check_source(options)
+
+    from .loading import load_source  # from here on torch is needed
     from .progress import Progress, show
 
     progress = Progress(options.quiet)

@@ -25,15 +25,9 @@ from ..errors import ExampleInputsError, FxpruneError, ModelSpecError
 from ..files import few, first_line, load_checkpoint, read_tensors
 from ..importance.calibration import kind as kind_of
 from ..importance.calibration import run
+from .options import Shape, parse_model, parse_shape
 
-__all__ = ["Loaded", "load", "load_data", "load_source", "parse_shape"]
-
-_SHAPE_HINT = (
-    "write the sizes with commas, for example --input-shape 1,3,224,224; for an input that is a list of "
-    "tensors --input-shape '[3,480,640; 3,320,320]'"
-)
-Shape = tuple[int, ...] | list[tuple[int, ...]]
-"""Sizes of a tensor, or of each tensor in a list."""
+__all__ = ["Loaded", "load", "load_data", "load_source"]
 
 
 @dataclass(frozen=True)
@@ -87,24 +81,10 @@ def load(
         CheckpointError: the checkpoint cannot be read or does not fit.
         ExampleInputsError: nobody says what the model's inputs look like.
     """
-    kind, colon, name = spec.partition(":")
-    if ".py:" in spec:  # a path may hold colons
-        kind, colon, name = spec.rpartition(":")
-    if not (colon and kind and name):
-        raise ModelSpecError(
-            f"cannot read the model name {spec!r}: write torchvision:NAME, for example torchvision:resnet18, "
-            "timm:NAME, hf:FOLDER, package.module:factory, for example mynets.resnet:build, or "
-            "file.py:factory"
-        )
+    kind, name = parse_model(spec, weights)
     own_inputs: Any = None
     shape: Shape | None = None
     torch.manual_seed(seed)
-    if weights is not None and kind not in ("torchvision", "timm"):
-        raise ModelSpecError(
-            f"--weights {weights} is for torchvision: and timm: models only; {spec} gets its weights "
-            "from its "
-            "own factory or from --checkpoint FILE"
-        )
     if kind == "torchvision":
         model, shape = _torchvision_model(name, weights)
     elif kind == "timm":
@@ -148,29 +128,6 @@ def load(
         f"{spec} does not say what its inputs look like: add --input-shape (one for each input in order, "
         f"for example --input-shape 1,3,224,224){advice}"
     )
-
-
-def parse_shape(text: str) -> Shape:
-    """Read sizes such as ``1,3,224,224`` or ``1x3x224x224``, in brackets those of a list of tensors.
-
-    Raises:
-        ExampleInputsError: the text is something else, or a size is not positive.
-    """
-    inner = text.strip()
-    if inner.startswith("[") and inner.endswith("]"):
-        return [_parse_sizes(part, text) for part in inner[1:-1].split(";")]
-    return _parse_sizes(text, text)
-
-
-def _parse_sizes(part: str, text: str) -> tuple[int, ...]:
-    words = part.lower().replace("x", ",").split(",")
-    try:
-        shape = tuple(int(word) for word in words)
-    except ValueError:
-        raise ExampleInputsError(f"cannot read --input-shape {text!r}: {_SHAPE_HINT}") from None
-    if min(shape) < 1:
-        raise ExampleInputsError(f"--input-shape {text!r} has a size below 1: {_SHAPE_HINT}")
-    return shape
 
 
 def _random_inputs(model: nn.Module, shapes: Sequence[Shape]) -> tuple[Any, ...]:

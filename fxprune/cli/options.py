@@ -6,6 +6,8 @@ import argparse
 import difflib
 from pathlib import Path
 
+from ..errors import ExampleInputsError, ModelSpecError
+
 CRITERIA = ("l1", "l2", "random", "bn_scale", "lamp", "fpgm", "synflow")
 """Criteria that need nothing but weights; a test compares this with ``fxprune.importance.BUILT_IN``."""
 
@@ -77,6 +79,71 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--seed", type=int, default=0, help="of random weights, inputs and scores (default: 0)"
     )
+
+
+_SHAPE_HINT = (
+    "write the sizes with commas, for example --input-shape 1,3,224,224; for an input that is a list of "
+    "tensors --input-shape '[3,480,640; 3,320,320]'"
+)
+Shape = tuple[int, ...] | list[tuple[int, ...]]
+"""Sizes of a tensor, or of each tensor in a list."""
+
+
+def check_source(options: argparse.Namespace) -> None:
+    """Read what :func:`add_source` has added, before anything is imported for it.
+
+    Raises:
+        ModelSpecError, ExampleInputsError: as :func:`parse_model` and :func:`parse_shape`.
+    """
+    parse_model(options.model, options.weights)
+    for text in options.input_shape:
+        parse_shape(text)
+
+
+def parse_model(spec: str, weights: str | None = None) -> tuple[str, str]:
+    """The two halves of ``MODEL``: ``torchvision`` and a name, a module or a file and a factory.
+
+    Raises:
+        ModelSpecError: it does not have two, or there are no such ``weights`` for its kind.
+    """
+    kind, colon, name = spec.partition(":")
+    if ".py:" in spec:  # a path may hold colons
+        kind, colon, name = spec.rpartition(":")
+    if not (colon and kind and name):
+        raise ModelSpecError(
+            f"cannot read the model name {spec!r}: write torchvision:NAME, for example torchvision:resnet18, "
+            "timm:NAME, hf:FOLDER, package.module:factory, for example mynets.resnet:build, or "
+            "file.py:factory"
+        )
+    if weights is not None and kind not in ("torchvision", "timm"):
+        raise ModelSpecError(
+            f"--weights {weights} is for torchvision: and timm: models only; {spec} gets its weights from "
+            "its own factory or from --checkpoint FILE"
+        )
+    return kind, name
+
+
+def parse_shape(text: str) -> Shape:
+    """Read sizes such as ``1,3,224,224`` or ``1x3x224x224``, in brackets those of a list of tensors.
+
+    Raises:
+        ExampleInputsError: the text is something else, or a size is not positive.
+    """
+    inner = text.strip()
+    if inner.startswith("[") and inner.endswith("]"):
+        return [_parse_sizes(part, text) for part in inner[1:-1].split(";")]
+    return _parse_sizes(text, text)
+
+
+def _parse_sizes(part: str, text: str) -> tuple[int, ...]:
+    words = part.lower().replace("x", ",").split(",")
+    try:
+        shape = tuple(int(word) for word in words)
+    except ValueError:
+        raise ExampleInputsError(f"cannot read --input-shape {text!r}: {_SHAPE_HINT}") from None
+    if min(shape) < 1:
+        raise ExampleInputsError(f"--input-shape {text!r} has a size below 1: {_SHAPE_HINT}")
+    return shape
 
 
 def fill_outputs(options: argparse.Namespace) -> list[str]:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import BUDGETS, WITH_DATA, add_results, add_selection, add_source, fill_outputs
+from .options import BUDGETS, WITH_DATA, add_results, add_selection, add_source, check_source, fill_outputs
 from .options import given as given_options
 
 if TYPE_CHECKING:
@@ -134,14 +134,10 @@ def run_prune(options: argparse.Namespace) -> int:
     """
     import fxprune
 
-    from ..errors import RatioError, SelectionError
-    from ..exporting import check_whole
+    from ..errors import BudgetError, RatioError, SelectionError
     from ..files import check_output
-    from ..origins import plans_of
-    from ..pages import write_report
-    from .loading import load_source
-    from .progress import Progress, show, size
 
+    check_source(options)
     for name, what in (("ratio", "0.5"), ("heads", "0.25")):
         share = getattr(options, name)
         if share is not None and not 0 <= share < 1:
@@ -155,7 +151,8 @@ def run_prune(options: argparse.Namespace) -> int:
         raise SelectionError(f"--importance {options.importance} needs inputs: add --calibrate DATA")
     names = [flag.strip("-").replace("-", "_") for flag, _, _ in BUDGETS]
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    budget = fxprune.Budget(**given, compiled=options.compiled) if given else None
+    if given and options.ratio is not None:
+        raise BudgetError(f"--ratio and --{next(iter(given))} contradict each other: leave one of them out")
     planning = options.command == "plan"
     plan_files = [*(options.out if planning else []), *([options.plan_out] if options.plan_out else [])]
     outs = [] if planning else options.out
@@ -166,6 +163,13 @@ def run_prune(options: argparse.Namespace) -> int:
     if options.report is not None:
         check_output(options.report, (".html",), [options.checkpoint])
 
+    from ..exporting import check_whole  # from here on torch is needed
+    from ..origins import plans_of
+    from ..pages import write_report
+    from .loading import load_source
+    from .progress import Progress, show, size
+
+    budget = fxprune.Budget(**given, compiled=options.compiled) if given else None
     progress = Progress(options.quiet)
     with progress.step("model") as say:
         loaded = load_source(options)
@@ -253,14 +257,17 @@ _SUFFIXES = (".pt2", ".safetensors", ".onnx", ".aoti.pt2")
 
 def run_apply(options: argparse.Namespace) -> int:
     """Run ``fxprune apply``; as :func:`run_prune`."""
-    from ..exporting import check_whole
     from ..files import check_output
+
+    check_source(options)
+    for path in options.out:
+        check_output(path, _SUFFIXES, [options.checkpoint, options.plan])
+
+    from ..exporting import check_whole  # from here on torch is needed
     from ..planning.plan import PruningPlan
     from .loading import load_source
     from .progress import Progress
 
-    for path in options.out:
-        check_output(path, _SUFFIXES, [options.checkpoint, options.plan])
     plan = PruningPlan.load(options.plan)
     for path in options.out:
         check_whole(path, plan.regions)
