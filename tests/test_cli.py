@@ -477,8 +477,12 @@ class TestErrors:
         )
         (tmp_path / "slow.py").write_text("\n".join(lines))
         argv = ["prune", "slow.py:build", "--out", "half.safetensors", "--plan-out", "plan.json"]
+        start = (
+            "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"  # may be ignored
+        )
+        start += "; from fxprune.__main__ import main; sys.exit(main())"
         process = subprocess.Popen(
-            [sys.executable, "-m", "fxprune", *argv],
+            [sys.executable, "-c", start, *argv],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(Path(fxprune.__file__).parents[1])},
             stderr=subprocess.PIPE,
