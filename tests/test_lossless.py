@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import fxprune
+from fxprune import dead_channels
+from fxprune.errors import VerificationError
 
 X = torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(0))
 
@@ -435,6 +437,22 @@ def test_models_that_are_captured_in_parts(padding: int, between: bool) -> None:
     assert pruned.second[0].weight.shape[0] == 6
     notes = " ".join(pruned.meta["fxprune"].notes)
     assert ("differs between places" in notes) is (padding == 1 and not between)
+
+
+def test_what_rounding_decides_is_compared_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A detector sorts by scores: in single precision rounding changes which boxes come."""
+    model = settled(Convs(0, bias=True))
+    prune.ln_structured(model.a, "weight", 0.5, n=2, dim=0)
+    compare = dead_channels._apart
+
+    def sorts(one: nn.Module, *others: Any) -> float:
+        return compare(one, *others) if next(one.parameters()).dtype == torch.float64 else 1.0
+
+    monkeypatch.setattr(dead_channels, "_apart", sorts)
+    fxprune.lossless(model, X)
+    monkeypatch.setattr(dead_channels, "_apart", lambda *_: 1.0)
+    with pytest.raises(VerificationError, match="differs"):
+        fxprune.lossless(model, X)
 
 
 def test_parts_that_run_at_one_size_only_keep_constants() -> None:
