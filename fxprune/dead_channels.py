@@ -122,7 +122,7 @@ def without_dead_channels(
         # Where values are sorted or decide, rounding may change which come: much less of it does not.
         given = pytree.tree_map(_double, (args, kwargs))
         with contextlib.suppress(Exception):  # the code may want single precision
-            worst = _apart(*(_copied(module).double() for module in (search.module, pruned)), *given)
+            worst = _apart(_copied(search.module).double(), _copied(pruned).double(), *given)
     if not worst <= _ALLOWED:
         raise VerificationError(
             f"the network without its dead channels differs from the original by {worst:.1e}, allowed is "
