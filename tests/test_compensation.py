@@ -563,3 +563,44 @@ def test_outputs_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         assert difference.divergence() == pytest.approx(share, rel=1e-6)
         kl = float((p.exp() * (p - q)).sum(1).mean())
         assert difference.lost() == pytest.approx(share / max(1 - share, 1e-3) + kl, rel=1e-5)
+
+
+class Attending(nn.Module):
+    """Attention with dropout of its own: what it calls differs from mode to mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6, 16))
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 40), nn.Linear(40, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.table
+        q, k, v = (part(x).unflatten(-1, (4, 4)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1 if self.training else 0.0)
+        x = self.norm(x + self.o(y.transpose(1, 2).flatten(2)))
+        if self.training:
+            x = F.dropout(x, 0.1)
+        return x + self.down(F.gelu(self.up(x)))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_networks_that_do_something_else_in_training(training: bool) -> None:
+    torch.manual_seed(0)
+    model, data = Attending().train(training), [torch.randn(8, 6, 16) for _ in range(6)]
+    pruned = fxprune.prune(model, data[0], budget=fxprune.Budget(params=0.6), calibrate=data)
+    plain = fxprune.prune(model, data[0], budget=fxprune.Budget(params=0.6))
+    assert pruned.training == training
+    model, pruned, plain = (net.eval() for net in (model, pruned, plain))
+    x = torch.randn(16, 6, 16)
+    assert divergence(model, pruned, x) < 0.5 * divergence(model, plain, x)
+
+
+def test_a_run_from_the_middle_begins_where_the_first_change_is_read() -> None:
+    """Also where a parameter is fetched in front of all layers, and read behind them."""
+    graph = fxprune.analyze(Attending().eval(), torch.randn(2, 6, 16))
+    for mode in (False, True):
+        runner = Runner(graph.captured.program.module().train(mode))
+        names = [node.name for node in runner.nodes]
+        assert runner.first({"down.weight", "o.bias"}) == names.index("o")
+        assert runner.nodes[runner.first({"table", "down.weight"})].all_input_nodes[0].name == "x"

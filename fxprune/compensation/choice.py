@@ -319,7 +319,6 @@ class _Worth:
         whole = list(self.program.pieces()) == [""]
         self.probes = seen.probes if whole else []  # parts of a model cannot be run on its inputs
         self.classes = seen.classes
-        self.order = {node.name: place for place, node in enumerate(self.program.graph.nodes)}
 
     def of(self, groups: list[_Given]) -> dict[str, float]:
         """For each group the factor of its errors."""
@@ -355,7 +354,7 @@ class _Worth:
             gone = halves[given.group.name]
             if gone.size:
                 tensors = self._changed(given, gone)
-                given_at.append((self._first(tensors), given, gone))
+                given_at.append((dense.first(tensors), given, gone))
         place = 0
         for start, given, gone in progress(sorted(given_at, key=lambda item: item[0]), "groups alone"):
             for values in state:
@@ -365,20 +364,10 @@ class _Worth:
             other = Runner(replace(self.program, tensors=tensors).module().eval())
             difference = Difference(self.classes)
             for values, wanted in zip(state, outputs, strict=True):
-                rest = own(values)
+                rest = other.taken(own(values), dense)
                 other.run(rest, place, end)
                 difference.add(wanted, rest[other.nodes[-1]])
             yield given, difference.lost()
-
-    def _first(self, tensors: dict[str, torch.Tensor]) -> int:
-        """The place of the first node that reads one of these tensors."""
-        for place, node in enumerate(self.program.graph.nodes):
-            path = f"{node.target}."
-            if node.op == "get_attr" and node.target in tensors:
-                return min(self.order[user.name] for user in node.users)
-            if node.op == "call_module" and any(name.startswith(path) for name in tensors):
-                return place
-        return 0
 
     def _changed(self, given: _Given, gone: Ids) -> dict[str, torch.Tensor]:
         """The tensors that are others without these units, by all of their names."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +100,23 @@ class Runner:
         """The values at the beginning: those of the placeholders."""
         places = [node for node in self.nodes if node.op == "placeholder"]
         return dict(zip(places, inputs, strict=True))
+
+    def taken(self, values: Values, other: Runner) -> Values:
+        """The ``values`` of another runner of the same graph, in the same mode, for this one.
+
+        Where a network does something else in training, each of its modules has nodes of its own.
+        """
+        return {self.nodes[other.place[node.name]]: value for node, value in values.items()}
+
+    def first(self, tensors: Collection[str]) -> int:
+        """The place of the first node that reads one of these parameters and buffers."""
+        places = [len(self.nodes) - 1]
+        for place, node in enumerate(self.nodes):
+            if node.op == "get_attr" and node.target in tensors:
+                places += [self.place[user.name] for user in node.users]
+            elif node.op == "call_module" and any(name.startswith(f"{node.target}.") for name in tensors):
+                places.append(place)
+        return min(places)
 
     def run(self, values: Values, start: int, stop: int, free: bool = True) -> None:
         """Run the nodes ``start .. stop - 1``; forget what is not needed any more, if ``free``."""
