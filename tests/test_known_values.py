@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import arange, finfo, full, is_tensor, nn, zeros
 from torch.nn import functional as F
 
 import fxprune
@@ -389,3 +389,21 @@ def test_widths_of_grouped_products_are_such_as_their_kernels_take(ratio, round_
         assert pruned.up.shape[2] % 24 == 0
     for dtype in (torch.float32, torch.bfloat16):
         assert pruned.to(dtype)(x.to(dtype), offsets).isfinite().all()
+
+
+def test_functions_of_torch_may_have_been_imported_by_name():
+    def shifted(s, t):
+        if not is_tensor(t):
+            return t
+        places = arange(t.shape[1], dtype=t.dtype)[:, None] / full((t.shape[1], 1), 2.0, dtype=t.dtype)
+        first = zeros(len(t), t.shape[1], 1, dtype=t.dtype)
+        first[:, 0] = finfo(t.dtype).eps
+        return t + places + first
+
+    before = arange, is_tensor.__code__
+    net, x = Middle(shifted).eval(), torch.randn(2, 8, 16)
+    plan = fxprune.plan(net, x, ratio=0.5)
+    assert (arange, is_tensor.__code__) == before
+    assert fxprune.analyze(net, x).captured.rung == KNOWN
+    assert fxprune.analyze(net, x).sizes.free
+    assert fxprune.verify(net, plan.apply(net), plan, x).exact

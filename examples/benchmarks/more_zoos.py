@@ -226,6 +226,29 @@ DIFFUSERS: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, Tensor]]]
 }  # fmt: skip
 
 
+# -- torchaudio --------------------------------------------------------------------------------------
+
+_STREAM = {"input_dim": 32, "num_heads": 4, "ffn_dim": 64, "num_layers": 2}
+AUDIO: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
+    "Conformer": ({**_STREAM, "depthwise_conv_kernel_size": 7},
+                  lambda: (torch.randn(2, 20, 32), torch.tensor([20, 15]))),
+    "ConvTasNet": ({"enc_num_feats": 32, "msk_num_feats": 16, "msk_num_hidden_feats": 32, "msk_num_layers": 2,
+                    "msk_num_stacks": 1}, lambda: torch.randn(2, 1, 400)),
+    "DeepSpeech": ({"n_feature": 16, "n_hidden": 32, "n_class": 10}, lambda: torch.randn(2, 1, 20, 16)),
+    "Emformer": ({**_STREAM, "segment_length": 4, "right_context_length": 2},
+                 lambda: (torch.randn(2, 18, 32), torch.tensor([16, 12]))),
+    "Wav2Letter": ({"num_classes": 10, "input_type": "mfcc", "num_features": 13}, lambda: torch.randn(2, 13, 64)),
+    "WaveRNN": ({"upsample_scales": [2, 2], "n_classes": 8, "hop_length": 4, "n_res_block": 1, "n_rnn": 32,
+                 "n_fc": 32, "n_freq": 16, "n_hidden": 32, "n_output": 32},
+                lambda: (torch.randn(2, 1, 24), torch.randn(2, 1, 16, 10))),
+}  # fmt: skip
+
+
+def audio_make(name: str) -> Made:
+    options, inputs = AUDIO[name]
+    return getattr(importlib.import_module("torchaudio.models"), name)(**options).eval(), inputs()
+
+
 # -- ultralytics -------------------------------------------------------------------------------------
 
 YOLOS = tuple(
@@ -348,6 +371,7 @@ MORE: dict[str, tuple[tuple[str, ...], Callable[[str], Made]]] = {
     "vit_pytorch": (tuple(VITS), vit_make),
     "x_transformers": (tuple(XFORMERS), xformer_make),
     "diffusers, further": (tuple(DIFFUSERS), configured("diffusers", DIFFUSERS)),
+    "torchaudio": (tuple(AUDIO), audio_make),
     "ultralytics, further": (YOLOS, yolo_make),
     "time series": (tuple(SERIES), configured("transformers", SERIES)),
     "transformers, further": ((*CAUSAL, *MASKED, *VISION), class_make),

@@ -242,12 +242,26 @@ def training(flag: Callable[[nn.Module, bool], Any]) -> Patch:
     return patch
 
 
-def functions(names: Iterable[str], make: Callable[[Any], Callable[..., Any]]) -> Patch:
-    """Replace functions of ``torch`` by ``make(original)``."""
+def functions(
+    names: Iterable[str], make: Callable[[Any], Callable[..., Any]], tables: Iterable[dict[str, Any]]
+) -> Patch:
+    """Replace functions of ``torch`` by ``make(original)``, also where they were imported by name.
+
+    Args:
+        names: of the functions.
+        make: gives what stands in for one.
+        tables: global names, in which the functions may stand.
+    """
 
     def patch(session: Session) -> None:
-        for name in names:
+        originals = {name: getattr(torch, name) for name in names}
+        for name, original in originals.items():
             session.replace(torch, name, make)
+            for table in tables:
+                if table.get(name) is original:
+                    session.note(table, name)
+                    chosen = _Equal(original, session.own(original, make(original)))
+                    session._begin.append(partial(table.__setitem__, name, chosen))
 
     return patch
 
@@ -258,7 +272,7 @@ def types_of_values(tables: Iterable[dict[str, Any]], is_instance: Callable[[Any
     """
 
     def patch(session: Session) -> None:
-        session.replace(torch, "is_tensor", lambda original: lambda obj: is_instance(obj, torch.Tensor))
+        session.body(torch.is_tensor, lambda original: lambda obj: is_instance(obj, torch.Tensor))
         for table in (*tables, vars(torch._jit_internal)):
             session.note(table, "isinstance")
             chosen = session.own(table.get("isinstance", isinstance), is_instance)

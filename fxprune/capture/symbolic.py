@@ -420,7 +420,7 @@ class _Tracer(fx.Tracer):
         return [
             patches.fx_tracing,
             patches.training(flag),
-            patches.functions((*_FACTORIES, *_FROM_NUMBERS), dynamic),
+            patches.functions((*_FACTORIES, *_FROM_NUMBERS), dynamic, tables),
             patches.types_of_values(tables, is_instance),
             patches.autograd_functions(self._apply),
             patches.flags(True, set()),
