@@ -172,6 +172,8 @@ class Program:
         seen: what nodes are on shapes alone, while it is kept: until it is known which sizes are free.
         again: says whether the model makes the same calls for other inputs, ``again(args, kwargs)``, while it
             is kept; in doubt, no. None where the rung cannot tell.
+        retraced: gives what is captured for other inputs, ``retraced(args, kwargs)``, with what was decided
+            for these; kept as long. None where the rung decides nothing.
     """
 
     graph: fx.Graph
@@ -184,6 +186,9 @@ class Program:
     reads_values: bool = False
     seen: Mapping[fx.Node, Any] = field(default_factory=dict, repr=False, compare=False)
     again: Callable[[tuple[Any, ...], dict[str, Any]], bool] | None = field(
+        default=None, repr=False, compare=False
+    )
+    retraced: Callable[[tuple[Any, ...], dict[str, Any]], Program] | None = field(
         default=None, repr=False, compare=False
     )
 

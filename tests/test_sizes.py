@@ -544,3 +544,28 @@ class Folding(nn.Module):
 
     def forward(self, x):
         return self.b(self.a(x).relu().view(-1, 8 * 16))
+
+
+def test_what_was_decided_for_the_example_is_not_decided_anew_for_each_size():
+    """Each look at other sizes runs the model twice: to follow the calls, and to say where they part."""
+    runs = []
+
+    class Parting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1)
+
+        def forward(self, x):
+            runs.append(tuple(x.shape) if self.training else None)
+            y = self.a(x)
+            if self.training and y.sum() > 0:  # the other mode is not captured
+                return y
+            if y.dtype is torch.float16:  # asks for a type, which decides nothing
+                y = y * 1
+            return self.b(y.relu() if x.shape[2] == 8 else y.sigmoid())
+
+    net = Parting().eval()
+    graph = fxprune.analyze(net, torch.randn(2, 3, 8, 8))
+    assert str(graph.sizes).startswith("batch: any; height, width: pinned at 8, because the model's code ")
+    assert any("evaluation mode alone" in note for note in graph.captured.notes)
+    assert len(runs) <= 14

@@ -56,7 +56,7 @@ def look(
         for kind in change.keys() - known.keys():
             because[kind] = reason
     if seen.apart and seen.differs(args, kwargs):
-        return replace(seen.program, seen={}, again=None), tuple(free)  # no two traces are alike
+        return _alone(seen.program), tuple(free)  # no two traces are alike
     stepped = [kind for kind in sorted(kinds - {BATCH}) if known.get(kind) == FAR]
     for step in sizes.FINER if stepped else ():
         finer = dict.fromkeys(stepped, step)
@@ -68,7 +68,12 @@ def look(
     bounds = steps(kinds, known)
     if bounds:
         pin(program.graph, Arguments.of(model, args, kwargs).all(), bounds, because)
-    return replace(program, seen={}, again=None), tuple(free)
+    return _alone(program), tuple(free)
+
+
+def _alone(program: Program) -> Program:
+    """The program without what its tracer keeps."""
+    return replace(program, seen={}, again=None, retraced=None)
 
 
 def _is_left_of(change: Change, tried: Change, known: Change) -> bool:
@@ -94,7 +99,8 @@ class _Seen:
         if self.program.again is not None and self.program.again(args, kwargs):
             return ""
         try:
-            other = self._trace(self._model, args, kwargs)
+            retraced = self.program.retraced
+            other = retraced(args, kwargs) if retraced else self._trace(self._model, args, kwargs)
         except Exception as error:  # noqa: BLE001  the model takes no such size, or is not captured there
             return f"the model does not run at another ({_short(error)})"
         found = compare(self.program, other)

@@ -254,8 +254,8 @@ def functions(
     """
 
     def patch(session: Session) -> None:
-        originals = {name: getattr(torch, name) for name in names}
-        for name, original in originals.items():
+        for name in names:
+            original: Callable[..., Any] = getattr(torch, name)
             session.replace(torch, name, make)
             for table in tables:
                 if table.get(name) is original:

@@ -209,6 +209,8 @@ class _Tracer(fx.Tracer):
         self.switches: set[str] = set()
         self.flipped = False  # whether all modules are in the other mode than they are in
         self.types_decide: frozenset[str] = frozenset()  # lines where a tensor's type is a plain one
+        self.types_do_not: frozenset[str] = frozenset()  # where that makes no difference
+        self.stuck: CaptureError | None = None  # why the other mode was not captured
         self.calls: list[Call] = []  # of modules, that tracing is in
         self.asked: dict[tuple[Call, ...], dict[str, None]] = {}
         self.given_to: dict[Call, Any] = {}
@@ -264,9 +266,9 @@ class _Tracer(fx.Tracer):
         if self.asked:
             other = self._again(flipped=True)
             other.knows(self.recording.steady(self.seen()))
-            same = other.makes(self.recording)
-            reason: CaptureError | None = None
-            if not same:
+            same = self.stuck is None and other.makes(self.recording)
+            reason = self.stuck
+            if not same and reason is None:
                 other = self._again(flipped=True)
                 try:
                     other._traced()
@@ -275,6 +277,7 @@ class _Tracer(fx.Tracer):
             if switches := (self._new_switches() | other._new_switches()):
                 return self._again(switches=switches).program()
             both = (self.recording, self.recording if same else other.recording)
+            self.stuck = reason
             if same:
                 graph = self._as_in_both_modes(other)
             else:
@@ -292,21 +295,31 @@ class _Tracer(fx.Tracer):
             reads_values=self.reads_values,
             seen=self.merged or self.seen(),
             again=partial(self._makes_again, both) if self.pins and both is not None else None,
+            retraced=self._retraced if self.pins else None,
         )
-        return made if typed is None or compare(made, typed).same else typed
+        if typed is not None and not compare(made, typed).same:
+            return typed
+        self.types_do_not |= self.lines_for_types(self.recorded)
+        return made
 
     def _with_plain_types(self, graph: fx.Graph) -> Program | None:
         """What is captured where types of tensors are plain ones; None where the calls are the same.
 
         Code that asks for a type, and makes nothing of it in the graph, mostly does nothing with it.
         """
-        lines = self.lines_for_types(graph) - self.types_decide
+        lines = self.lines_for_types(graph) - self.types_decide - self.types_do_not
         if not lines:
             return None
         plain = {"types_decide": self.types_decide | lines}
         other = self._again(**plain)
         other.knows(self.recording.steady(self.seen()))
         return None if other.makes(self.recording) else self._again(**plain).program()
+
+    def _retraced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+        """What is captured of the model for other inputs, with what was decided for these."""
+        arguments = Arguments.of(self.model, args, kwargs)
+        decided = {"types_do_not": self.types_do_not, "stuck": self.stuck}
+        return self._again(arguments=arguments, **decided).program()
 
     def makes(self, recording: Recording) -> bool:
         """Whether the model, as this tracer runs it, makes the calls of another trace; in doubt, no."""
