@@ -34,7 +34,7 @@ from .planning.patterns import Names
 from .planning.plan import Problem, PruningPlan
 from .planning.plan_diff import architectures, listed
 from .planning.selection import AUTO, Selection, takes_selection
-from .planning.validate import check_balance, problems
+from .planning.validate import check_widths, problems
 from .reuse import analysis_of, link, rewritten_by
 
 _P = ParamSpec("_P")
@@ -243,7 +243,7 @@ def graph_for(made: PruningPlan, given: nn.Module | CouplingGraph) -> CouplingGr
                 f"the plan has {made.sizes.get(name)} units in the group {name!r}, this model has "
                 f"{sizes.get(name, 'no such group')}. Plan again for this model."
             )
-    check_balance(graph, made.removed)
+    check_widths(graph, made.removed)
     return graph
 
 

@@ -6,7 +6,7 @@ from torch import arange, finfo, full, is_tensor, nn, zeros
 from torch.nn import functional as F
 
 import fxprune
-from fxprune.errors import CaptureError, PinnedError
+from fxprune.errors import CaptureError, PinnedError, PlanError
 
 KNOWN = "symbolic tracing with known shapes"
 
@@ -389,6 +389,24 @@ def test_widths_of_grouped_products_are_such_as_their_kernels_take(ratio, round_
         assert pruned.up.shape[2] % 24 == 0
     for dtype in (torch.float32, torch.bfloat16):
         assert pruned.to(dtype)(x.to(dtype), offsets).isfinite().all()
+
+
+def test_an_edited_plan_with_other_widths_is_refused():
+    def how(s, t, offsets):
+        return (F.grouped_mm(t.reshape(-1, 32), s.up, offs=offsets).relu() @ s.back).reshape(t.shape)
+
+    net = Middle(how).eval()
+    net.up, net.back = (nn.Parameter(torch.randn(*shape) / 8) for shape in ((4, 32, 96), (96, 32)))
+    inputs = torch.randn(2, 8, 16), torch.tensor([4, 8, 12, 16], dtype=torch.int32)
+    plan = fxprune.plan(net, inputs, ratio=0.3)
+    name = next(name for name, size in plan.sizes.items() if size == 96)
+    units = plan.removed[name]
+    edited = plan.with_removed({**plan.removed, name: units[:-1]})
+    wrong = f"{96 - len(units) + 1} would be left"
+    assert wrong in str(edited.check(net)[0])
+    with pytest.raises(PlanError, match=wrong):
+        edited.apply(net)
+    edited.with_removed(plan.removed).apply(net)
 
 
 def test_functions_of_torch_may_have_been_imported_by_name():

@@ -38,6 +38,8 @@ def problems(plan: PruningPlan, graph: CouplingGraph) -> Iterator[Problem]:
         twice = sorted(unit for unit, times in Counter(units).items() if times > 1)
         if twice:
             yield Problem(name, f"names the units {twice} more than once")
+        if wrong := _uneven(group, units):
+            yield Problem(name, wrong)
         yield from _balance(without_rows(group, _whole_rows(plan, graph, name)), units)
 
 
@@ -51,6 +53,14 @@ def _whole_rows(plan: PruningPlan, graph: CouplingGraph, name: str) -> list[int]
         if name in row and all(gone.get(other, set()) >= set(units.tolist()) for other, units in row.items())
         for unit in row[name].tolist()
     ]
+
+
+def _uneven(group: Group, units: Sequence[int]) -> str:
+    """What is wrong with how many units would be left, or empty."""
+    left = group.size - len(set(units))
+    if not units or not left % group.multiple:
+        return ""
+    return f"an operator takes multiples of {group.multiple} units, and {left} would be left"
 
 
 def _balance(group: Group, units: Sequence[int]) -> Iterator[Problem]:
@@ -75,12 +85,16 @@ def _balance(group: Group, units: Sequence[int]) -> Iterator[Problem]:
             )
 
 
-def check_balance(graph: CouplingGraph, removed: Mapping[str, Sequence[int]]) -> None:
-    """Refuse a plan that removes more from some rows than from others that remain.
+def check_widths(graph: CouplingGraph, removed: Mapping[str, Sequence[int]]) -> None:
+    """Refuse a plan that removes more from some rows than from others that remain, or that leaves a number
+    of units that an operator does not take.
 
     Raises:
         PlanError: names the group, and the graph node that needs equal rows.
     """
+    for group in graph.groups:
+        if wrong := _uneven(group, removed.get(group.name, ())):
+            raise PlanError(f"the plan cannot be carried out: of {group.name!r} {wrong}.")
     alive = graph.alive(removed)
     units_of = {group.name: group.units for group in graph.groups}
     for row_set in graph.rows:
