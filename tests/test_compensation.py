@@ -17,7 +17,16 @@ import fxprune
 from fxprune.compensation import Compensation
 from fxprune.compensation.choice import _Consumer, _order, _Read, _Worth
 from fxprune.compensation.judge import Judge
-from fxprune.compensation.moments import evened, inputs, matrix, outputs, write
+from fxprune.compensation.moments import (
+    BIAS_ONLY,
+    RIDGES,
+    Problem,
+    evened,
+    inputs,
+    matrix,
+    outputs,
+    write,
+)
 from fxprune.compensation.outputs import Difference
 from fxprune.compensation.walk import Runner, quiet
 from fxprune.errors import CalibrationError, PlanError, SelectionError, VerificationError
@@ -604,3 +613,25 @@ def test_a_run_from_the_middle_begins_where_the_first_change_is_read() -> None:
         names = [node.name for node in runner.nodes]
         assert runner.first({"down.weight", "o.bias"}) == names.index("o")
         assert runner.nodes[runner.first({"table", "down.weight"})].all_input_nodes[0].name == "x"
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 3.0])
+@pytest.mark.parametrize("positions", [5, 40, 400])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_ridge_is_that_with_the_least_error_of_all(noise: float, positions: int, bias: bool) -> None:
+    """Also where the moments have less than full rank, and where no change is any good."""
+    torch.manual_seed(positions)
+    problem, weight = Problem(), torch.randn(1, 6, 24)
+    mix = torch.randn(24, 24) * torch.linspace(0.01, 1, 24)[:, None]
+    for number in range(8):
+        u = (mix @ torch.randn(24, positions))[None]
+        t = weight @ u + noise * torch.randn(1, 6, positions)
+        problem.add(u, t - 0.9 * weight @ u, t, number, 8)
+    strengths = [*RIDGES, *([BIAS_ONLY] if bias else [])]
+    errors = [problem.held.error(problem.fit.solve(strength, bias)) for strength in strengths]
+    change, ridge, before, after = problem.best(bias)
+    if min(errors) < problem.held.error(None):
+        assert ridge == strengths[int(np.argmin(errors))]
+        assert after == pytest.approx(before * min(errors) / problem.held.error(None))
+    else:
+        assert change is None
