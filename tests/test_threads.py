@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import copy
 import logging
 import math
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.function import FunctionMeta
 from torch.compiler import is_compiling
+from torch.export import _trace
 from torch.fx import _symbolic_trace
 from torch.nn import functional as F
 
@@ -321,6 +323,26 @@ def test_an_interrupt_before_torch_fx_can_put_its_flag_back(monkeypatch: pytest.
         fxprune.analyze(Net().eval(), torch.randn(2, 3, 8, 8))
     monkeypatch.undo()
     assert not _symbolic_trace.is_fx_tracing()
+
+
+def test_what_torch_export_puts_in_place_of_functions_is_seen_by_no_other_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not for an instant: it is written where it is in place for this thread alone."""
+    plain, seen, real = math.pow, [], vars(math)
+
+    @contextlib.contextmanager
+    def override() -> Iterator[None]:
+        before, math.pow = math.pow, lambda x, y: x**y
+        seen.append(real["pow"])
+        yield
+        seen.append(type(math.pow(2, 3)))
+        math.pow = before
+
+    monkeypatch.setattr(_trace, "_override_builtin_ops", override)
+    fxprune.analyze(ByExport().eval(), torch.randn(2, 3, 8, 8))
+    assert set(seen) == {plain, int}
+    assert math.pow is plain
 
 
 def test_tables_of_functions_made_meanwhile_hold_the_functions() -> None:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from operator import methodcaller
 from threading import get_ident
-from types import FunctionType, ModuleType
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -407,14 +407,23 @@ def exporting(session: Session) -> None:
     session.replace(_trace, "_ignore_backend_decomps", lambda original: contextlib.nullcontext)
     numbers: tuple[tuple[Any, str], ...] = ((builtins, "max"), (builtins, "min"), (math, "pow"))
 
-    def own(original: Callable[[], Any]) -> Callable[[], Any]:
+    def own(original: Any) -> Callable[[], Any]:
         @contextlib.contextmanager
         def override() -> Iterator[None]:
+            # It writes into modules of ours, since from the process' own any thread would take it at once.
+            copies = {owner: SimpleNamespace(**vars(owner)) for owner, _ in numbers}
+            code = original.__wrapped__
+            names = {**code.__globals__, "builtins": copies[builtins], "math": copies[math]}
+            within_copies = FunctionType(code.__code__, names, closure=code.__closure__)
             before = [getattr(owner, name) for owner, name in numbers]
-            with original():
-                for (owner, name), plain in zip(numbers, before, strict=True):
-                    setattr(owner, name, session.own(plain, getattr(owner, name)))
-                yield
+            with contextlib.contextmanager(within_copies)():
+                try:
+                    for (owner, name), plain in zip(numbers, before, strict=True):
+                        setattr(owner, name, session.own(plain, getattr(copies[owner], name)))
+                    yield
+                finally:
+                    for (owner, name), plain in zip(numbers, before, strict=True):
+                        setattr(owner, name, plain)
 
         return override
 
