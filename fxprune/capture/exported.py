@@ -227,11 +227,14 @@ class _Exporter:
 
     def _batched(self, exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
         """The program with calls for the whole batch in place of those under ``torch.vmap``, for a sample."""
-        called = [n for n in exported.graph.nodes if getattr(n.target, "__module__", "") == _TRANSFORMS]
+        graphs = [part.graph for part in exported.graph_module.modules() if isinstance(part, fx.GraphModule)]
+        nodes = [node for graph in graphs for node in graph.nodes]
+        called = [node for node in nodes if getattr(node.target, "__module__", "") == _TRANSFORMS]
         if not called:
             return exported
-        for path, layer in self.model.named_modules():
-            if isinstance(layer, (_BatchNorm, _DropoutNd)):
+        for node in nodes:
+            path, layer = self._layer(node)
+            if layer is not None and node.target in _SWITCHED:
                 where = source_line(called[0])
                 raise CaptureError(
                     f"the model calls torch.vmap{f' at {where[0]}:{where[1]}' if where else ''}, and what "
