@@ -23,10 +23,11 @@ FROM_SHAPE = frozenset(["zeros_like", "ones_like", "empty_like", "full_like", "n
                          "new_empty", "new_full", "new_tensor"])  # fmt: skip
 """Functions that look at nothing but the shape, type and device of their first argument."""
 _RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout", "uniform", "exponential", "poisson")
-KINDS = frozenset(["layout", "is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn", "is_mps",
-                   "is_xla", "is_xpu"])  # fmt: skip
+KINDS = frozenset(["layout", "is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn"])
 """Attributes that say how a tensor is stored, which is no more in an example than in any other input."""
-_FACTS = KINDS | {"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad", "size", "dim", "numel",
+DEVICES = frozenset(["is_cuda", "is_cpu", "is_meta", "is_mps", "is_xla", "is_xpu"])
+"""Attributes that say on which device a tensor is."""
+_FACTS = KINDS | DEVICES | {"shape", "ndim", "dtype", "device", "requires_grad", "size", "dim", "numel",
                   "nelement", "is_floating_point", "is_complex", "is_signed", "is_contiguous", "is_tensor",
                   "element_size", "itemsize", "stride"}  # fmt: skip
 """What a tensor says of itself without a look at its entries."""

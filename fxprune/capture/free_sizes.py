@@ -41,7 +41,7 @@ def look(
     for change in [*sizes.changes(tree), *alone]:
         if not sizes.asks_more(change, known):
             continue
-        said = [reason for tried, reason in fixed if _is_left_of(change, tried, known)]
+        said = [reason for tried, reason in fixed if _is_to_blame(change, tried, known)]
         if said:
             because |= dict.fromkeys(change, said[-1])
             continue
@@ -76,7 +76,7 @@ def _alone(program: Program) -> Program:
     return replace(program, seen={}, again=None, retraced=None)
 
 
-def _is_left_of(change: Change, tried: Change, known: Change) -> bool:
+def _is_to_blame(change: Change, tried: Change, known: Change) -> bool:
     """Whether ``change`` is what made a difference in ``tried``, where all else is known to be free."""
     return change.items() <= tried.items() and tried.items() - change.items() <= known.items()
 

@@ -21,7 +21,7 @@ import operator
 import os
 import sys
 from collections import ChainMap, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from types import FrameType, FunctionType
@@ -40,7 +40,7 @@ from ..graph_module import clone_module
 from ..guards import check_number
 from ..inputs import meta_like, to_meta
 from ..known_shapes import Remembered
-from ..known_values import KINDS, UnknownValueError, Values
+from ..known_values import DEVICES, KINDS, UnknownValueError, Values
 from ..module_registry import leaf_for, own_kind
 from ..nn import Apply, TrainingFlag, assign, keep, stop_gradient
 from ..nodes import by_position, describe_source, is_assertion, mutable
@@ -211,6 +211,7 @@ class _Tracer(fx.Tracer):
         self.types_decide: frozenset[str] = frozenset()  # lines where a tensor's type is a plain one
         self.types_do_not: frozenset[str] = frozenset()  # where that makes no difference
         self.stuck: CaptureError | None = None  # why the other mode was not captured
+        self.tables: list[dict[str, Any]] | None = None  # global names that the model's code sees
         self.calls: list[Call] = []  # of modules, that tracing is in
         self.asked: dict[tuple[Call, ...], dict[str, None]] = {}
         self.given_to: dict[Call, Any] = {}
@@ -429,7 +430,9 @@ class _Tracer(fx.Tracer):
             plain = isinstance(value, kinds)
             return plain or (isinstance(value, _Proxy) and issubclass(self.type_of(value.node), kinds))
 
-        tables = traced_sizes.tables(set(map(type, self.modules.values())))
+        if self.tables is None:
+            self.tables = traced_sizes.tables(set(map(type, self.modules.values())))
+        tables = self.tables
         return [
             patches.fx_tracing,
             patches.training(flag),
@@ -441,7 +444,7 @@ class _Tracer(fx.Tracer):
             *self._number_patches(tables),
         ]
 
-    def _number_patches(self, tables: Sequence[dict[str, Any]]) -> list[patches.Patch]:
+    def _number_patches(self, tables: list[dict[str, Any]]) -> list[patches.Patch]:
         """What is replaced for what numbers and types are; ``tables`` are global names."""
         return [traced_sizes.types(tables, self._kind)]
 
@@ -462,7 +465,7 @@ class _Tracer(fx.Tracer):
         """A tracer of the same model, with other options."""
         again = type(self)(self.model, self.arguments, *self.options)
         again.switches, again.lists_as_values = self.switches, self.lists_as_values
-        again.types_decide = self.types_decide
+        again.types_decide, again.tables = self.types_decide, self.tables
         for name, value in options.items():
             setattr(again, name, value)
         return again
@@ -842,7 +845,7 @@ class _ShapeProxy(_Proxy):
             return getattr(self.value, name)
         if isinstance(self.value, torch.Tensor) and name in ("dim", "ndimension"):
             return self.value.dim  # a plain number, which dictionaries have as a key
-        if isinstance(self.value, torch.Tensor) and name in ("is_cuda", "is_cpu", "is_meta"):
+        if isinstance(self.value, torch.Tensor) and name in DEVICES:
             return self.tracer.device.type == name.removeprefix("is_")
         if isinstance(self.value, torch.Tensor) and name == "numpy":
             return partial(self.tracer.as_array, self)
@@ -969,7 +972,7 @@ class _ShapeTracer(_Tracer):
     def wants_factory(self) -> bool:
         return not self.evaluating
 
-    def _number_patches(self, tables: Sequence[dict[str, Any]]) -> list[patches.Patch]:
+    def _number_patches(self, tables: list[dict[str, Any]]) -> list[patches.Patch]:
         def value(proxy: fx.Proxy) -> Any:
             return self.values[proxy.node] if isinstance(proxy, _ShapeProxy) else proxy
 

@@ -7,10 +7,9 @@ proxies take part in NumPy's protocols (:func:`ufunc`, :func:`of_numpy`).
 
 from __future__ import annotations
 
-import functools
 import operator
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -33,18 +32,12 @@ _READERS = ("einops", "einx")
 """Packages whose functions ask for the types and lengths of what they are given."""
 
 
-def tables(classes: Iterable[type]) -> Sequence[dict[str, Any]]:
+def tables(classes: Iterable[type]) -> list[dict[str, Any]]:
     """The global names that the code of these classes sees, and of the functions that it calls.
 
     Those are the names in the files of the classes, in all loaded files of their packages, and in the files
     from which they have functions.
     """
-    return _tables(frozenset(classes), len(sys.modules))
-
-
-@functools.lru_cache(maxsize=1)  # of the model that is being captured, which is traced several times
-def _tables(classes: frozenset[type], loaded: int) -> Sequence[dict[str, Any]]:
-    """As :func:`tables`; ``loaded`` is how many files have been."""
     todo = {cls.__module__ for kind in classes for cls in kind.__mro__}
     found: dict[str, dict[str, Any]] = {}
     while todo:

@@ -109,14 +109,14 @@ class Runner:
         return {self.nodes[other.place[node.name]]: value for node, value in values.items()}
 
     def first(self, tensors: Collection[str]) -> int:
-        """The place of the first node that reads one of these parameters and buffers."""
-        places = [len(self.nodes) - 1]
+        """The place of the first node that reads one of these tensors; 0 where none is seen to."""
+        places: list[int] = []
         for place, node in enumerate(self.nodes):
             if node.op == "get_attr" and node.target in tensors:
                 places += [self.place[user.name] for user in node.users]
             elif node.op == "call_module" and any(name.startswith(f"{node.target}.") for name in tensors):
                 places.append(place)
-        return min(places)
+        return min(places, default=0)
 
     def run(self, values: Values, start: int, stop: int, free: bool = True) -> None:
         """Run the nodes ``start .. stop - 1``; forget what is not needed any more, if ``free``."""
