@@ -441,8 +441,11 @@ class _Search:
         }
         args, kwargs = mutable(map_arg((node.args, node.kwargs), lambda n: own[n.name]))
         with torch.no_grad():
-            if node.op != "call_module":
-                return getattr(fx.Interpreter, node.op)(None, node.target, args, kwargs)
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            if node.op == "call_function":
+                function: Any = node.target
+                return function(*args, **kwargs)
             layer = _copied(self.module.get_submodule(str(node.target))).double()
             inside = dict(_tensors(layer))
             for name, tensor in tensors.items():
@@ -537,8 +540,9 @@ class _Search:
         with torch.no_grad():
             run(inputs)
             for _ in range(_RUNS):
-                # Code around regions may refuse what is random.
-                with contextlib.suppress(*(Exception,) if regions else ()):
+                if regions:
+                    runs({})  # the code around regions may refuse what is random
+                else:
                     run(pytree.tree_map(random, inputs))
             if regions:
                 self.any_size = not any(map(runs, changes(inputs)))

@@ -121,8 +121,8 @@ def test_what_was_kept_for_the_size_of_the_last_call_is_computed(ran):
         torch.testing.assert_close(pruned(x), net(x))
 
 
-class Padding(nn.Module):
-    """Brings images to even sizes, of which the example's are."""
+class Scaling(nn.Module):
+    """Brings images to 64 x 64, unless their sizes are multiples of that."""
 
     def __init__(self):
         super().__init__()
@@ -140,7 +140,7 @@ def test_sizes_that_make_a_difference_beside_another_batch_are_not_tried_alone(m
         patch.setattr(
             free_sizes.sizes, "resized", lambda tree, how: (tried.append(how), resized(tree, how))[1]
         )
-        graph = fxprune.analyze(Padding().eval(), torch.randn(1, 3, 64, 64))
+        graph = fxprune.analyze(Scaling().eval(), torch.randn(1, 3, 64, 64))
     assert {axis.name for axis in graph.sizes.pinned} == {"height", "width"}
     assert "does something else" in str(graph.sizes)
     assert {"batch": 1, "image": 32} in tried
