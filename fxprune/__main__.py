@@ -1,14 +1,15 @@
 """The ``fxprune`` command; ``python -m fxprune`` is it, too, where its script is not on the path."""
 
 import sys
+from collections.abc import Sequence
 
 
-def main() -> int:
-    """Run the command line; an interrupt while it is imported ends it as any other does."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """As :func:`fxprune.cli.main`; 130 after an interrupt, also one while the command line is imported."""
     try:
         from fxprune import cli
 
-        return cli.main()
+        return cli.main(argv)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130

@@ -19,6 +19,7 @@ from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.__main__ import main as command
 from fxprune.cli import loading, main
 from fxprune.cli.loading import load
 from fxprune.cli.options import CRITERIA, parse_shape
@@ -464,7 +465,7 @@ class TestErrors:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(loading, "load_source", interrupt)
-        assert main(["prune", "nets:build"]) == 130
+        assert command(["prune", "nets:build"]) == 130
 
     def test_a_signal_ends_a_process_as_is_written(self, tmp_path: Path) -> None:
         """Ctrl-C while the model is made: the documented exit code, no traceback, no file."""
@@ -519,7 +520,7 @@ class TestErrors:
         monkeypatch.setattr(stage, interrupt)
         out = ["--out", "half.safetensors", "--out", "half.pt2", "--report", "report.html"]
         (folder / "half.pt2").write_text("from before")
-        assert main(["prune", "nets:build", "--input-shape", "1,3,8,8", *out]) == 130
+        assert command(["prune", "nets:build", "--input-shape", "1,3,8,8", *out]) == 130
         named = {path.name for path in folder.iterdir()} - {"report.html"}
         assert named == {"nets.py", "half.pt2", *whole}
         assert (folder / "half.pt2").read_text() == "from before"

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 when all went well, 1 where a network does not compute what its plan says, 2 after another error
-        (one line on stderr says which), 3 where nothing was removed, 130 when interrupted.
+        (one line on stderr says which), 3 where nothing was removed.
 
     Raises:
         SystemExit: from argparse, for ``--help``, ``--version`` (code 0) and malformed arguments (code 2).
@@ -60,9 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = options.run(options)
         return code
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
     except FxpruneError as error:
         if options.debug:
             raise
