@@ -749,8 +749,8 @@ def write_table(rows: Sequence[Row], stem: Path) -> None:
     """``stem.md`` for people, ``stem.csv`` with all fields."""
     script = Path(__file__).resolve().relative_to(ROOT)
     lines = ["# Coverage", "", f"By `{script}`, ratio {RATIO}; the head of that file says what the columns",
-             "mean. The other file has the date and the versions of each row. Commits that are not on main were",
-             "those of a branch, before it was put on top of others.", "",
+             "mean. The other file has the date and the versions of each row. Commits that are not on main",
+             "were those of a branch, before it was put on top of others.", "",
              f"Last written: {setting()}", ""]  # fmt: skip
     for zoo in ZOOS:
         own = sorted((row for row in rows if row.zoo == zoo), key=lambda row: row.model)
