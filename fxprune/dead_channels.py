@@ -19,7 +19,7 @@ import contextlib
 import copy
 import hashlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -46,8 +46,8 @@ from .nodes import mutable, operator_name
 from .origins import remember
 from .passes import rewrite
 from .planning.plan import PruningPlan
-from .region_program import RegionProgram, handed, joined
-from .sizes import Change, changes, guarded, resized
+from .region_program import RegionLink, RegionProgram, handed, joined
+from .sizes import changes, guarded, resized
 
 __all__ = ["lossless", "without_dead_channels"]
 
@@ -146,7 +146,8 @@ def _calls(program: RegionProgram, model: nn.Module, given: Any) -> list[tuple[s
         for region in program.regions
     ]
     try:
-        model(*given[0], **given[1])
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, given)
+        model(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -326,13 +327,15 @@ class _Search:
         home = self._home(group)
         if home is not None:
             return self._inside(group, home, gone)
+        given_to = [(member, use, self._given(use)) for member, use in _consumers(group)]
+        same = [constant.get(given, _none(group)) for *_, given in given_to if given is not None]
+        self._meet(group, gone & ~np.logical_and.reduce([gone, *same]), constant)
+        gone = np.logical_and.reduce([gone, *same])
         readings = []
-        for member, use in _consumers(group):
-            given = self._given(use)
+        for member, use, given in given_to:
             if given is None:
                 self._stay(group, int(gone.sum()), f"what {use.at} reads arises inside of it")
                 return []
-            gone &= constant.get(given, _none(group))
             reading = self._reading(group, use.node, given) if not _part(member, use) else None
             if reading is None:
                 self._stay(group, int(gone.sum()), f"how {use.at} reads them is not seen")
@@ -523,16 +526,26 @@ class _Search:
         regions = program if isinstance(program, RegionProgram) else None
 
         def run(given: Any) -> None:
-            calls = _calls(regions, self.module, pytree.tree_map(copied, given)) if regions else [("", given)]
-            for path, call in calls:
-                args = pytree.tree_map(copied, pieces[path].bind(*call))
-                view = regions.graph_module(self.module, path) if regions else self.module
-                if view is not None:
-                    Watch(view).run(*args)
+            for path, call in _calls(regions, self.module, given) if regions else [("", given)]:
+                part(path, pieces[path].bind(*call))
 
-        def runs(change: Change) -> bool:
+        def part(path: str, args: list[Any]) -> Any:
+            view = regions.graph_module(self.module, path) if regions else self.module
+            return Watch(view).run(*pytree.tree_map(copied, args)) if view is not None else None
+
+        def parts(calls: list[tuple[str, list[Any]]], links: Mapping[str, Sequence[RegionLink]]) -> None:
+            """Run regions without the code around them; what goes from one to another is as it comes."""
+            outputs: dict[str, Any] = {}
+            for path, args in calls:
+                names = [str(node.target) for node in pieces[path].placeholders()]
+                for link in links[path]:
+                    place = names.index(link.input)
+                    args[place] = joined(args[place], ((outputs[link.source], link.output, link.leaf),))
+                outputs[path] = part(path, args)
+
+        def runs(function: Callable[..., None], *given: Any) -> bool:
             try:
-                run(pytree.tree_map(random, resized(inputs, change)))
+                function(*given)
             except Exception:  # noqa: BLE001  a table may end, which shapes do not tell
                 return False
             return True
@@ -541,13 +554,21 @@ class _Search:
             run(inputs)
             for _ in range(_RUNS):
                 if regions:
-                    runs({})  # the code around regions may refuse what is random
+                    runs(run, pytree.tree_map(random, inputs))  # the code around may refuse what is random
                 else:
                     run(pytree.tree_map(random, inputs))
             if regions:
-                self.any_size = not any(map(runs, changes(inputs)))
+                calls = [
+                    (path, pieces[path].bind(*call)) for path, call in _calls(regions, self.module, inputs)
+                ]
+                links = {region.path: region.links for region in regions.regions}
+                self.any_size = not any(
+                    runs(parts, [(path, resized(args, change)) for path, args in calls], links)
+                    for change in changes([args for _, args in calls])
+                )
             elif self.graph.other_sizes:
-                self.any_size |= not runs(self.graph.other_sizes)
+                given = pytree.tree_map(random, resized(inputs, self.graph.other_sizes))
+                self.any_size |= not runs(run, given)
 
     def _zero(self, group: Group, member: Member) -> Mask:
         """The units whose entries in a weight that makes them are all zero."""
@@ -593,6 +614,17 @@ class _Search:
             found[node] = made
         return found
 
+    def _meet(self, group: Group, zero: Mask, constant: Mapping[fx.Node, Mask]) -> None:
+        """Note where units that something makes zero are no longer the same number for all inputs."""
+        left = zero.copy()
+        for node, here in constant.items():
+            before = [constant[n] for n in node.all_input_nodes if n in constant]
+            lost = left & ~here & np.logical_or.reduce([_none(group), *before])
+            if lost.any():
+                which = f"{int(lost.sum())} channels of {group.name} that a layer makes zero"
+                self.notes.append(f"{which} stay: at {node.name} they meet others that are not")
+            left &= ~lost
+
     def _carried(self) -> dict[fx.Node, set[str]]:
         """For each node the groups whose channels its value has."""
         owner = {int(unit): group.name for group in self.graph.groups for unit in group.units}
@@ -624,6 +656,7 @@ class _Search:
                     group.name in self.carried[given]
                     and (node, given) not in consumers
                     and operator_name(node) not in _PARTS
+                    and node.target is not joined
                 ):
                     found.setdefault(node, []).append(given)
         return found

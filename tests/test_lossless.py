@@ -439,6 +439,85 @@ def test_models_that_are_captured_in_parts(padding: int, between: bool) -> None:
     assert ("differs between places" in notes) is (padding == 1 and not between)
 
 
+class Helper(nn.Module):
+    """Returns several tensors, and has no parameters."""
+
+    def __init__(self, halves: bool) -> None:
+        super().__init__()
+        self.halves = halves
+
+    def forward(self, x: Tensor) -> Any:
+        return x.chunk(2, 1) if self.halves else {"a": x.relu(), "b": [x * 2]}
+
+
+class ByHelper(nn.Module):
+    """Layers that a decision on values keeps apart; what goes between them goes through a helper."""
+
+    def __init__(self, halves: bool) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3)
+        self.helper = Helper(halves)
+        self.b, self.c = (nn.Conv2d(4 if halves else 8, 5, 1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        while x.sum() > 1000:
+            x = x - 1
+        found = self.helper(self.a(x))
+        p, q = found if self.helper.halves else (found["a"], found["b"][0])
+        return self.b(p) + self.c(q)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_parts_are_linked_by_helpers_without_parameters(halves: bool) -> None:
+    model: Any = ByHelper(halves).eval()
+    with torch.no_grad():
+        model.a.weight[:4], model.a.bias[:4] = 0, torch.tensor([0.0, 0.0, 0.5, -0.5])
+    pruned: Any = unchanged(model, X)
+    assert type(pruned) is ByHelper
+    assert pruned.a.weight.shape[0] == (5 if halves else 4)  # of each half one channel stays
+
+
+def test_parts_take_other_sizes_where_the_code_around_them_does_not() -> None:
+    """A detector brings images of all sizes, a list of them, to one: its parts are run without it."""
+
+    class Detects(Parts):
+        def forward(self, images: Any) -> Tensor:  # type: ignore[override]
+            if any(image.shape[0] != 3 for image in images):
+                raise ValueError("no images")
+            return super().forward(torch.stack(list(images)))
+
+    for padding in (0, 1):
+        torch.manual_seed(0)
+        model: Any = settled(Parts(padding))
+        model.__class__ = Detects
+        with torch.no_grad():
+            model.first[0].weight[:4], model.first[0].bias[:4] = 0, 0
+            model.first[1].running_mean[:4], model.first[1].bias[:4] = 0, 1
+        pruned: Any = fxprune.lossless(model, ([X[0], X[1]],))
+        assert pruned.first[0].weight.shape[0] == (8 if padding else 4)
+        other = torch.randn(3, 3, 11, 17)
+        torch.testing.assert_close(pruned(other), model(other), rtol=1e-5, atol=1e-5)
+
+
+def test_what_meets_others_stays_with_a_note() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.a(x) + self.b(x))
+
+    model: Any = Sum().eval()
+    with torch.no_grad():
+        model.a.weight[:3], model.a.bias[:3] = 0, 0
+    pruned = unchanged(model, X)
+    (note,) = pruned.meta["fxprune"].notes
+    assert (
+        note == "3 channels of a.weight[0] that a layer makes zero stay: at add they meet others that are not"
+    )
+
+
 def test_what_rounding_decides_is_compared_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """A detector sorts by scores: in single precision rounding changes which boxes come."""
     model = settled(Convs(0, bias=True))

@@ -52,7 +52,7 @@ def find(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], whole:
 
     def search(module: nn.Module, path: str) -> None:
         for name, child in module.named_children():
-            if child in visited or (next(child.parameters(), None) is None and not is_leaf(child)):
+            if child in visited:
                 continue
             visited.add(child)
             full = f"{path}.{name}" if path else name
@@ -63,8 +63,9 @@ def find(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], whole:
             try:
                 found[full] = _part(child, full, calls, whole)
             except FxpruneError as refusal:
-                reason = refusal.__cause__ if isinstance(refusal.__cause__, FxpruneError) else refusal
-                refusals.append(f"{full}: {str(reason).strip().splitlines()[0].rstrip('.')}")
+                if next(child.parameters(), None) is not None:
+                    reason = refusal.__cause__ if isinstance(refusal.__cause__, FxpruneError) else refusal
+                    refusals.append(f"{full}: {str(reason).strip().splitlines()[0].rstrip('.')}")
                 search(child, full)
 
     search(model, "")
@@ -78,10 +79,18 @@ def find(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], whole:
 
 
 def _worthwhile(parts: dict[str, CapturedRegion]) -> dict[str, CapturedRegion]:
-    """Without leaves that are linked to nothing: there is nothing in them but their boundary."""
+    """Without leaves and modules without parameters that are linked to nothing."""
     linked = {path for path, part in parts.items() if part.links}
     linked |= {link.source for part in parts.values() for link in part.links}
-    return {path: part for path, part in parts.items() if path in linked or part.root == path}
+    return {
+        path: part
+        for path, part in parts.items()
+        if path in linked or (part.root == path and _has_parameters(part.program))
+    }
+
+
+def _has_parameters(program: Program) -> bool:
+    return any(isinstance(tensor, nn.Parameter) for tensor in program.tensors.values())
 
 
 def again(model: nn.Module, regions: Mapping[str, Any], whole: Whole) -> RegionProgram:
