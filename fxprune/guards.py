@@ -34,6 +34,25 @@ def check_number(value: Any, expected: Any, where: str) -> None:
 
 
 @has_side_effect
+def check_decision(value: Any, expected: Any, where: str) -> None:
+    """Refuse inputs whose sizes lead elsewhere: what the model's code asks of them is as in the example.
+
+    Args:
+        value: a number that is computed from sizes.
+        expected: what it was for the example, and the graph goes on from there.
+        where: the line of the model that asks for it.
+    """
+    if isinstance(value, fx.Proxy):
+        value.tracer.create_proxy("call_function", check_decision, (value, expected, where), {})
+    elif value != expected:
+        raise PinnedError(
+            f"{where} asks for a number that depends on the sizes of the inputs: it was {expected!r} for the "
+            f"example inputs, and the graph goes on from there; for these inputs it is {value!r}. Next: "
+            f"analyse the model again with an example of these sizes."
+        )
+
+
+@has_side_effect
 def check_size(
     tensor: Tensor | fx.Proxy,
     name: str,
@@ -70,7 +89,7 @@ def check_size(
         )
 
 
-CHECKS = frozenset([check_number, check_size])
+CHECKS = frozenset([check_decision, check_number, check_size])
 """All of them; on shapes alone they have nothing to say."""
 
-__all__ = ["CHECKS", "check_number", "check_size"]
+__all__ = ["CHECKS", "check_decision", "check_number", "check_size"]

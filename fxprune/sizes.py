@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from .guards import check_size
+from .guards import check_decision, check_size
 
 BATCH, LENGTH, LAST, DEPTH, IMAGE = "batch", "length", "last length", "depth", "image"
 """Kinds of sizes, each of which changes as a whole: the batch; the second dimension of sequences; the last
@@ -26,11 +26,13 @@ be channels in videos; height and width."""
 NEAR, FAR = 1, 32
 """By how much sizes change: by a small odd number, another one for each extent; or by 32, as networks ask for
 that halve an image five times, and to twice the size where it is no multiple of that."""
+ONE = 0
+"""How a batch changes that becomes 1, which code often asks for."""
 FINER = (2, 4, 8, 16)
 """By how much sizes change where a difference of 32 is one that a network takes."""
 
 Change = Mapping[str, int]
-"""Kinds of sizes, each with :data:`NEAR`, :data:`FAR`, or by how much it is larger."""
+"""Kinds of sizes, each with :data:`NEAR`, :data:`FAR`, :data:`ONE`, or by how much it is larger."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,8 @@ def _is_sequence(tensor: torch.Tensor) -> bool:
 
 def changed_size(place: Place, how: int) -> int:
     """Another size in its place. Patches and strides of up to 32 must tell it from the one in the example."""
+    if how == ONE:
+        return 1
     if how == NEAR and place.kind in (DEPTH, IMAGE, LAST):
         return place.size + 32 * (place.dim - 1 or 1) + 1
     if how == FAR and (place.kind == BATCH or place.size % FAR):
@@ -278,6 +282,12 @@ def guarded(graph: fx.Graph) -> list[InputSize]:
     return found
 
 
-__all__ = ["BATCH", "DEPTH", "FAR", "FINER", "IMAGE", "LAST", "LENGTH", "NEAR", "Change", "InputSize",
-           "InputSizes", "Place", "Trial", "asks_more", "changed_size", "changes", "guard", "guarded",
-           "named", "places", "resized"]  # fmt: skip
+def decided(graph: fx.Graph) -> list[str]:
+    """The lines of the model that decide by sizes: ``graph`` checks that they come out as for the example."""
+    nodes = graph.find_nodes(op="call_function", target=check_decision)
+    return list(dict.fromkeys(node.args[2] for node in nodes))
+
+
+__all__ = ["BATCH", "DEPTH", "FAR", "FINER", "IMAGE", "LAST", "LENGTH", "NEAR", "ONE", "Change", "InputSize",
+           "InputSizes", "Place", "Trial", "asks_more", "changed_size", "changes", "decided", "guard",
+           "guarded", "named", "places", "resized"]  # fmt: skip

@@ -224,6 +224,20 @@ class Patches(nn.Module):
         return self.b(self.a(x).relu().mean((1, 2)))
 
 
+class Grids(nn.Module):
+    """Pads a grid of 8 pixels to multiples of 4: what the code does is the same for a few pixels more."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        if (x.shape[2] % 4, x.shape[3] % 4) != (0, 0):
+            x = nn.functional.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
+        return self.b(x)
+
+
 class Edges(nn.Module):
     """Messages along the edges of a graph, which has fewer nodes than edges."""
 
@@ -268,6 +282,7 @@ SIZES = {
     "square": (Cached(), torch.randn(2, 3, 16, 16), "batch, height, width: any"),
     "halving": (Halving(), torch.randn(1, 3, 32, 32), "batch: any; height, width: multiples of 4"),
     "patches": (Patches(), torch.randn(2, 3, 16, 24), "batch: any; height, width: multiples of 4"),
+    "grids": (Grids(), torch.randn(1, 3, 64, 64), "batch, height, width: any; sizes for which the code"),
     "edges": (Edges(check=False), GRAPH, "batch, length: any"),
     "edges, checked": (Edges(check=True), GRAPH, "batch, length: any"),
     "volumes": (nn.Conv3d(3, 2, 3), torch.randn(1, 3, 4, 6, 6), "batch, depth, height, width: any"),

@@ -14,6 +14,7 @@ from ..program import Program
 from ..sizes import BATCH, FAR, LAST, LENGTH, NEAR, Change, InputSize
 from .alike import compare
 from .arguments import Arguments
+from .decisions import decisions, meet, settle
 
 Trace = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Program]
 _LONGEST = 200
@@ -64,7 +65,11 @@ def look(
             free.append(finer)
             known |= finer
             break
+    if BATCH in known and any(decision.is_open for _, decision in decisions(seen.program.graph)):
+        one_args, one_kwargs = sizes.resized(tree, {BATCH: sizes.ONE})
+        seen.differs(one_args, one_kwargs, fewer=True)  # what makes no difference there decides nothing
     program = seen.program
+    settle(program.graph, program.seen)
     bounds = steps(kinds, known)
     if bounds:
         pin(program.graph, Arguments.of(model, args, kwargs).all(), bounds, because)
@@ -94,8 +99,14 @@ class _Seen:
         self.program = program
         self.apart = False
 
-    def differs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """Why the program is not that of the model for these inputs; empty where it is."""
+    def differs(self, args: tuple[Any, ...], kwargs: dict[str, Any], fewer: bool = False) -> str:
+        """Why the program is not that of the model for these inputs; empty where it is.
+
+        Args:
+            args: the inputs.
+            kwargs: the same by name.
+            fewer: whether the program may do more, as what expands a batch that is larger than one.
+        """
         if self.program.again is not None and self.program.again(args, kwargs):
             return ""
         try:
@@ -103,12 +114,13 @@ class _Seen:
             other = retraced(args, kwargs) if retraced else self._trace(self._model, args, kwargs)
         except Exception as error:  # noqa: BLE001  the model takes no such size, or is not captured there
             return f"the model does not run at another ({_short(error)})"
-        found = compare(self.program, other)
-        if not found.same:
+        found = compare(other, self.program) if fewer else compare(self.program, other)
+        node = meet(self.program.graph, other.graph) if found.same else found.node
+        if not found.same or node is not None:
             self.apart = True
-            where = describe_source(found.node)
+            where = describe_source(node)
             return f"the model's code does something else at another{f' ({where})' if where else ''}"
-        if found.computed:
+        if found.computed and not fewer:
             self.program = other
         return ""
 

@@ -37,7 +37,7 @@ from torch.utils import _pytree as pytree
 from .. import known_shapes
 from ..errors import CaptureError, ExampleInputsError, PinnedError
 from ..graph_module import clone_module
-from ..guards import check_number
+from ..guards import CHECKS, check_decision, check_number
 from ..inputs import meta_like, to_meta
 from ..known_shapes import Remembered
 from ..known_values import DEVICES, KINDS, UnknownValueError, Values
@@ -47,7 +47,7 @@ from ..nodes import by_position, describe_source, is_assertion, mutable
 from ..program import Program, Skeleton, named_modules, named_tensors
 from ..trees import TENSORS, flatten
 from ..value_dependent import AS_LIST, ON_SHAPES, OnShapes, kept_whole
-from . import patches, traced_sizes
+from . import decisions, patches, traced_sizes
 from .alike import compare
 from .arguments import LITERALS, Arguments, packing
 from .effects import AUGMENTED, AttributesBefore, not_kept, write_in_place
@@ -333,7 +333,13 @@ class _Tracer(fx.Tracer):
             return False
         finally:
             _unmark(node for node, _ in recording.calls)
-        return self.following.is_done() and recording.same_tables(self.recording)
+        same = self.following.is_done() and recording.same_tables(self.recording)
+        if same:
+            self.meets()
+        return same
+
+    def meets(self) -> None:
+        """Note what the numbers behind decisions are here: this run made the calls that it followed."""
 
     def _makes_again(
         self, recordings: tuple[Recording, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -876,6 +882,7 @@ class _ShapeTracer(_Tracer):
         self.known = Values(self.values, self._source)
         self.counts: set[fx.Node] = set()  # lists whose length is checked
         self.others: dict[fx.Node, Any] = {}  # what nodes are where masks select less, if that differs
+        self.decided: list[tuple[fx.Node, list[Any]]] = []  # decisions, with the numbers behind them
         self.before: Mapping[fx.Node, Any] = {}  # what nodes of the trace that is followed are
         self.device = next((tensor.device for tensor in self.tensors.values()), torch.device("cpu"))
 
@@ -1012,8 +1019,31 @@ class _ShapeTracer(_Tracer):
             if not self.known.are_whole(node):
                 raise TypeError("control flow depends on the values of an input")
             where = self._note(node, f"a number that depends on values of the inputs stays {number!r}")
-            self.create_proxy("call_function", check_number, (proxy, kind(number), where), {})
+            self.create_proxy("call_function", check_number, (self._as(kind, proxy), kind(number), where), {})
+        elif not isinstance(seen, torch.Tensor):
+            self._decides(self._as(kind, proxy), kind(number))
         return number
+
+    def _as(self, kind: type, proxy: _ShapeProxy) -> Any:
+        """What control flow sees of a number: of ``if n:`` whether there is any."""
+        if kind is not bool or isinstance(self.values[proxy.node], bool):
+            return proxy
+        return self.create_proxy("call_function", bool, (proxy,), {})
+
+    def _decides(self, proxy: _ShapeProxy, answer: Any) -> None:
+        """Control flow follows a number that sizes decide on."""
+        where = describe_source(proxy.node) or "the model"
+        check = self.create_proxy("call_function", check_decision, (proxy, answer, where), {}).node
+        if self.following is None:
+            decisions.note(check, self.values)
+        else:
+            self.decided.append(
+                (check, [self.values[part] for part in decisions.behind(proxy.node, self.values)])
+            )
+
+    def meets(self) -> None:
+        for check, values in self.decided:
+            check.meta["decision"].others.append(values)
 
     def lines_for_types(self, graph: fx.Graph) -> frozenset[str]:
         asked = graph.find_nodes(op="call_function", target=getattr)
@@ -1061,7 +1091,8 @@ class _ShapeTracer(_Tracer):
 
     def _require(self, error: type[Exception], condition: fx.Proxy, message: str) -> None:
         """``torch._check(condition, message)``: the graph asserts it, too."""
-        if not isinstance(self.values.get(condition.node), torch.Tensor) and not bool(condition):
+        held = self.values.get(condition.node)
+        if not isinstance(held, torch.Tensor) and not held:
             raise error(message)
         self.create_proxy("call_function", torch._assert, (condition, message), {})
 
@@ -1075,7 +1106,7 @@ class _ShapeTracer(_Tracer):
             return self.given[str(node.target)]
         if node.op == "get_attr":
             return self._meta(self.tensors[str(node.target)])
-        if node.op == "output":
+        if node.op == "output" or node.target in CHECKS:
             return None
         result, by_values = self._on_shapes(node, self.values, 0)
         if by_values or (self.others and not self.others.keys().isdisjoint(node.all_input_nodes)):

@@ -20,6 +20,7 @@ from ..sizes import (
     InputSize,
     InputSizes,
     changed_size,
+    decided,
     guarded,
     named,
     places,
@@ -62,7 +63,15 @@ def input_sizes(captured: Captured, change: Change, refusals: Mapping[str, str])
         elif place.kind != LAST and not (place.kind == LENGTH and LAST in change):
             why = refusals.get(place.kind, "")
             found.append(InputSize(name, place.dim, place.name, place.size, 0, why))
-    return InputSizes(tuple(found))
+    return InputSizes(tuple(found), _said(decided(program.graph)))
+
+
+def _said(lines: list[str]) -> str:
+    """That the model's code decides by sizes."""
+    if not lines:
+        return ""
+    more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
+    return f"sizes for which the code decides otherwise than for the example are refused ({lines[0]}{more})"
 
 
 def pin_folded(captured: Captured, because: Mapping[str, str]) -> None:

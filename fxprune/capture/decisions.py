@@ -1,0 +1,200 @@
+"""What a model's code decides by the sizes of its inputs, and whether it could come out otherwise.
+
+``if n > 512:``, ``range(h // 64)``, ``min(n, 100)``: control flow asks for a plain number, and the graph
+holds what the code did for the example. Each such decision becomes a call of :func:`check_decision
+<fxprune.guards.check_decision>`. Looks at other sizes show which of the numbers behind it follow the sizes
+of the inputs. :func:`settle` leaves the decisions that do, which then compute with the example's values of
+all the other numbers: those may be widths of layers, which pruning makes smaller.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from ..guards import check_decision
+
+_NUMBERS = (bool, int, float, torch.Size)
+_POLYNOMIALS = (operator.add, operator.sub, operator.mul, operator.neg)
+_COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.gt, operator.le, operator.ge)
+
+
+@dataclass
+class Decision:
+    """A decision by sizes. It is the ``"decision"`` in the metadata of its node, and of copies of that.
+
+    Attributes:
+        values: of the numbers behind it, itself first, as :func:`behind` gives them.
+        others: what they are at other sizes, at which the graph is the same.
+    """
+
+    values: list[Any]
+    others: list[list[Any]] = field(default_factory=list)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it came out otherwise at other sizes, and the graph was the same all the same."""
+        return any(values[0] != self.values[0] for values in self.others)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it may come out otherwise, by what it is computed from."""
+        return not self.is_idle and any(not self.is_fixed(place) for place in range(len(self.values)))
+
+    def is_fixed(self, place: int) -> bool:
+        """Whether the number at a place is the same at all sizes."""
+        return all(values[place] == self.values[place] for values in self.others)
+
+    def is_free(self, place: int) -> bool:
+        """Whether the number at a place, and in a shape each one, follows the sizes of the inputs."""
+        for i, mine in enumerate(_parts(self.values[place])):
+            if all(_parts(values[place])[i] == mine for values in self.others):
+                return False
+        return True
+
+    def are_apart(self, place: int, other: int) -> bool:
+        """Whether two numbers are equally far from each other at all sizes."""
+        return len({values[place] - values[other] for values in (self.values, *self.others)}) == 1
+
+
+def _parts(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, tuple) else (value,)
+
+
+def behind(node: fx.Node, seen: Mapping[fx.Node, Any]) -> list[fx.Node]:
+    """The numbers that ``node``, a number, is computed from: itself first, back to those read off tensors."""
+    found = {node: None}
+    todo = [node]
+    while todo:
+        for part in todo.pop().all_input_nodes:
+            if part not in found and isinstance(seen.get(part), _NUMBERS):
+                found[part] = None
+                todo.append(part)
+    return list(found)
+
+
+def note(node: fx.Node, seen: Mapping[fx.Node, Any]) -> None:
+    """Make a decision of the node of a check."""
+    number: Any = node.args[0]
+    node.meta["decision"] = Decision([seen[part] for part in behind(number, seen)])
+
+
+def decisions(graph: fx.Graph) -> list[tuple[fx.Node, Decision]]:
+    """The decisions that are not settled, each with its node, in order."""
+    nodes = graph.find_nodes(op="call_function", target=check_decision)
+    return [(node, node.meta["decision"]) for node in nodes if "decision" in node.meta]
+
+
+def meet(graph: fx.Graph, other: fx.Graph) -> fx.Node | None:
+    """Note what decisions are in the graph of another trace, at other sizes, that makes the same calls.
+
+    Returns:
+        The first check where the other trace decided by another line, or by one less; None where none did.
+        ``if a and b:`` asks for ``b`` only where ``a`` holds: what it came to there says little.
+    """
+    mine, others = decisions(graph), decisions(other)
+    for (node, decision), (found, there) in zip(mine, others, strict=False):
+        if found.args[2] != node.args[2] or len(there.values) != len(decision.values):
+            return node
+    if len(mine) != len(others):
+        return max(mine, others, key=len)[min(len(mine), len(others))][0]
+    for (_, decision), (_, there) in zip(mine, others, strict=True):
+        decision.others.append(there.values)
+        there.others = [decision.values, *decision.others]
+    return None
+
+
+def settle(graph: fx.Graph, seen: Mapping[fx.Node, Any]) -> None:
+    """Leave the checks of those decisions alone that may come out otherwise for inputs of other sizes.
+
+    Args:
+        graph: changed in place.
+        seen: what its nodes are on shapes alone.
+    """
+    for node, decision in decisions(graph):
+        number: Any = node.args[0]
+        order = {part: place for place, part in enumerate(behind(number, seen))}
+        kept = None if decision.is_idle else _Kept(node, order, decision).of(number)
+        if isinstance(kept, fx.Node):
+            node.args = (kept, *node.args[1:])
+            del node.meta["decision"]
+        else:
+            graph.erase_node(node)
+
+
+def drop(graph: fx.Graph) -> None:
+    """Remove the decisions that are not settled, where nobody looked at other sizes."""
+    for node, _ in decisions(graph):
+        graph.erase_node(node)
+
+
+class _Kept:
+    """Computes a decision anew, with the example's values of numbers that are the same at all sizes."""
+
+    def __init__(self, check: fx.Node, order: Mapping[fx.Node, int], decision: Decision) -> None:
+        self.check, self.order, self.decision = check, order, decision
+        self.made: dict[fx.Node, Any] = {}
+
+    def of(self, node: fx.Node) -> Any:
+        """The node or the value that stands for a number; None where narrower layers could change it."""
+        if node not in self.made:
+            self.made[node] = self._read(node) if self._is_read(node) else self._computed(node)
+        return self.made[node]
+
+    def _value(self, node: fx.Node) -> Any:
+        return self.decision.values[self.order[node]]
+
+    def _is_read(self, node: fx.Node) -> bool:
+        """Whether a number is read off a tensor, or is part of a shape."""
+        if node.target is operator.getitem:
+            return isinstance(node.args[0], fx.Node) and isinstance(self._value(node.args[0]), tuple)
+        return any(part not in self.order for part in node.all_input_nodes)
+
+    def _read(self, node: fx.Node) -> Any:
+        value, place = self._value(node), self.order[node]
+        if self.decision.is_fixed(place):
+            return tuple(value) if isinstance(value, tuple) else value
+        of_shape = isinstance(value, tuple) or node.target in (operator.getitem, "size")
+        return node if of_shape and self.decision.is_free(place) else None
+
+    def _is_polynomial(self, node: fx.Node) -> bool:
+        if self._is_read(node):
+            return True
+        return node.target in _POLYNOMIALS and all(map(self._is_polynomial, node.all_input_nodes))
+
+    def _is_settled(self, node: fx.Node) -> bool:
+        """Whether a number is the same at all sizes: a polynomial that was so at those seen, or what compares
+        two that are equally far from each other: ``n + 1 > n``.
+        """
+        if node.target in _COMPARISONS:
+            parts = [part for part in node.args if isinstance(part, fx.Node) and self._is_polynomial(part)]
+            if len(parts) < 2 or any(isinstance(self._value(part), tuple) for part in parts):
+                return False
+            return self.decision.are_apart(*map(self.order.__getitem__, parts))
+        return self._is_polynomial(node) and self.decision.is_fixed(self.order[node])
+
+    def _computed(self, node: fx.Node) -> Any:
+        if self._is_settled(node):
+            return self._value(node)
+        parts = {part: self.of(part) for part in node.all_input_nodes}
+        if any(new is None for new in parts.values()):
+            return None
+        if not any(isinstance(new, fx.Node) for new in parts.values()):
+            return self._value(node)
+        if all(new is part for part, new in parts.items()):
+            return node
+        with node.graph.inserting_before(self.check):
+            args: Any = map_arg(node.args, parts.__getitem__)
+            kwargs: Any = map_arg(node.kwargs, parts.__getitem__)
+            new = node.graph.create_node(node.op, node.target, args, kwargs)
+        new.meta = dict(node.meta)
+        return new
+
+
+__all__ = ["decisions", "drop", "meet", "note", "settle"]

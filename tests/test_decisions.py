@@ -1,0 +1,160 @@
+"""What a model's code decides by sizes holds for all sizes: the result is the model, or it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune.errors import PinnedError
+
+
+class Deciding(nn.Module):
+    """Two layers, and between them code that looks at the sizes."""
+
+    def __init__(self, decide):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.decide = decide
+
+    def forward(self, x):
+        return self.b(self.decide(x, self.a(x).relu()))
+
+
+def _threshold(x, h):
+    return h * 2 if x.shape[1] > 100 else h
+
+
+def _shorter_of_two(x, h):
+    return h[:, : min(x.shape[1], 64)]
+
+
+def _blocks(x, h):
+    for _ in range(math.ceil(x.shape[1] / 100)):
+        h = h + h.sin()
+    return h
+
+
+def _whole_blocks(x, h):
+    for _ in range(x.shape[1] // 100):  # none for the example, nor for a few more
+        h = h + h.sin()
+    return h
+
+
+def _batch_of_one(x, h):
+    return h - 1 if x.shape[0] == 1 else h
+
+
+def _sevens(x, h):
+    return h - 1 if len(x) % 7 == 0 else h
+
+
+def _truth_of_a_size(x, h):
+    return h - 1 if x.shape[1] // 100 else h
+
+
+def _rows_and_width(x, h):
+    return h - 1 if h.shape[1] * h.shape[2] > 1000 else h
+
+
+def _picks(x, h):
+    return (h.sin, h.cos, h.tan)[min(x.shape[1] // 40, 2)]()
+
+
+def _shape_as_a_whole(x, h):
+    return h - 1 if tuple(x.shape[:2]) == (2, 150) else h
+
+
+def _in_one_mode(x, h):
+    return torch.where(h > 1, h, 0) if x.shape[1] > 100 else h
+
+
+DECIDE = [_threshold, _shorter_of_two, _blocks, _whole_blocks, _batch_of_one, _sevens, _truth_of_a_size,
+          _rows_and_width, _picks, _shape_as_a_whole, _in_one_mode]  # fmt: skip
+SIZES = [(2, 12), (1, 12), (7, 12), (3, 30), (2, 50), (2, 150), (2, 250)]
+
+
+@pytest.mark.parametrize("decide", DECIDE)
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_the_result_is_the_model_or_refuses(decide, ratio):
+    torch.manual_seed(0)
+    model = Deciding(decide).eval()
+    x = torch.randn(2, 12, 8)
+    plan = fxprune.plan(model, x, ratio=ratio)
+    result = plan.apply(model)
+    with torch.no_grad():
+        for gone in plan.removed.values():
+            model.b.weight[:, list(gone)] = 0
+    said = []
+    for size in SIZES:
+        x = torch.randn(*size, 8)
+        try:
+            out = result(x)
+        except PinnedError as error:
+            said.append(str(error))
+        else:
+            torch.testing.assert_close(out, model(x))
+    assert 0 < len(said) < len(SIZES)
+    assert all(f"in {decide.__name__}" in error for error in said)
+
+
+def test_it_is_said_which_line_decides():
+    graph = fxprune.analyze(Deciding(_threshold).eval(), torch.randn(2, 12, 8))
+    assert "batch, length: any; sizes for which the code decides otherwise" in str(graph.sizes)
+    assert "in _threshold" in str(graph.sizes)
+
+
+def _checked(x, h):
+    if h.size() != (x.shape[0], x.shape[1], 16):
+        raise ValueError("not the width of the layer")
+    return h
+
+
+def _same_lengths(x, h):
+    return h if h.shape[1] - x.shape[1] == 0 and h.shape[1] == x.shape[1] else h[:, :1]
+
+
+def _fixed_width(x, h):
+    return h if h.shape[-1] * 4 == 64 and h.dim() == 3 else h * 2
+
+
+def _makes_no_difference(x, h):
+    if x.shape[0] % 2:
+        return h.sin()
+    return h.sin()
+
+
+@pytest.mark.parametrize("decide", [_checked, _same_lengths, _fixed_width, _makes_no_difference])
+def test_what_cannot_come_out_otherwise_is_not_asked_again(decide):
+    torch.manual_seed(0)
+    model = Deciding(decide).eval()
+    result = fxprune.prune(model, torch.randn(2, 12, 8), ratio=0.5)
+    assert "decide" not in str(fxprune.analyze(model, torch.randn(2, 12, 8)).sizes)
+    for size in SIZES:
+        assert result(torch.randn(*size, 8)).shape == (*size, 4)
+
+
+class Tokens(nn.Module):
+    """Asks whether there is any token of a kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Embedding(9, 8), nn.Linear(8, 2)
+
+    def forward(self, ids):
+        x = self.a(ids)
+        if (ids == 3).sum():
+            x = x * 2
+        return self.b(x)
+
+
+def test_any_number_of_tokens_is_as_true_as_another():
+    model = Tokens().eval()
+    result = fxprune.prune(model, torch.tensor([[3, 1, 3, 4]]), ratio=0.0)
+    few = torch.tensor([[0, 3, 1, 2]])
+    torch.testing.assert_close(result(few), model(few))
+    with pytest.raises(PinnedError, match="in forward"):
+        result(torch.tensor([[0, 1, 1, 2]]))
