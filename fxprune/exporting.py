@@ -132,7 +132,7 @@ def capture_program(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     reason, refused = "no input has a size that may change", set()
     for change in filter(None, changes(given)):
         kinds = frozenset(change)
-        if kinds in refused or any(how != NEAR for kind, how in change.items() if kind != BATCH):
+        if kinds in refused or any(abs(how) != NEAR for kind, how in change.items() if kind != BATCH):
             continue  # torch.export takes minutes to find out which multiples are right
         other = resized(given, change)
         try:
@@ -162,9 +162,13 @@ def capture_program(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
 def _said(given: Any, change: Change) -> str:
     """Which sizes are free, for people; a last dimension that is not holds features, as far as is known."""
     found = places(given)
-    free = dict.fromkeys(place.name for place in found if place.kind in change)
+    free = dict.fromkeys(place.name for place in found if change.get(place.kind, -1) > 0)
+    most = dict.fromkeys(
+        f"{place.name} up to {place.size}" for place in found if change.get(place.kind, 0) < 0
+    )
     fixed = dict.fromkeys(place.name for place in found if place.kind not in (*change, LAST))
-    return f"any {', '.join(free)}" + (f"; {', '.join(fixed)} as in the example" if fixed else "")
+    said = ([f"any {', '.join(free)}"] if free else []) + list(most)
+    return "; ".join(said) + (f"; {', '.join(fixed)} as in the example" if fixed else "")
 
 
 class _TensorsOnly(nn.Module):

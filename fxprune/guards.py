@@ -61,6 +61,7 @@ def check_size(
     step: int,
     role: str = "",
     because: str = "",
+    at_most: bool = False,
 ) -> None:
     """Refuse an input of a size that the graph is not right for.
 
@@ -72,14 +73,16 @@ def check_size(
         step: sizes that differ from it by a multiple of this are right; 0 where it must be ``expected``.
         role: what the dimension is: batch, length, height ...
         because: why no other size is right.
+        at_most: whether no larger size is.
     """
     if isinstance(tensor, fx.Proxy):
-        given = (tensor, name, dim, expected, step, role, because)
+        given = (tensor, name, dim, expected, step, role, because, at_most)
         tensor.tracer.create_proxy("call_function", check_size, given, {})
         return
     size = tensor.shape[dim]
-    if size != expected and (not step or (size - expected) % step):
-        right = f"{expected}, or differs from it by a multiple of {step}" if step else f"{expected}"
+    if size != expected and (not step or (size - expected) % step or (at_most and size > expected)):
+        by = f" by a multiple of {step}" if step > 1 else ""
+        right = f"{expected}" + (f" or less{by}" if at_most else f", or differs from it{by}" if step else "")
         reason = f": {because}" if because else ""
         which = f" ({role})" if role else ""
         raise PinnedError(

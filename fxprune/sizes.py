@@ -23,16 +23,19 @@ BATCH, LENGTH, LAST, DEPTH, IMAGE = "batch", "length", "last length", "depth", "
 """Kinds of sizes, each of which changes as a whole: the batch; the second dimension of sequences; the last
 one of sequences with channels first, and of waveforms; what comes before height and width in volumes, and may
 be channels in videos; height and width."""
-NEAR, FAR = 1, 32
+NEAR, FAR, TWICE = 1, 32, 64
 """By how much sizes change: by a small odd number, another one for each extent; or by 32, as networks ask for
-that halve an image five times, and to twice the size where it is no multiple of that."""
+that halve an image five times; or to twice the size, which windows and chunks of any size allow, and is what
+:data:`FAR` means where a size is no multiple of 32. Where the example is as large as a network takes, lengths
+change by minus :data:`NEAR`, and images by minus :data:`FAR`, or to half the size."""
 ONE = 0
 """How a batch changes that becomes 1, which code often asks for."""
 FINER = (2, 4, 8, 16)
 """By how much sizes change where a difference of 32 is one that a network takes."""
 
 Change = Mapping[str, int]
-"""Kinds of sizes, each with :data:`NEAR`, :data:`FAR`, :data:`ONE`, or by how much it is larger."""
+"""Kinds of sizes, each with :data:`NEAR`, :data:`FAR`, :data:`TWICE`, :data:`ONE`, or by how much it is
+larger; below 0, smaller."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class InputSize:
         step: sizes that differ from it by a multiple of this are right: 1 where any is, 0 where only
             ``example`` is.
         because: why no other size is, or empty.
+        at_most: whether no size above ``example`` is right.
     """
 
     input: str
@@ -68,10 +72,14 @@ class InputSize:
     example: int
     step: int
     because: str = ""
+    at_most: bool = False
 
     @property
     def said(self) -> str:
-        """``any``, ``multiples of 32``, or ``pinned at 224, because ...``."""
+        """``any``, ``up to 512``, ``multiples of 32``, or ``pinned at 224, because ...``."""
+        if self.step and self.at_most:
+            multiples = f"multiples of {self.step} " if self.step > 1 else ""
+            return f"{multiples}up to {self.example}"
         if self.step == 1:
             return "any"
         because = f", because {self.because}" if self.because else ""
@@ -105,7 +113,7 @@ class InputSizes:
     @property
     def free(self) -> bool:
         """Whether any of these sizes may be another."""
-        return all(axis.step == 1 for axis in self.axes)
+        return all(axis.step == 1 and not axis.at_most for axis in self.axes)
 
     def __str__(self) -> str:
         by_name: dict[str, dict[str, list[str]]] = {}
@@ -192,8 +200,10 @@ def changed_size(place: Place, how: int) -> int:
         return 1
     if how == NEAR and place.kind in (DEPTH, IMAGE, LAST):
         return place.size + 32 * (place.dim - 1 or 1) + 1
-    if how == FAR and (place.kind == BATCH or place.size % FAR):
+    if how == TWICE or (how == FAR and (place.kind == BATCH or place.size % FAR)):
         return 2 * place.size
+    if how == -FAR and place.size <= FAR:
+        return place.size // 2
     return place.size + how
 
 
@@ -213,27 +223,48 @@ def resized(tree: Any, change: Change) -> Any:
 
 
 def changes(tree: Any) -> Iterator[Change]:
-    """What may change at once, as much as can be first."""
-    kinds = {place.kind for place in places(tree)}
+    """What may change at once, as much as can be first; what may be smaller, where no more can be."""
+    found = places(tree)
+    kinds = {place.kind for place in found}
+    tight = {place.kind for place in found if place.size < 3}  # one is no length
     rest = [kind for kind in (LENGTH, DEPTH, IMAGE) if kind in kinds]
     first = [BATCH] if BATCH in kinds else []
+    twice = {place.kind: (TWICE,) for place in found if not place.size % FAR}  # else FAR is twice
     sets = [dict.fromkeys(rest, NEAR)]
     if IMAGE in kinds:
-        sets.append({kind: NEAR if kind == LENGTH else FAR for kind in rest})
+        hows = FAR, *twice.get(IMAGE, ())
+        sets += [{kind: NEAR if kind == LENGTH else how for kind in rest} for how in hows]
     if LAST in kinds:
         sets.append({LAST: NEAR, **dict.fromkeys((kind for kind in rest if kind != LENGTH), NEAR)})
+    if LENGTH in kinds - tight:
+        sets += [{**change, LENGTH: -NEAR} for change in sets if LENGTH in change]
     if len(rest) > 1:
-        sets += [{kind: how} for kind in rest for how in ((NEAR,) if kind == LENGTH else (NEAR, FAR))]
+        for kind in rest:
+            further = (FAR, *twice.get(kind, ())) if kind != LENGTH else ()
+            sets += [{kind: how} for how in (NEAR, *further)]
     if LENGTH in kinds:
-        sets.append({LENGTH: FAR})
+        sets += [{LENGTH: how} for how in (FAR, *twice.get(LENGTH, ()))]
+    if LAST in kinds:
+        sets += [{LAST: how} for how in (FAR, *twice.get(LAST, ()))]
+    if IMAGE in kinds and not {IMAGE, DEPTH} & tight:
+        sets.append({kind: -FAR for kind in rest if kind != LENGTH})
     sets.append({})
     if LAST in kinds and not rest:
         sets.insert(0, sets.pop(1))  # a waveform may be longer; where it may not, the first layer says so
-    for found in sets:
-        if first or found:
-            yield {**dict.fromkeys(first, NEAR), **found}
+    for change in sets:
+        if first or change:
+            yield {**dict.fromkeys(first, NEAR), **change}
     if first:
         yield {BATCH: FAR}
+
+
+def finer(tree: Any, known: Change) -> Iterator[Change]:
+    """Smaller steps of the sizes that ``known`` changes by :data:`FAR`, the smallest first."""
+    found = [place for place in places(tree) if place.kind != BATCH and abs(known.get(place.kind, 0)) == FAR]
+    most = min((abs(changed_size(place, known[place.kind]) - place.size) for place in found), default=0)
+    for step in FINER:
+        if step < most:
+            yield {place.kind: step if known[place.kind] > 0 else -step for place in found}
 
 
 def asks_more(change: Change, known: Change) -> bool:
@@ -262,12 +293,13 @@ def guard(graph: fx.Graph, axes: Iterable[tuple[InputSize, tuple[Any, ...]]]) ->
     last = next(reversed(inputs.values()), None)
     for axis, keys in axes:
         node: Any = inputs.get(axis.input.partition(".")[0])
-        if node is None or last is None or axis.step == 1:
+        if node is None or last is None or (axis.step == 1 and not axis.at_most):
             continue
         for key in keys:
             with graph.inserting_after(last):
                 node = last = graph.call_function(operator.getitem, (node, key))
-        given = (node, axis.input, axis.dim, axis.example, axis.step, axis.name, axis.because)
+        more = (True,) if axis.at_most else ()
+        given = (node, axis.input, axis.dim, axis.example, axis.step, axis.name, axis.because, *more)
         with graph.inserting_after(last):
             last = graph.call_function(check_size, given)
 
@@ -277,8 +309,8 @@ def guarded(graph: fx.Graph) -> list[InputSize]:
     found = []
     for node in graph.nodes:
         if node.target is check_size:
-            _, name, dim, example, step, role, because = node.args
-            found.append(InputSize(name, dim, role, example, step, because))
+            _, name, dim, example, step, role, *more = node.args
+            found.append(InputSize(name, dim, role, example, step, *more))
     return found
 
 
@@ -288,6 +320,6 @@ def decided(graph: fx.Graph) -> list[str]:
     return list(dict.fromkeys(node.args[2] for node in nodes))
 
 
-__all__ = ["BATCH", "DEPTH", "FAR", "FINER", "IMAGE", "LAST", "LENGTH", "NEAR", "ONE", "Change", "InputSize",
-           "InputSizes", "Place", "Trial", "asks_more", "changed_size", "changes", "decided", "guard",
-           "guarded", "named", "places", "resized"]  # fmt: skip
+__all__ = ["BATCH", "DEPTH", "FAR", "IMAGE", "LAST", "LENGTH", "NEAR", "ONE", "TWICE", "Change", "InputSize",
+           "InputSizes", "Place", "Trial", "asks_more", "changed_size", "changes", "decided", "finer",
+           "guard", "guarded", "named", "places", "resized"]  # fmt: skip

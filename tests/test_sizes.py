@@ -122,14 +122,14 @@ def test_what_was_kept_for_the_size_of_the_last_call_is_computed(ran):
 
 
 class Scaling(nn.Module):
-    """Brings images to 64 x 64, unless their sizes are multiples of that."""
+    """Brings images to 64 x 64."""
 
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 4, 1)
 
     def forward(self, x):
-        if x.shape[2] % 64 or x.shape[3] % 64:
+        if x.shape[2] != 64 or x.shape[3] != 64:
             x = nn.functional.interpolate(x, (64, 64))
         return self.b(self.a(x).relu())
 
@@ -584,3 +584,257 @@ def test_what_was_decided_for_the_example_is_not_decided_anew_for_each_size():
     assert str(graph.sizes).startswith("batch: any; height, width: pinned at 8, because the model's code ")
     assert any("evaluation mode alone" in note for note in graph.captured.notes)
     assert len(runs) <= 14
+
+
+class Positions(nn.Module):
+    """Tokens with a table of 16 positions; ``how(self, length)`` gives those of a sequence."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.token, self.a, self.b = (
+            how,
+            nn.Embedding(20, 16),
+            nn.Linear(16, 32),
+            nn.Linear(32, 4),
+        )
+        self.table = nn.Parameter(torch.randn(16, 16))
+        self.register_buffer("numbers", torch.arange(16))
+
+    def forward(self, ids):
+        x = self.token(ids) + self.how(self, ids.shape[1])
+        return self.b(self.a(x).relu())
+
+
+def asserted(self, length):
+    assert length <= 16
+    return self.table[torch.arange(length)]
+
+
+def interpolated(self, length):
+    if length <= 16:
+        return self.table[:length]
+    return nn.functional.interpolate(self.table.T[None], length, mode="linear")[0].T
+
+
+LONGEST = {
+    "slice": lambda self, length: self.table[:length],
+    "numbers": lambda self, length: self.table[self.numbers[:length]],
+    "assertion": asserted,
+    "another way": interpolated,
+}
+
+
+@pytest.mark.parametrize("name", LONGEST)
+def test_an_example_of_the_greatest_length_leaves_shorter_ones_free(name):
+    torch.manual_seed(0)
+    net, ids = Positions(LONGEST[name]).eval(), torch.randint(0, 20, (2, 16))
+    assert str(fxprune.analyze(net, ids).sizes) == "batch: any; length: up to 16"
+    plan = fxprune.plan(net, ids, ratio=0.5)
+    assert "sizes of the inputs: batch: any; length: up to 16" in plan.notes
+    pruned, masked = plan.apply(net), copy.deepcopy(net)
+    for tensor, mask in plan.masks(net).items():
+        masked.get_parameter(tensor).data.mul_(mask)
+    for shape in [(2, 16), (3, 15), (1, 5), (2, 1)]:
+        ids = torch.randint(0, 20, shape)
+        torch.testing.assert_close(pruned(ids), masked(ids))
+    with pytest.raises((PinnedError, RuntimeError), match="16"):
+        pruned(torch.randint(0, 20, (2, 17)))
+
+
+class PatchTable(nn.Module):
+    """PatchTable of ``size``, of which there are at most sixteen."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.a, self.b = size, nn.Linear(3 * size * size, 16), nn.Linear(16, 4)
+        self.table = nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x):
+        n, c, h, w = x.shape
+        x = x.reshape(n, c, h // self.size, self.size, w // self.size, self.size)
+        x = self.a(x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
+        return self.b((x + self.table[: x.shape[1]]).relu()).mean(1)
+
+
+@pytest.mark.parametrize(("size", "smaller"), [(8, (16, 24)), (4, (12, 16)), (32, (96, 32))])
+def test_images_may_be_smaller_where_no_larger_one_is_taken(size, smaller):
+    torch.manual_seed(0)
+    example = torch.randn(1, 3, 4 * size, 4 * size)
+    pruned = fxprune.prune(PatchTable(size).eval(), example)
+    said = f"sizes of the inputs: batch: any; height, width: multiples of {size} up to {4 * size}"
+    assert said in pruned.meta["fxprune"].notes
+    assert pruned(torch.randn(3, 3, *smaller)).shape == (3, 4)
+
+
+def test_a_larger_image_is_refused_where_the_code_asks_for_its_size():
+    class Asking(PatchTable):
+        def forward(self, x):
+            return super().forward(x if x.shape[2] <= 32 else x[:, :, :32])
+
+    pruned = fxprune.prune(Asking(8).eval(), torch.randn(1, 3, 32, 32))
+    assert pruned(torch.randn(3, 3, 16, 24)).shape == (3, 4)
+    with pytest.raises(
+        PinnedError, match=r"size 40 in dimension 2 .*for size 32 or less by a multiple of 8: "
+    ):
+        pruned(torch.randn(1, 3, 40, 32))
+
+
+def test_a_longest_text_and_an_image_are_free_at_once():
+    class Both(Positions):
+        def __init__(self):
+            super().__init__(asserted)
+            self.image = nn.Conv2d(3, 16, 3)
+
+        def forward(self, ids, image):
+            x = self.token(ids) + self.how(self, ids.shape[1]) + self.image(image).mean((2, 3))[:, None]
+            return self.b(self.a(x).relu())
+
+    given = torch.randint(0, 20, (2, 16)), torch.randn(2, 3, 8, 8)
+    sizes = fxprune.analyze(Both().eval(), given).sizes
+    assert str(sizes) == "batch, height, width: any; length: up to 16"
+    assert not sizes.pinned
+    assert not sizes.free
+
+
+@pytest.mark.parametrize("side", [3, 6, 8, 40])
+def test_sizes_are_never_tried_below_one(side):
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 2, 1)
+
+        def forward(self, x):
+            assert x.shape[2] in (side, side // 2)  # and 32 less than 40 is 8
+            return self.b(self.a(x).relu())
+
+    graph = fxprune.analyze(Fixed().eval(), torch.randn(2, 3, side, side))
+    step = {3: 2, 6: 3, 8: 4, 40: 0}[side]
+    assert {(axis.step, axis.at_most) for axis in graph.sizes.axes if axis.dim > 1} == {(step, step > 0)}
+
+
+class Tiles(nn.Module):
+    """Attention-like sums over windows of ``size``."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.a, self.b = size, nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        n, c, h, w = x.shape
+        tiles = x.reshape(n, c, h // self.size, self.size, w // self.size, self.size)
+        return self.b(x + tiles.mean((2, 4)).tile(h // self.size, w // self.size))
+
+
+@pytest.mark.parametrize("size", [96, 160, 224])
+def test_windows_that_are_no_divisor_of_32_leave_multiples_of_the_image_free(size):
+    pruned = fxprune.prune(Tiles(size).eval(), torch.randn(1, 3, size, size))
+    assert (
+        f"sizes of the inputs: batch: any; height, width: multiples of {size}" in pruned.meta["fxprune"].notes
+    )
+    pruned(torch.randn(2, 3, size, 2 * size))
+
+
+@pytest.mark.parametrize("size", [64, 96])
+def test_chunks_leave_multiples_of_the_length_free(size):
+    class Chunks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            n, length, _ = x.shape
+            x = self.a(x).relu()
+            return self.b(x.view(n, length // size, size, -1).mean(2))
+
+    sizes = fxprune.analyze(Chunks().eval(), torch.randn(1, 2 * size, 8)).sizes
+    assert str(sizes) == f"batch: any; length: multiples of {2 * size}"
+
+
+def rows_of_length(t, shape):
+    return t.reshape(shape)
+
+
+def columns_of_length(t, shape):
+    return t.flatten().view(shape)
+
+
+def by_pairs(t, shape):
+    return t.reshape(shape[0], shape[2], 2, -1).reshape(shape)
+
+
+@pytest.mark.parametrize("how", [rows_of_length, columns_of_length, by_pairs])
+@pytest.mark.parametrize("length", [32, 64])
+def test_a_reshape_that_does_nothing_at_one_length_mixes_channels_at_another(how, length):
+    """As long as there are channels, channels and positions change places without a reshape."""
+
+    class Waving(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.o = nn.Conv1d(3, 64, 1), nn.Conv1d(64, 64, 1), nn.Conv1d(64, 2, 1)
+
+        def forward(self, x):
+            assert x.shape[2] % 32 == 0
+            x = self.a(x).relu()
+            return self.o(x + how(self.b(x).transpose(1, 2), x.shape))
+
+    torch.manual_seed(0)
+    net = Waving().eval()
+    plan = fxprune.plan(net, torch.randn(2, 3, length), ratio=0.5)
+    assert "length: multiples of 32" in plan.notes[-1]
+    masked, pruned = copy.deepcopy(net).double(), plan.apply(net).double()
+    for name, mask in plan.masks(net).items():
+        masked.get_parameter(name).data.mul_(mask)
+    for other in (32, 64, 96):
+        x = torch.randn(3, 3, other).double()
+        torch.testing.assert_close(pruned(x), masked(x))
+
+
+class Wave(nn.Module):
+    """``how(self, x)`` of waveforms or of channels-first sequences."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.a, self.b = how, nn.Conv1d(1, 16, 4, 4), nn.Conv1d(16, 8, 1)
+
+    def forward(self, x):
+        return self.how(self, x)
+
+    def layers(self, x):
+        return self.b(self.a(x if x.dim() == 3 else x[:, None]).relu())
+
+
+def padded(self, x):
+    rest = x.shape[-1] % 4
+    return self.layers(nn.functional.pad(x, (0, 4 - rest)) if rest else x)
+
+
+def louder(self, x):
+    return self.layers(x) * (2 if x.shape[-1] > 405 else 1)
+
+
+def by_count(self, x):
+    count = int(x.shape[-1] / 4)
+    return self.layers(x) / (count if count < 101 else 7)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 400), (2, 400), (1, 1, 396)])
+@pytest.mark.parametrize("how", [padded, louder, by_count])
+def test_a_last_dimension_at_which_the_code_does_something_else_is_pinned(how, shape):
+    torch.manual_seed(0)
+    net = Wave(how).eval()
+    pruned = fxprune.prune(net, torch.randn(shape), ratio=0.0)
+    for length in (shape[-1], 36, 401, 404, 405, 432, 464, 2 * shape[-1]):
+        x = torch.randn(*shape[:-1], length)
+        try:
+            found = pruned(x)
+        except PinnedError as error:
+            assert "length" in str(error)  # noqa: PT017
+            continue
+        torch.testing.assert_close(found, net(x))
+    assert "length: pinned at" in str(fxprune.analyze(net, torch.randn(shape)).sizes)
+
+
+def test_features_are_no_length():
+    net = nn.Sequential(nn.Linear(400, 16), nn.ReLU(), nn.Linear(16, 2)).eval()
+    assert str(fxprune.analyze(net, torch.randn(2, 400)).sizes) == "batch: any"

@@ -38,8 +38,10 @@ def look(
     because: dict[str, str] = {}
     fixed: list[tuple[Change, str]] = []  # of which at least one kind may not change so, and why
     seen = _Seen(trace, model, program)
+    together = [*sizes.changes(tree)]
     alone = [{kind: how} for kind in sorted(kinds - {BATCH}) for how in (NEAR, FAR)]
-    for change in [*sizes.changes(tree), *alone]:
+    alone += [{kind: how} for change in together for kind, how in change.items() if kind != BATCH]
+    for change in [*together, *alone]:
         if not sizes.asks_more(change, known):
             continue
         said = [reason for tried, reason in fixed if _is_to_blame(change, tried, known)]
@@ -58,13 +60,17 @@ def look(
             because[kind] = reason
     if seen.apart and seen.differs(args, kwargs):
         return _alone(seen.program), tuple(free)  # no two traces are alike
-    stepped = [kind for kind in sorted(kinds - {BATCH}) if known.get(kind) == FAR]
-    for step in sizes.FINER if stepped else ():
-        finer = dict.fromkeys(stepped, step)
+    for finer in sizes.finer(tree, known):
         if not seen.differs(*sizes.resized(tree, finer)):
             free.append(finer)
             known |= finer
             break
+    whole = next((change for change in free if known.keys() <= change.keys()), None)
+    if known and whole is None:  # couplings are looked at where all that is free is different at once
+        whole = max(free, key=len) if seen.differs(*sizes.resized(tree, known)) else known
+        known = {kind: how for kind, how in known.items() if kind in whole}
+    if whole is not None:
+        free = [whole, *(change for change in free if change != whole)]
     if BATCH in known and any(decision.is_open for _, decision in decisions(seen.program.graph)):
         one_args, one_kwargs = sizes.resized(tree, {BATCH: sizes.ONE})
         seen.differs(one_args, one_kwargs, fewer=True)  # what makes no difference there decides nothing
@@ -131,6 +137,9 @@ def steps(kinds: Collection[str], known: Change) -> dict[str, int]:
     Args:
         kinds: what there is.
         known: changes that were seen to make no difference.
+
+    Returns:
+        By kind 0 where none may, below 0 where sizes may be smaller alone.
     """
     fixed = set(kinds) - known.keys() - {LAST} - ({LENGTH} if LAST in known else set())
     return {kind: how for kind, how in known.items() if how != NEAR} | dict.fromkeys(fixed, 0)
@@ -142,7 +151,7 @@ def pin(graph: fx.Graph, given: dict[str, Any], bounds: dict[str, int], because:
     Args:
         graph: changed in place.
         given: the inputs, by name.
-        bounds: by kind 0, or by what sizes may differ.
+        bounds: by kind 0, or by what sizes may differ; below 0, what they may be smaller by.
         because: by kind why.
     """
     names = sizes.named(given)
@@ -153,11 +162,10 @@ def pin(graph: fx.Graph, given: dict[str, Any], bounds: dict[str, int], because:
             continue
         batch |= place.kind == BATCH  # one input stands for all
         how = bounds[place.kind]
-        step = sizes.changed_size(place, how) - place.size if how else 0
+        step = abs(sizes.changed_size(place, how) - place.size) if how else 0
         name, keys = names[place.leaf]
-        axes.append(
-            (InputSize(name, place.dim, place.name, place.size, step, because.get(place.kind, "")), keys)
-        )
+        why = because.get(place.kind, "")
+        axes.append((InputSize(name, place.dim, place.name, place.size, step, why, how < 0), keys))
     sizes.guard(graph, axes)
 
 

@@ -24,14 +24,14 @@ from ..inputs import to_meta
 from ..nodes import describe_source
 from ..program import Program
 from ..repeats import joined, starred
-from ..sizes import Change, InputSizes
+from ..sizes import Change, InputSizes, resized
 from ..trees import Leaf
 from . import pickling
 from .branches import Branch, Branches, find_branches
 from .coupler import Coupler
 from .grouping import form_groups
 from .groups import Group, Grouping, RowSet
-from .input_sizes import input_sizes, pin_folded, refusal
+from .input_sizes import input_sizes, pin_folded, refusal, running
 from .interpreter import Run, interpret
 from .operator_calls import OperatorCalls
 from .other_sizes import differing, run_at, same_batch
@@ -203,22 +203,43 @@ class CouplingGraph:
         folded: dict[str, str] = {}
         seen: Change = {}
         for trial in self.captured.trials:
-            try:
-                other = run_at(self.captured.program, trial.inputs, calls, self._run)
-            except FxpruneError as error:  # the model takes no such size
-                self._refusals |= dict.fromkeys(trial.change, refusal(error))
-                continue
-            if not same_batch(self._run, self.inputs, other, trial.inputs):
-                folded |= dict.fromkeys(trial.change, "numbers in the code fold other sizes into the batch")
-                continue  # the model is for these sizes alone
-            self._run.coupler.frozen.extend(differing(self._run, other))
-            seen = trial.change
-            break
+            if self._is_for(trial.change, trial.inputs, calls, folded):
+                seen = trial.change
+                break
+        for kind, how in running(self.captured, seen):
+            change = {**seen, kind: how}
+            folded[kind] = "the model's code may do something else at another"
+            if self.captured.for_any_size and self._is_for(
+                change, resized(self.inputs, change), calls, folded
+            ):
+                seen = change
         for kind in seen:
             folded.pop(kind, None)
         self._refusals |= folded
         pin_folded(self.captured, folded)
         return seen
+
+    def _is_for(
+        self, change: Change, inputs: list[Any], calls: OperatorCalls, folded: dict[str, str]
+    ) -> bool:
+        """Freeze what is coupled otherwise for ``inputs``; whether the graph takes them, and is right.
+
+        Args:
+            change: of which sizes they are.
+            inputs: meta tensors and values for the placeholders.
+            calls: those of the run at the sizes of the example.
+            folded: gets the reason, by kind of a size, where the graph runs and is not right.
+        """
+        try:
+            other = run_at(self.captured.program, inputs, calls, self._run)
+        except FxpruneError as error:  # the model takes no such size
+            self._refusals |= dict.fromkeys(change, refusal(error))
+            return False
+        if not same_batch(self._run, self.inputs, other, inputs):
+            folded |= dict.fromkeys(change, "numbers in the code fold other sizes into the batch")
+            return False  # the model is for these sizes alone
+        self._run.coupler.frozen.extend(differing(self._run, other))
+        return True
 
     def _regroup(self) -> None:
         run, program = self._run, self.captured.program

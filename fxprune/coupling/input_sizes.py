@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from ..capture import Captured
 from ..capture.free_sizes import pin
@@ -12,15 +13,16 @@ from ..region_program import RegionProgram
 from ..sizes import (
     BATCH,
     FAR,
-    FINER,
     LAST,
     LENGTH,
     NEAR,
+    TWICE,
     Change,
     InputSize,
     InputSizes,
     changed_size,
     decided,
+    finer,
     guarded,
     named,
     places,
@@ -45,10 +47,9 @@ def input_sizes(captured: Captured, change: Change, refusals: Mapping[str, str])
         return InputSizes((), "torch.compile checks the sizes of its inputs itself")
     known = {(check.input, check.dim): check for check in checks}
     batch = next((check for check in checks if check.name == BATCH), None)
-    titles = [str(node.target) for node in program.placeholders()]
-    inputs = dict(zip(titles, captured.inputs, strict=True))
+    inputs = _given(captured)
     names = named(inputs)
-    steps = {kind: _finest(captured, kind) for kind, how in change.items() if how == FAR}
+    steps = {kind: _finest(captured, kind, how) for kind, how in change.items() if abs(how) == FAR}
     found = []
     for place in places(list(inputs.values())):
         name = names[place.leaf][0]
@@ -57,9 +58,11 @@ def input_sizes(captured: Captured, change: Change, refusals: Mapping[str, str])
         elif place.kind == BATCH and batch is not None:  # which is checked at one input
             found.append(InputSize(name, place.dim, BATCH, place.size, batch.step, batch.because))
         elif place.kind in change:
-            step = steps.get(place.kind) or changed_size(place, FAR) - place.size
-            step = 1 if change[place.kind] == NEAR else step
-            found.append(InputSize(name, place.dim, place.name, place.size, step))
+            how = change[place.kind]
+            step = steps.get(place.kind) or abs(changed_size(place, how) - place.size)
+            step = 1 if abs(how) == NEAR else step
+            why = refusals.get(place.kind, "") if how < 0 else ""
+            found.append(InputSize(name, place.dim, place.name, place.size, step, why, how < 0))
         elif place.kind != LAST and not (place.kind == LENGTH and LAST in change):
             why = refusals.get(place.kind, "")
             found.append(InputSize(name, place.dim, place.name, place.size, 0, why))
@@ -81,23 +84,54 @@ def pin_folded(captured: Captured, because: Mapping[str, str]) -> None:
         captured: its graph is changed in place.
         because: by kind of a size why it is pinned.
     """
-    checked = {check.name for check in guarded(captured.program.graph)}
-    titles = [str(node.target) for node in captured.program.placeholders()]
-    inputs = dict(zip(titles, captured.inputs, strict=True))
-    names = {place.kind: place.name for place in places(inputs)}
-    bounds = {kind: 0 for kind in because if names.get(kind) not in checked}
+    bounds = dict.fromkeys(because.keys() - _checked(captured), 0)
     if bounds:
-        pin(captured.program.graph, inputs, bounds, dict(because))
+        pin(captured.program.graph, _given(captured), bounds, dict(because))
 
 
-def _finest(captured: Captured, kind: str) -> int:
-    """The smallest power of two by which sizes of a kind may differ; 0 where none is known."""
-    for step in FINER:
+def running(captured: Captured, seen: Change) -> Iterator[tuple[str, int]]:
+    """The kinds of sizes that nobody looked at, though the graph runs at others, and does not refuse them.
+
+    Most often it does not run there: a last dimension of features is as long as weights are.
+
+    Yields:
+        A kind, and a change of it at which the graph runs.
+    """
+    if isinstance(captured.program, RegionProgram) or captured.rung == "Dynamo":
+        return
+    known = {BATCH, *seen, *_checked(captured)}
+    for kind in dict.fromkeys(place.kind for place in places(captured.inputs) if place.kind not in known):
+        for how in (NEAR, FAR, TWICE):
+            try:
+                interpret(captured.program, resized(captured.inputs, {kind: how}), labels=False)
+            except FxpruneError:
+                continue
+            yield kind, how
+            break
+
+
+def _checked(captured: Captured) -> set[str]:
+    """The kinds of sizes that the graph checks."""
+    given = _given(captured)
+    names, checks = named(given), guarded(captured.program.graph)
+    dims = {(check.input, check.dim) for check in checks}
+    return {place.kind for place in places(given) if (names[place.leaf][0], place.dim) in dims}
+
+
+def _given(captured: Captured) -> dict[str, Any]:
+    """The inputs, by name."""
+    titles = [str(node.target) for node in captured.program.placeholders()]
+    return dict(zip(titles, captured.inputs, strict=True))
+
+
+def _finest(captured: Captured, kind: str, how: int) -> int:
+    """The smallest power of two by which sizes of a kind may differ, as ``how`` does; 0 if none is known."""
+    for change in finer(captured.inputs, {kind: how}):
         try:
-            interpret(captured.program, resized(captured.inputs, {kind: step}), labels=False)
+            interpret(captured.program, resized(captured.inputs, change), labels=False)
         except FxpruneError:
             continue
-        return step
+        return abs(change[kind])
     return 0
 
 
@@ -108,4 +142,4 @@ def refusal(error: FxpruneError) -> str:
     return f"the model does not run at another ({lines[0][:160]}{f'; {where}' if where else ''})"
 
 
-__all__ = ["input_sizes", "pin_folded", "refusal"]
+__all__ = ["input_sizes", "pin_folded", "refusal", "running"]

@@ -251,8 +251,11 @@ class _Pair:
         """
         (value, tensor), (result, out) = self.tensors
         same = _groups(value, value.shape, result.shape)
+        apart = [(ins, outs) for ins, outs, *_ in same]
         for group in _groups(value, tensor.shape, out.shape):
-            if group not in same and not _in_front(value, result, group):
+            ins = [d for d in group[0] if value.shape[d] != 1]
+            outs = [d for d in group[1] if result.shape[d] != 1]
+            if group not in same and ((ins, outs) not in apart or not _in_front(value, result, group)):
                 raise UnlikeError("labels together with other dimensions")
 
     def _along_one(self) -> None:
