@@ -427,7 +427,7 @@ def stages(row: Row, model: nn.Module, inputs: Any) -> Iterator[None]:
     row.kept_params = round(sum(p.numel() for p in pruned.parameters()) / max(row.params, 1), 3)
     graph = fxprune.analyze(model, inputs)
     row.rung = graph.captured.rung
-    row.sizes = re.sub(r", because[^;]*", "", str(graph.sizes))
+    row.sizes = plain(re.sub(r", because[^;]*", "", str(graph.sizes)))
     yield
     with torch.no_grad():
         wanted = oracle.call(model, inputs)
