@@ -61,11 +61,6 @@ class Captured:
     trials: tuple[Trial, ...] = ()
 
     @property
-    def for_any_size(self) -> bool:
-        """Whether the model's code was followed without sizes, so that it does the same at all of them."""
-        return self.rung == _FREE
-
-    @property
     def report(self) -> str:
         """One paragraph on what was captured and how, with the notes."""
         return self.summary + "".join(f" Note: {note}." for note in self.notes)

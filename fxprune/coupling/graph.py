@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx, nn
 
-from ..capture import Captured
+from ..capture import RUNGS, Captured
 from ..errors import FxpruneError, PlanError
 from ..inputs import to_meta
 from ..nodes import describe_source
@@ -206,12 +206,11 @@ class CouplingGraph:
             if self._is_for(trial.change, trial.inputs, calls, folded):
                 seen = trial.change
                 break
+        sizeless = self.captured.rung == next(iter(RUNGS))  # its code asks for none, so does the same at all
         for kind, how in running(self.captured, seen):
             change = {**seen, kind: how}
             folded[kind] = "the model's code may do something else at another"
-            if self.captured.for_any_size and self._is_for(
-                change, resized(self.inputs, change), calls, folded
-            ):
+            if sizeless and self._is_for(change, resized(self.inputs, change), calls, folded):
                 seen = change
         for kind in seen:
             folded.pop(kind, None)
