@@ -137,6 +137,41 @@ def test_what_cannot_come_out_otherwise_is_not_asked_again(decide):
         assert result(torch.randn(*size, 8)).shape == (*size, 4)
 
 
+class Parted(nn.Module):
+    """Two parts, and between them a branch that cannot be captured."""
+
+    def __init__(self, decide):
+        super().__init__()
+        self.one, self.two = Deciding(decide), nn.Linear(4, 2)
+
+    def forward(self, x):
+        y = self.one(x)
+        if y.mean() > 100:
+            return y
+        return self.two(y)
+
+
+def _odd_lengths_differ(x, h):
+    return h * 2 if x.shape[1] % 2 else h
+
+
+@pytest.mark.parametrize("decide", [_threshold, _batch_of_one, _odd_lengths_differ])
+def test_parts_of_a_model_refuse_too(decide):
+    torch.manual_seed(0)
+    model = Parted(decide).eval()
+    result = fxprune.prune(model, torch.randn(2, 12, 8), ratio=0.0)
+    refused = 0
+    for size in [*SIZES, (2, 13)]:
+        x = torch.randn(*size, 8)
+        try:
+            out = result(x)
+        except PinnedError:
+            refused += 1
+        else:
+            torch.testing.assert_close(out, model(x))
+    assert 0 < refused < len(SIZES)
+
+
 class Tokens(nn.Module):
     """Asks whether there is any token of a kind."""
 

@@ -135,11 +135,13 @@ def _captured_by_one(
         "symbolic tracing with known shapes": partial(symbolic.trace_with_shapes, dissolve=dissolve)
     }
 
-    def whole(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, str]:
-        found = _climb(module, args, kwargs, RUNGS, accept)
+    def whole(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], other_sizes: bool
+    ) -> tuple[Program, str]:
+        found = _climb(module, args, kwargs, RUNGS, accept, other_sizes)
         called = (symbolic.function_name(node.target) for node in found.program.graph.nodes)
         if not dissolve.isdisjoint(called):
-            found = _climb(module, args, kwargs, opened, accept)
+            found = _climb(module, args, kwargs, opened, accept, other_sizes)
         return found.program, found.rung
 
     if known:
@@ -180,8 +182,10 @@ def recapture(
         "symbolic tracing with known shapes": partial(symbolic.trace_with_shapes, dissolve=dissolve),
     }
 
-    def whole(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, str]:
-        found = _climb(module, args, kwargs, rungs, lambda *_: True)
+    def whole(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], other_sizes: bool
+    ) -> tuple[Program, str]:
+        found = _climb(module, args, kwargs, rungs, lambda *_: True, other_sizes)
         return found.program, found.rung
 
     if captured.regions:

@@ -29,8 +29,9 @@ from .arguments import Arguments
 from .symbolic import blame, is_leaf
 
 Calls = tuple[tuple[Any, ...], dict[str, Any]]
-Whole = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Program, str]]
-"""Captures one module on meta inputs, and says by which rung; raises CaptureError or ExampleInputsError."""
+Whole = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], bool], tuple[Program, str]]
+"""Captures one module on meta inputs, and says by which rung; if the last argument is true, other sizes are
+looked at, too. Raises CaptureError or ExampleInputsError."""
 
 
 def find(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], whole: Whole) -> RegionProgram:
@@ -146,15 +147,17 @@ def _part(module: nn.Module, path: str, calls: list[Any], whole: Whole) -> Captu
     if is_leaf(module):
         root, _, name = path.rpartition(".")
         whole = partial(_leaf, name)
-    program, rung = whole(module, *restore_inputs(calls[0]))
+    program, rung = whole(module, *restore_inputs(calls[0]), len(calls) == 1)
     code = str(program.graph)
     for other in calls[1:]:
-        if str(whole(module, *restore_inputs(other))[0].graph) != code:
+        if str(whole(module, *restore_inputs(other), False)[0].graph) != code:
             raise CaptureError("its graph differs from call to call")
     return CapturedRegion(program, root, rung, calls[0])
 
 
-def _leaf(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, str]:
+def _leaf(
+    name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], other_sizes: bool
+) -> tuple[Program, str]:
     """The program of a module that does nothing but call its child ``module``, a leaf."""
     arguments = Arguments.of(module, args, kwargs)
     graph = fx.Graph()
