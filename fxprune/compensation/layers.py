@@ -25,7 +25,7 @@ from ..passes import Narrowing
 from ..passes.parameters import narrow as narrowed
 from ..program import named_tensors
 from .batches import BatchValues, Values
-from .moments import BIAS_ONLY, RIDGES, Problem, inputs, matrix, outputs, places, write
+from .moments import BIAS_ONLY, FIRST, RIDGES, Problem, inputs, matrix, outputs, places, write
 from .report import LayerEntry
 from .walk import Norm, Product, Runner
 
@@ -83,6 +83,7 @@ class Layers:
         self.norms: dict[str, Norm] = {}
         self.products: Counter[str] = Counter()
         self.absorbing: dict[str, str] = {}
+        self.first = FIRST  # the strength to try first: that of the layer before
 
     def run(self, state: BatchValues) -> list[LayerEntry]:
         """Go through the network once; ``state`` holds both networks' inputs for each batch."""
@@ -205,11 +206,12 @@ class Layers:
         for part in found:
             bias = self._own_bias(part.bias)
             shiftable = bias is not None or norm is not None
-            change, ridge, before, after = part.problem.best(shiftable, ridges)
+            change, ridge, before, after = part.problem.best(shiftable, ridges, self.first)
             reason = "" if change is not None else "no change is better on held-out calibration data"
             self.entries.append(LayerEntry(name, "least squares", before, after, ridge, reason))
             if change is None:
                 continue
+            self.first = min(ridge, RIDGES[-1])
             write(part.site, self.tensors[name].detach(), change[:, :, :-1])
             shift = change[:, :, -1].reshape(-1)
             if bias is not None:

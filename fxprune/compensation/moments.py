@@ -26,8 +26,12 @@ from ..importance.products import Site
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 """Strengths that are tried, as shares of the mean square of what is read."""
 
-_FIRST = 3e-2
+FIRST = 3e-2
 """The strength that is tried first, one in the middle."""
+
+_MANY, _STRONG = 1024, 1e-3
+"""With more entries than this, strengths from this one on are tried in single precision, which does not see
+weaker ones."""
 
 BIAS_ONLY = 1e9
 """A strength with which nothing but the bias changes."""
@@ -85,11 +89,18 @@ class Sums:
         """Mean square of what is missing from the wanted outputs after a change of the weights."""
         found = self.square
         if change is not None and self.second is not None and self.cross is not None:
-            found += float(((change @ self.second - 2 * self.cross) * change).sum())
+            second, cross = self.second.to(change), self.cross.to(change)
+            found += float(((change @ second - 2 * cross) * change).sum(dtype=torch.float64))
         return max(found, 0.0) / max(self.count, 1.0)
 
-    def solve(self, ridge: float, bias: bool) -> torch.Tensor | None:
-        """The change ``(groups, outputs, n + 1)``; None where it cannot be computed."""
+    def solve(self, ridge: float, bias: bool, quick: bool = False) -> torch.Tensor | None:
+        """The change ``(groups, outputs, n + 1)``; None where it cannot be computed.
+
+        Args:
+            ridge: the strength.
+            bias: whether there is a bias to change.
+            quick: single precision will do, where that is faster and sees the ridge.
+        """
         if self.second is None or self.cross is None:
             return None
         n = self.second.shape[1] - 1
@@ -102,10 +113,12 @@ class Sums:
             scale = (diagonal[:, :n] - self.count * mean.square()).mean(1, keepdim=True)
         floor = 1e-9 * diagonal[:, :n].mean(1, keepdim=True) + 1e-30
         diagonal[:, :n] += ridge * scale.clamp(min=0) + floor
+        if quick and n > _MANY and ridge >= _STRONG:
+            second = second.float()
         factor, failed = torch.linalg.cholesky_ex(second)
         if bool(failed.any()):
             return None
-        change = torch.cholesky_solve(self.cross[:, :, :size].mT.contiguous(), factor).mT
+        change = torch.cholesky_solve(self.cross[:, :, :size].mT.to(factor).contiguous(), factor).mT
         if not bool(torch.isfinite(change).all()):
             return None
         return change if bias else F.pad(change, (0, 1))
@@ -131,24 +144,24 @@ class Problem:
         self.held.add(u[:, :, cut:], r[:, :, cut:], t[:, :, cut:])
 
     def best(
-        self, bias: bool, ridges: Sequence[float] = RIDGES
+        self, bias: bool, ridges: Sequence[float] = RIDGES, first: float = FIRST
     ) -> tuple[torch.Tensor | None, float, float, float]:
         """``(change, ridge, error before, error after)``, errors on held-out data, relative to the outputs.
 
         The strength of the ridge is that with the least error on held-out data; with it the change is solved
         for once more on all data. None where no change is better than none there. Each trial costs the
-        cube of the entries that are read, so strengths are tried from :data:`_FIRST` downhill, to the bottom
-        of the valley of errors in which that lies.
+        cube of the entries that are read, so strengths are tried from ``first`` downhill, to the bottom of
+        the valley of errors in which that lies.
         """
         strengths = sorted({*ridges, *([BIAS_ONLY] if bias else [])})
         before = self.held.error(None)
 
         @functools.cache
         def error(place: int) -> float:
-            change = self.fit.solve(strengths[place], bias)
+            change = self.fit.solve(strengths[place], bias, quick=True)
             return math.inf if change is None else self.held.error(change)
 
-        place = min(bisect.bisect_left(strengths, _FIRST), len(strengths) - 1)
+        place = min(bisect.bisect_left(strengths, first), len(strengths) - 1)
         while error(place) == math.inf and place < len(strengths) - 1:  # too weak to be solved for
             place += 1
         while True:
