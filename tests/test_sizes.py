@@ -838,3 +838,36 @@ def test_a_last_dimension_at_which_the_code_does_something_else_is_pinned(how, s
 def test_features_are_no_length():
     net = nn.Sequential(nn.Linear(400, 16), nn.ReLU(), nn.Linear(16, 2)).eval()
     assert str(fxprune.analyze(net, torch.randn(2, 400)).sizes) == "batch: any"
+
+
+class Padded(nn.Module):
+    """Pads to windows of 8, as Swin does, and shifts where one does not cover the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = nn.functional.avg_pool2d(self.a(x), 16)
+        x = nn.functional.pad(x, (0, 0, 0, (8 - x.shape[2] % 8) % 8))
+        if x.shape[2] > 8:
+            x = x.roll(2, 2) * 2
+        return self.b(x)
+
+
+@pytest.mark.parametrize(("size", "right", "wrong"), [(64, 100, 160), (256, 300, 100)])
+def test_decisions_about_numbers_that_are_the_same_at_the_sizes_tried(size, right, wrong):
+    """At 64 and about 100, and at 256 and about 290, the padded image is equally high."""
+    net = Padded().eval()
+    pruned = fxprune.prune(net, torch.randn(2, 3, size, size), ratio=0)
+    x = torch.randn(3, 3, size, size)
+    torch.testing.assert_close(pruned(x), net(x))
+    for height in (right, wrong):
+        x = torch.randn(2, 3, height, 64)
+        try:
+            found = pruned(x)
+        except PinnedError:
+            assert height == wrong or size == 256
+        else:
+            assert height == right
+            torch.testing.assert_close(found, net(x))

@@ -9,16 +9,25 @@ all the other numbers: those may be widths of layers, which pruning makes smalle
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
-from ..guards import check_decision
+from ..graph_module import clone_module
+from ..guards import CHECKS, check_decision
+from ..inputs import meta_like, to_meta
+from ..known_shapes import Remembered
+from ..nodes import mutable
+from ..program import Program
+from ..sizes import Change, places, resized
+from ..value_dependent import ON_SHAPES, OnShapes
 
 _NUMBERS = (bool, int, float, torch.Size)
 _POLYNOMIALS = (operator.add, operator.sub, operator.mul, operator.neg)
@@ -32,10 +41,12 @@ class Decision:
     Attributes:
         values: of the numbers behind it, itself first, as :func:`behind` gives them.
         others: what they are at other sizes, at which the graph is the same.
+        elsewhere: what the graph has for them at further sizes, at which it need not be right.
     """
 
     values: list[Any]
     others: list[list[Any]] = field(default_factory=list)
+    elsewhere: list[list[Any]] = field(default_factory=list)
 
     @property
     def is_idle(self) -> bool:
@@ -49,18 +60,19 @@ class Decision:
 
     def is_fixed(self, place: int) -> bool:
         """Whether the number at a place is the same at all sizes."""
-        return all(values[place] == self.values[place] for values in self.others)
+        return all(values[place] == self.values[place] for values in (*self.others, *self.elsewhere))
 
     def is_free(self, place: int) -> bool:
         """Whether the number at a place, and in a shape each one, follows the sizes of the inputs."""
         for i, mine in enumerate(_parts(self.values[place])):
-            if all(_parts(values[place])[i] == mine for values in self.others):
+            if all(_parts(values[place])[i] == mine for values in (*self.others, *self.elsewhere)):
                 return False
         return True
 
     def are_apart(self, place: int, other: int) -> bool:
         """Whether two numbers are equally far from each other at all sizes."""
-        return len({values[place] - values[other] for values in (self.values, *self.others)}) == 1
+        seen = (self.values, *self.others, *self.elsewhere)
+        return len({values[place] - values[other] for values in seen}) == 1
 
 
 def _parts(value: Any) -> tuple[Any, ...]:
@@ -108,6 +120,84 @@ def meet(graph: fx.Graph, other: fx.Graph) -> fx.Node | None:
         decision.others.append(there.values)
         there.others = [decision.values, *decision.others]
     return None
+
+
+_SHARES = (1 / 8, 1 / 4, 1 / 2, 2, 3, 8)
+"""How large the sizes are at which a graph is run on shapes, as shares of those of the example."""
+_LEAST = 2
+"""Smaller sizes are left out."""
+
+
+def look_elsewhere(program: Program, tree: Any, steps: Mapping[str, int]) -> None:
+    """Note what the numbers behind decisions are where sizes are much smaller and larger, on shapes alone.
+
+    What is padded to windows has the same size at all small sizes of the inputs.
+
+    Args:
+        program: its decisions are added to.
+        tree: the inputs of the example.
+        steps: by kind what its sizes may differ by a multiple of; below 0, what they may be smaller by.
+    """
+    made = [found for found in decisions(program.graph) if not found[1].is_idle]
+    if not made:
+        return
+    given = to_meta(tree)
+    behind_each = [behind(node.args[0], program.seen) for node, _ in made]  # type: ignore[arg-type]
+    for change in _further(given, steps):
+        values = _on_shapes(program, resized(given, change))
+        for (_, decision), parts in zip(made, behind_each, strict=True):
+            if all(part in values for part in parts):
+                decision.elsewhere.append([values[part] for part in parts])
+
+
+def _further(tree: Any, steps: Mapping[str, int]) -> Iterator[Change]:
+    smallest: dict[str, int] = {}
+    for place in places(tree):
+        smallest[place.kind] = min(place.size, smallest.get(place.kind, place.size))
+    for share in _SHARES:
+        change = {}
+        for kind, step in steps.items():
+            size = smallest.get(kind, 0)
+            more = abs(step) * round(size * (share - 1) / abs(step))
+            if step == 1 and share in (1 / 4, 3):  # an odd size, too
+                more += 1 - (size + more) % 2
+            if more and size + more >= _LEAST and (step > 0 or more < 0):
+                change[kind] = more
+        if change:
+            yield change
+
+
+def _on_shapes(program: Program, tree: Any) -> dict[fx.Node, Any]:
+    """What nodes of a program are for other inputs, on shapes alone; without those that do not run."""
+    inputs = iter(program.bind(*tree))
+    modules: dict[str, Any] = {}
+    values: dict[fx.Node, Any] = {}
+    with torch.no_grad(), torch.device("meta"), Remembered(), OnShapes():
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(inputs)
+            elif node.op != "output" and all(part in values for part in node.all_input_nodes):
+                with contextlib.suppress(Exception):  # the way that the graph goes may not take these sizes
+                    values[node] = _value(program, node, values, modules)
+    return values
+
+
+def _value(program: Program, node: fx.Node, values: Mapping[fx.Node, Any], modules: dict[str, Any]) -> Any:
+    """What a node gives on shapes alone."""
+    if "number" in node.meta or node.target in CHECKS:
+        return node.meta.get("number")
+    target: Any = node.target
+    if node.op == "get_attr":
+        return meta_like(program.tensors[target] if target in program.tensors else program.extras[target])
+    args, kwargs = mutable(map_arg((node.args, dict(node.kwargs)), values.__getitem__))
+    if node.op == "call_method":
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    if node.op == "call_module":
+        if target not in modules:
+            modules[target] = clone_module(program.modules[target], lambda _, tensor: meta_like(tensor))
+        return modules[target].forward(*args, **kwargs)
+    args, kwargs = pytree.tree_map_only(torch.device, lambda _: torch.device("meta"), (args, kwargs))
+    return ON_SHAPES.get(target, target)(*args, **kwargs)
 
 
 def settle(graph: fx.Graph, seen: Mapping[fx.Node, Any]) -> None:
@@ -197,4 +287,4 @@ class _Kept:
         return new
 
 
-__all__ = ["decisions", "drop", "meet", "note", "settle"]
+__all__ = ["decisions", "drop", "look_elsewhere", "meet", "note", "settle"]

@@ -14,7 +14,7 @@ from ..program import Program
 from ..sizes import BATCH, FAR, LAST, LENGTH, NEAR, Change, InputSize
 from .alike import compare
 from .arguments import Arguments
-from .decisions import decisions, meet, settle
+from .decisions import decisions, look_elsewhere, meet, settle
 
 Trace = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Program]
 _LONGEST = 200
@@ -75,6 +75,7 @@ def look(
         one_args, one_kwargs = sizes.resized(tree, {BATCH: sizes.ONE})
         seen.differs(one_args, one_kwargs, fewer=True)  # what makes no difference there decides nothing
     program = seen.program
+    look_elsewhere(program, tree, _multiples(tree, known))
     settle(program.graph, program.seen)
     bounds = steps(kinds, known)
     if bounds:
@@ -143,6 +144,15 @@ def steps(kinds: Collection[str], known: Change) -> dict[str, int]:
     """
     fixed = set(kinds) - known.keys() - {LAST} - ({LENGTH} if LAST in known else set())
     return {kind: how for kind, how in known.items() if how != NEAR} | dict.fromkeys(fixed, 0)
+
+
+def _multiples(tree: Any, known: Change) -> dict[str, int]:
+    """By kind that is free what its sizes differ by a multiple of; below 0, what they may be smaller by."""
+    found = {place.kind: place for place in sizes.places(tree) if place.kind in known}
+    return {
+        kind: 1 if known[kind] == NEAR else sizes.changed_size(place, known[kind]) - place.size
+        for kind, place in found.items()
+    }
 
 
 def pin(graph: fx.Graph, given: dict[str, Any], bounds: dict[str, int], because: dict[str, str]) -> None:
