@@ -122,7 +122,7 @@ def meet(graph: fx.Graph, other: fx.Graph) -> fx.Node | None:
     return None
 
 
-_SHARES = (1 / 8, 1 / 4, 1 / 2, 2, 3, 8)
+_SHARES = (1 / 8, 8)
 """How large the sizes are at which a graph is run on shapes, as shares of those of the example."""
 _LEAST = 2
 """Smaller sizes are left out."""
@@ -159,7 +159,7 @@ def _further(tree: Any, steps: Mapping[str, int]) -> Iterator[Change]:
         for kind, step in steps.items():
             size = smallest.get(kind, 0)
             more = abs(step) * round(size * (share - 1) / abs(step))
-            if step == 1 and share in (1 / 4, 3):  # an odd size, too
+            if step == 1:  # an odd size
                 more += 1 - (size + more) % 2
             if more and size + more >= _LEAST and (step > 0 or more < 0):
                 change[kind] = more
