@@ -7,7 +7,7 @@ computed when they are asked for, on the CPU.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -149,10 +149,20 @@ class Values:
         return target(*args, **kwargs)
 
 
-def made_of_sizes(node: fx.Node) -> bool:
-    """Whether a value is computed of sizes of tensors, and of constants, with no look at any entry."""
+def made_of_sizes(node: fx.Node, without: Collection[str] = ()) -> bool:
+    """Whether a value is computed of sizes of tensors, and of constants, with no look at any entry.
+
+    Args:
+        node: the value.
+        without: names of tensors that are no constants.
+    """
     behind = list(_behind(node, _fact))
-    return any(map(_fact, behind)) and all(part.op != "placeholder" for part in behind)
+    return any(map(_fact, behind)) and not any(
+        part.op == "placeholder"
+        or (part.op == "get_attr" and part.target in without)
+        or (part.op.startswith("call") and any(word in operator_name(part) for word in _RANDOM))
+        for part in behind
+    )
 
 
 def _behind(node: fx.Node, ends: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:

@@ -871,3 +871,51 @@ def test_decisions_about_numbers_that_are_the_same_at_the_sizes_tried(size, righ
         else:
             assert height == right
             torch.testing.assert_close(found, net(x))
+
+
+class Table(nn.Module):
+    """Keeps a table for the length of its last input in a buffer, which has another shape at first."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.make = make
+        self.register_buffer("table", torch.zeros(1, 1), persistent=False)
+
+    def forward(self, x):
+        n = x.shape[1]
+        if self.table.shape[0] != n:
+            self.table = self.make(self.table, n)
+        return self.b(self.a(x).relu() * self.table)
+
+
+def _ramp(table, n):
+    return torch.arange(n, dtype=torch.float32)[:, None] / n
+
+
+def _grown(table, n):
+    return torch.cat([table, torch.ones(n - len(table), 1)])
+
+
+def _random(table, n):
+    return torch.rand(n, 1)
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_a_table_for_the_sizes_of_each_input_is_made_anew(ran):
+    net = Table(_ramp).eval()
+    x = torch.randn(2, 6, 8)
+    if ran:
+        net(x)
+    graph = fxprune.analyze(net, x)
+    assert graph.captured.rung == "symbolic tracing with known shapes"
+    result = fxprune.prune(graph, ratio=0.0)
+    for n in (6, 9, 4, 9):
+        x = torch.randn(3, n, 8)
+        torch.testing.assert_close(result(x), net(x))
+
+
+@pytest.mark.parametrize("make", [_grown, _random])
+def test_a_table_that_its_sizes_do_not_make_is_not_taken_for_one_that_they_make(make):
+    with pytest.raises(fxprune.errors.CaptureError, match="must not change its shape"):
+        fxprune.analyze(Table(make).eval(), torch.randn(2, 6, 8))

@@ -1,9 +1,9 @@
 """Whether two captured graphs of one model, made from inputs of different sizes, do the same.
 
 Both are read backwards from what they return and from what they write; calls whose results nobody uses do
-not count. A constant of one graph may stand where the other computes a tensor of sizes alone: so it is where
-a model keeps what it made for the sizes of its last call. It is the same if the values are. The second graph
-may also hold an ``expand`` that the first one lacks, as long as it changes no size.
+not count. A constant or a buffer of one graph may stand where the other computes a tensor of sizes alone: so
+it is where a model keeps what it made for the sizes of its last call. It is the same if the values are. The
+second graph may also hold an ``expand`` that the first one lacks, as long as it changes no size.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class _Comparison:
                     raise _Apart(node)  # what is written and read may come in another order
                 last = order[self.pairs[node]]
         for x, y in self.made:
-            if not _equal(self.a.extras[str(x.target)], self._value(y)):
+            kept = {**self.a.tensors, **self.a.extras}[str(x.target)]
+            if not _equal(kept, self._value(y)):
                 raise _Apart(next(iter(x.users), x))
         for y in self.idle:
             if self._value(y).shape != self._value(y.args[0]).shape:  # type: ignore[arg-type]
@@ -105,12 +106,16 @@ class _Comparison:
         if constant and y.op == "get_attr" and y.target in self.b.extras:
             if not _equal(self.a.extras[str(x.target)], self.b.extras[str(y.target)]):
                 raise _Apart(next(iter(x.users), x))
-        elif constant:
+        elif constant or (self._is_buffer(x) and y.op != "get_attr"):
             self.made.append((x, y))
         elif not _same_call(x, y):
             raise _Apart(x)
         else:
             self._trees((x.args, x.kwargs), (y.args, y.kwargs), x)
+
+    def _is_buffer(self, x: fx.Node) -> bool:
+        tensor = self.a.tensors.get(str(x.target)) if x.op == "get_attr" else None
+        return tensor is not None and not isinstance(tensor, torch.nn.Parameter)
 
     def _trees(self, a: Any, b: Any, at: fx.Node) -> None:
         if isinstance(a, fx.Node):

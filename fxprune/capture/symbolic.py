@@ -40,7 +40,7 @@ from ..graph_module import clone_module
 from ..guards import CHECKS, check_decision, check_number
 from ..inputs import meta_like, to_meta
 from ..known_shapes import Remembered
-from ..known_values import DEVICES, KINDS, UnknownValueError, Values
+from ..known_values import DEVICES, KINDS, UnknownValueError, Values, made_of_sizes
 from ..module_registry import leaf_for, own_kind
 from ..nn import Apply, TrainingFlag, assign, keep, stop_gradient
 from ..nodes import by_position, describe_source, is_assertion, mutable
@@ -713,7 +713,7 @@ class _Tracer(fx.Tracer):
         left = []
         for name, before, value, _ in self.kept.replaced(fx.Proxy):
             known = self.tensor_names.get(id(before))
-            if known is None:
+            if known is None or self.is_made_anew(before, value):
                 left.append(name)
                 continue
             for read in [n for n in self.graph.nodes if n.op == "get_attr" and n.target == known]:
@@ -726,6 +726,10 @@ class _Tracer(fx.Tracer):
                 "call_function", keep, (self.create_proxy("get_attr", known, (), {}), value), {}
             )
         self.notes += not_kept([*left, *self.kept.changed(fx.Proxy), *self._written()])
+
+    def is_made_anew(self, before: torch.Tensor | None, value: fx.Proxy) -> bool:
+        """Whether each call makes for itself what it puts in the place of a tensor: a table for its sizes."""
+        return False
 
     def _written(self) -> Iterator[str]:
         """Names of plain attributes that hold a tensor into which forward has written itself."""
@@ -1040,6 +1044,12 @@ class _ShapeTracer(_Tracer):
             self.decided.append(
                 (check, [self.values[part] for part in decisions.behind(proxy.node, self.values)])
             )
+
+    def is_made_anew(self, before: torch.Tensor | None, value: fx.Proxy) -> bool:
+        made = self.values.get(value.node)
+        if before is None or not isinstance(made, torch.Tensor) or made.shape == before.shape:
+            return False
+        return made_of_sizes(value.node, without=self.tensors)
 
     def meets(self) -> None:
         for check, values in self.decided:
