@@ -10,6 +10,7 @@ from torch import nn
 
 import fxprune
 from fxprune.errors import PinnedError
+from fxprune.exporting import capture_program
 
 
 class Deciding(nn.Module):
@@ -193,3 +194,24 @@ def test_any_number_of_tokens_is_as_true_as_another():
     torch.testing.assert_close(result(few), model(few))
     with pytest.raises(PinnedError, match="in forward"):
         result(torch.tensor([[0, 1, 1, 2]]))
+
+
+def _more_than_one(x, h):
+    return h * 2 if x.shape[1] > 1 else h
+
+
+@pytest.mark.parametrize("decide", [_more_than_one, _threshold, _blocks])
+def test_torch_export_and_torch_compile_leave_the_sizes_free_that_decide(decide):
+    torch.manual_seed(0)
+    model, x = Deciding(decide).eval(), torch.randn(2, 12, 8)
+    result = fxprune.prune(model, x, ratio=0.0)
+    exported = capture_program(result, (x,), {})
+    assert exported.sizes == "any batch, length"
+    compiled = torch.compile(result, dynamic=True, backend="eager", fullgraph=True)
+    for size in [(3, 12), (3, 30)]:
+        x = torch.randn(*size, 8)
+        torch.testing.assert_close(exported.program.module()(x), model(x))
+        torch.testing.assert_close(compiled(x), model(x))
+    if decide is not _more_than_one:
+        with pytest.raises(AssertionError):
+            exported.program.module()(torch.randn(2, 150, 8))
