@@ -6,6 +6,7 @@ from torch import nn
 
 import fxprune
 from fxprune.capture import symbolic
+from fxprune.errors import PinnedError
 
 X = (torch.randn(2, 5, 8),)
 
@@ -114,8 +115,16 @@ def test_what_a_model_keeps_is_traced_anew():
 
 def test_what_differs_at_another_size_is_pinned_all_the_same():
     assert "length: any" in str(fxprune.analyze(SameInBoth().eval(), X).sizes)
-    for kind in (Longer, NumberOfSize, ConstantOfSize, OnlyShorter, AsksIfLonger):
-        assert "length: pinned at 5" in str(fxprune.analyze(kind().eval(), X).sizes), kind.__name__
+    for kind in (Longer, ConstantOfSize, AsksIfLonger, NumberOfSize, OnlyShorter):
+        model = kind().eval()
+        graph = fxprune.analyze(model, X)
+        shorter = kind in (Longer, ConstantOfSize, AsksIfLonger)  # there it is all the same
+        assert f"length: {'up to' if shorter else 'pinned at'} 5" in str(graph.sizes), kind.__name__
+        result = fxprune.prune(graph, ratio=0.0)
+        if shorter:
+            torch.testing.assert_close(result(X[0][:, :3]), model(X[0][:, :3]))
+        with pytest.raises(PinnedError):
+            result(torch.randn(2, 6, 8))
 
 
 def test_the_graph_of_both_modes_is_that_of_the_mode_where_they_are_alike():
