@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -27,7 +27,7 @@ from .files import few, first_line
 from .inputs import normalize
 from .program import named_modules
 from .region_program import RegionModule
-from .sizes import BATCH, LAST, NEAR, Change, changes, places, resized
+from .sizes import BATCH, LAST, NEAR, Change, changes, decided, places, resized
 
 __all__ = ["Exported", "Written", "capture_program", "check_whole", "export"]
 
@@ -97,7 +97,16 @@ def export(model: nn.Module, example_inputs: Any, path: str | Path) -> Written:
     finally:
         for module, training in modes.items():
             module.training = training
-    return Written(path, size, exported.sizes, found[0])
+    lines = decided(model.graph) if isinstance(model, fx.GraphModule) and path.suffix == ".onnx" else []
+    return Written(path, size, exported.sizes + _unchecked(lines), found[0])
+
+
+def _unchecked(lines: list[str]) -> str:
+    """That a file takes sizes at which it is wrong: those for which the model's code decides otherwise."""
+    if not lines:
+        return ""
+    more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
+    return f"; not those for which the code decides otherwise, which ONNX cannot refuse ({lines[0]}{more})"
 
 
 def check_whole(path: Path, regions: Any) -> None:
