@@ -15,13 +15,14 @@ from types import FunctionType, ModuleType
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import rnn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .errors import CaptureError
 from .nn import assign
+from .nodes import is_assertion, mutable
 
 
 def _pack(
@@ -67,6 +68,33 @@ ON_SHAPES: dict[Any, Callable[..., Any]] = {
     assign: _assigned,
 }
 """What to call in place of these functions where only shapes are known."""
+
+FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "linspace", "logspace", "eye")
+"""Functions of torch that make tensors of numbers alone."""
+
+
+def call_on_shapes(node: fx.Node, args: Any, kwargs: Any, module: Callable[[str], nn.Module]) -> Any:
+    """What a node gives on shapes alone.
+
+    Args:
+        node: a call.
+        args: its positional arguments, with meta tensors in the place of nodes.
+        kwargs: the same by name.
+        module: gives the graph's modules by path, on the meta device.
+    """
+    if node.op == "call_method":
+        if node.target in ("cpu", "cuda"):
+            return args[0]
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    if is_assertion(node, args):
+        return None
+    if node.op == "call_function":
+        if getattr(node.target, "__name__", "") in (*FACTORIES, "tensor", "as_tensor"):
+            kwargs = {**kwargs, "device": "meta"}
+        args, kwargs = mutable(args), mutable(kwargs)
+        target: Any = ON_SHAPES.get(node.target, node.target)
+        return target(*args, **kwargs)
+    return module(str(node.target)).forward(*args, **kwargs)
 
 
 def kept_whole() -> tuple[tuple[Callable[..., Any], ...], tuple[ModuleType, ...]]:

@@ -215,3 +215,11 @@ def test_torch_export_and_torch_compile_leave_the_sizes_free_that_decide(decide)
     if decide is not _more_than_one:
         with pytest.raises(AssertionError):
             exported.program.module()(torch.randn(2, 150, 8))
+
+
+def test_that_onnx_cannot_refuse_is_said(tmp_path):
+    pytest.importorskip("onnxscript")
+    model, x = Deciding(_threshold).eval(), torch.randn(2, 12, 8)
+    result = fxprune.prune(model, x, ratio=0.0)
+    assert "which ONNX cannot refuse" in fxprune.export(result, x, tmp_path / "net.onnx").sizes
+    assert "refuse" not in fxprune.export(result, x, tmp_path / "net.pt2").sizes

@@ -26,7 +26,7 @@ from ..nodes import drop_questions
 from ..program import Program, computed_tensors, named_tensors, own_train, unwrapped
 from ..region_program import RegionProgram
 from ..sizes import BATCH, Change, Trial
-from . import decisions, dynamo, exported, free_sizes, patches, regions, symbolic
+from . import dynamo, exported, free_sizes, patches, regions, size_decisions, symbolic
 from .arguments import Arguments
 from .composites import dissolve as dissolve_composites
 from .gradient_hooks import note_on_gradient_hooks
@@ -200,7 +200,7 @@ def recapture(
         if folded:  # which the look at its couplings showed
             keys = dict(sizes.named(Arguments.of(model, args, kwargs).all()))
             sizes.guard(program.graph, [(axis, keys[axis.input]) for axis in folded])
-    decisions.drop(program.graph)
+    size_decisions.drop(program.graph)
     dissolve_composites(program.graph, program.tensors)
     drop_questions(program.graph)
     return program
@@ -229,7 +229,7 @@ def _climb(
             free: tuple[Change, ...] = ()
             if other_sizes:
                 program, free = _free_sizes(rung, trace, model, program, args, kwargs)
-            decisions.drop(program.graph)
+            size_decisions.drop(program.graph)
             dissolve_composites(program.graph, program.tensors)
             drop_questions(program.graph)
             if not isinstance(program, RegionProgram):  # whose code stays that of the model

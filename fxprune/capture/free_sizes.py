@@ -14,7 +14,7 @@ from ..program import Program
 from ..sizes import BATCH, FAR, LAST, LENGTH, NEAR, Change, InputSize
 from .alike import compare
 from .arguments import Arguments
-from .decisions import decisions, look_elsewhere, meet, settle
+from .size_decisions import decisions, look_elsewhere, meet, settle
 
 Trace = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Program]
 _LONGEST = 200
@@ -65,12 +65,7 @@ def look(
             free.append(finer)
             known |= finer
             break
-    whole = next((change for change in free if known.keys() <= change.keys()), None)
-    if known and whole is None:  # couplings are looked at where all that is free is different at once
-        whole = max(free, key=len) if seen.differs(*sizes.resized(tree, known)) else known
-        known = {kind: how for kind, how in known.items() if kind in whole}
-    if whole is not None:
-        free = [whole, *(change for change in free if change != whole)]
+    known = _at_once(seen, tree, free, known)
     if BATCH in known and any(decision.is_open for _, decision in decisions(seen.program.graph)):
         one_args, one_kwargs = sizes.resized(tree, {BATCH: sizes.ONE})
         seen.differs(one_args, one_kwargs, fewer=True)  # what makes no difference there decides nothing
@@ -81,6 +76,20 @@ def look(
     if bounds:
         pin(program.graph, Arguments.of(model, args, kwargs).all(), bounds, because)
     return _alone(program), tuple(free)
+
+
+def _at_once(seen: _Seen, tree: Any, free: list[Change], known: dict[str, int]) -> dict[str, int]:
+    """Of what is ``known`` to be free what is so at once, which comes first in ``free`` then.
+
+    Couplings are looked at where all that is free is different.
+    """
+    if not known:
+        return known
+    whole = next((change for change in free if known.keys() <= change.keys()), None)
+    if whole is None:
+        whole = max(free, key=len) if seen.differs(*sizes.resized(tree, known)) else known
+    free[:] = [whole, *(change for change in free if change != whole)]
+    return {kind: how for kind, how in known.items() if kind in whole}
 
 
 def _alone(program: Program) -> Program:

@@ -10,24 +10,24 @@ all the other numbers: those may be widths of layers, which pruning makes smalle
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from ..graph_module import clone_module
-from ..guards import CHECKS, check_decision
+from ..guards import check_decision
 from ..inputs import meta_like, to_meta
 from ..known_shapes import Remembered
-from ..nodes import mutable
 from ..program import Program
 from ..sizes import Change, places, resized
-from ..value_dependent import ON_SHAPES, OnShapes
+from ..value_dependent import OnShapes, call_on_shapes
 
 _NUMBERS = (bool, int, float, torch.Size)
 _POLYNOMIALS = (operator.add, operator.sub, operator.mul, operator.neg)
@@ -35,7 +35,7 @@ _COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.gt, operator.le,
 
 
 @dataclass
-class Decision:
+class SizeDecision:
     """A decision by sizes. It is the ``"decision"`` in the metadata of its node, and of copies of that.
 
     Attributes:
@@ -94,10 +94,10 @@ def behind(node: fx.Node, seen: Mapping[fx.Node, Any]) -> list[fx.Node]:
 def note(node: fx.Node, seen: Mapping[fx.Node, Any]) -> None:
     """Make a decision of the node of a check."""
     number: Any = node.args[0]
-    node.meta["decision"] = Decision([seen[part] for part in behind(number, seen)])
+    node.meta["decision"] = SizeDecision([seen[part] for part in behind(number, seen)])
 
 
-def decisions(graph: fx.Graph) -> list[tuple[fx.Node, Decision]]:
+def decisions(graph: fx.Graph) -> list[tuple[fx.Node, SizeDecision]]:
     """The decisions that are not settled, each with its node, in order."""
     nodes = graph.find_nodes(op="call_function", target=check_decision)
     return [(node, node.meta["decision"]) for node in nodes if "decision" in node.meta]
@@ -170,34 +170,30 @@ def _further(tree: Any, steps: Mapping[str, int]) -> Iterator[Change]:
 def _on_shapes(program: Program, tree: Any) -> dict[fx.Node, Any]:
     """What nodes of a program are for other inputs, on shapes alone; without those that do not run."""
     inputs = iter(program.bind(*tree))
-    modules: dict[str, Any] = {}
     values: dict[fx.Node, Any] = {}
-    with torch.no_grad(), torch.device("meta"), Remembered(), OnShapes():
+
+    @functools.cache
+    def module(path: str) -> nn.Module:
+        return clone_module(program.modules[path], lambda _, tensor: meta_like(tensor))
+
+    def value(node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return next(inputs)
+        if node.op == "get_attr":
+            name = str(node.target)
+            return meta_like(program.tensors[name] if name in program.tensors else program.extras[name])
+        if "number" in node.meta:
+            return node.meta["number"]
+        given = map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+        args, kwargs = pytree.tree_map_only(torch.device, lambda _: torch.device("meta"), given)
+        return call_on_shapes(node, args, kwargs, module)
+
+    with torch.no_grad(), Remembered(), OnShapes():
         for node in program.graph.nodes:
-            if node.op == "placeholder":
-                values[node] = next(inputs)
-            elif node.op != "output" and all(part in values for part in node.all_input_nodes):
+            if node.op != "output" and all(part in values for part in node.all_input_nodes):
                 with contextlib.suppress(Exception):  # the way that the graph goes may not take these sizes
-                    values[node] = _value(program, node, values, modules)
+                    values[node] = value(node)
     return values
-
-
-def _value(program: Program, node: fx.Node, values: Mapping[fx.Node, Any], modules: dict[str, Any]) -> Any:
-    """What a node gives on shapes alone."""
-    if "number" in node.meta or node.target in CHECKS:
-        return node.meta.get("number")
-    target: Any = node.target
-    if node.op == "get_attr":
-        return meta_like(program.tensors[target] if target in program.tensors else program.extras[target])
-    args, kwargs = mutable(map_arg((node.args, dict(node.kwargs)), values.__getitem__))
-    if node.op == "call_method":
-        return getattr(args[0], target)(*args[1:], **kwargs)
-    if node.op == "call_module":
-        if target not in modules:
-            modules[target] = clone_module(program.modules[target], lambda _, tensor: meta_like(tensor))
-        return modules[target].forward(*args, **kwargs)
-    args, kwargs = pytree.tree_map_only(torch.device, lambda _: torch.device("meta"), (args, kwargs))
-    return ON_SHAPES.get(target, target)(*args, **kwargs)
 
 
 def settle(graph: fx.Graph, seen: Mapping[fx.Node, Any]) -> None:
@@ -227,7 +223,7 @@ def drop(graph: fx.Graph) -> None:
 class _Kept:
     """Computes a decision anew, with the example's values of numbers that are the same at all sizes."""
 
-    def __init__(self, check: fx.Node, order: Mapping[fx.Node, int], decision: Decision) -> None:
+    def __init__(self, check: fx.Node, order: Mapping[fx.Node, int], decision: SizeDecision) -> None:
         self.check, self.order, self.decision = check, order, decision
         self.made: dict[fx.Node, Any] = {}
 

@@ -43,11 +43,11 @@ from ..known_shapes import Remembered
 from ..known_values import DEVICES, KINDS, UnknownValueError, Values, made_of_sizes
 from ..module_registry import leaf_for, own_kind
 from ..nn import Apply, TrainingFlag, assign, keep, stop_gradient
-from ..nodes import by_position, describe_source, is_assertion, mutable
+from ..nodes import by_position, describe_source, mutable
 from ..program import Program, Skeleton, named_modules, named_tensors
 from ..trees import TENSORS, flatten
-from ..value_dependent import AS_LIST, ON_SHAPES, OnShapes, kept_whole
-from . import decisions, patches, traced_sizes
+from ..value_dependent import AS_LIST, FACTORIES, OnShapes, call_on_shapes, kept_whole
+from . import patches, size_decisions, traced_sizes
 from .alike import compare
 from .arguments import LITERALS, Arguments, packing
 from .effects import AUGMENTED, AttributesBefore, not_kept, write_in_place
@@ -425,7 +425,7 @@ class _Tracer(fx.Tracer):
 
         def dynamic(original: Any) -> Callable[..., Any]:
             def make(*args: Any, **kwargs: Any) -> Any:
-                made = original.__name__ in _FACTORIES and self.wants_factory()
+                made = original.__name__ in FACTORIES and self.wants_factory()
                 if made or _holds_proxies((args, kwargs)):
                     return self.create_proxy("call_function", original, args, kwargs)
                 return original(*args, **kwargs)
@@ -442,7 +442,7 @@ class _Tracer(fx.Tracer):
         return [
             patches.fx_tracing,
             patches.training(flag),
-            patches.functions((*_FACTORIES, *_FROM_NUMBERS), dynamic, tables),
+            patches.functions((*FACTORIES, *_FROM_NUMBERS), dynamic, tables),
             patches.types_of_values(tables, is_instance),
             patches.autograd_functions(self._apply),
             patches.flags(True, set()),
@@ -1039,10 +1039,10 @@ class _ShapeTracer(_Tracer):
         where = describe_source(proxy.node) or "the model"
         check = self.create_proxy("call_function", check_decision, (proxy, answer, where), {}).node
         if self.following is None:
-            decisions.note(check, self.values)
+            size_decisions.note(check, self.values)
         else:
             self.decided.append(
-                (check, [self.values[part] for part in decisions.behind(proxy.node, self.values)])
+                (check, [self.values[part] for part in size_decisions.behind(proxy.node, self.values)])
             )
 
     def is_made_anew(self, before: torch.Tensor | None, value: fx.Proxy) -> bool:
@@ -1180,22 +1180,12 @@ class _ShapeTracer(_Tracer):
 
     def _meta_call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """What a node gives on shapes alone."""
-        if node.op == "call_method":
-            if node.target in ("cpu", "cuda"):
-                return args[0]
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        if is_assertion(node, args):
-            return None
-        if node.op == "call_function":
-            if getattr(node.target, "__name__", "") in (*_FACTORIES, "tensor", "as_tensor"):
-                kwargs = {**kwargs, "device": "meta"}
-            args, kwargs = mutable(args), mutable(kwargs)
-            target: Any = ON_SHAPES.get(node.target, node.target)
-            return target(*args, **kwargs)
-        path = str(node.target)
+        return call_on_shapes(node, args, kwargs, self._clone)
+
+    def _clone(self, path: str) -> nn.Module:
         if path not in self.clones:
             self.clones[path] = clone_module(self.leaf(path), lambda _, tensor: self._meta(tensor))
-        return self.clones[path].forward(*args, **kwargs)
+        return self.clones[path]
 
     def _meta(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.metas.setdefault(id(tensor), meta_like(tensor))
@@ -1309,7 +1299,6 @@ def _without_hooks(module: nn.Module) -> nn.Module:
     return new
 
 
-_FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "linspace", "logspace", "eye")
 _FROM_NUMBERS = ("tensor", "as_tensor", "finfo", "iinfo")
 
 
