@@ -66,7 +66,8 @@ def look(
             known |= finer
             break
     known = _at_once(seen, tree, free, known)
-    if BATCH in known and any(decision.is_open for _, decision in decisions(seen.program.graph)):
+    several = BATCH in known and any(p.size > 1 for p in sizes.places(tree) if p.kind == BATCH)
+    if several and any(decision.is_open for _, decision in decisions(seen.program.graph)):
         one_args, one_kwargs = sizes.resized(tree, {BATCH: sizes.ONE})
         seen.differs(one_args, one_kwargs, fewer=True)  # what makes no difference there decides nothing
     program = seen.program
