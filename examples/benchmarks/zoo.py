@@ -34,6 +34,8 @@ import datetime
 import importlib
 import importlib.util
 import json
+import multiprocessing
+import os
 import platform
 import re
 import subprocess
@@ -43,8 +45,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +56,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fxprune
-from fxprune.sizes import BATCH, FAR, resized
+from fxprune.sizes import BATCH, FAR, InputSizes, resized
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from more_zoos import MORE
@@ -427,7 +430,7 @@ def stages(row: Row, model: nn.Module, inputs: Any) -> Iterator[None]:
     row.kept_params = round(sum(p.numel() for p in pruned.parameters()) / max(row.params, 1), 3)
     graph = fxprune.analyze(model, inputs)
     row.rung = graph.captured.rung
-    row.sizes = plain(re.sub(r", because[^;]*", "", str(graph.sizes)))
+    row.sizes = free_sizes(graph.sizes)
     yield
     with torch.no_grad():
         wanted = oracle.call(model, inputs)
@@ -447,6 +450,11 @@ def stages(row: Row, model: nn.Module, inputs: Any) -> Iterator[None]:
     yield
     del pruned, wanted, got, graph, plan  # room for the copies that follow
     row.exact = judge(oracle, row, model, inputs)
+
+
+def free_sizes(sizes: InputSizes) -> str:
+    """The column "sizes", without the reasons."""
+    return plain(str(InputSizes(tuple(replace(axis, because="") for axis in sizes.axes), sizes.note)))
 
 
 def form(outputs: Any, rung: str) -> Any:
@@ -644,30 +652,42 @@ def plain(text: str) -> str:
 
 def measure(zoo: str, name: str, limit: float, memory: float) -> Row:
     """The row of one model; where its process broke a limit or died, what it had found by then."""
-    command = [sys.executable, __file__, zoo, "--models", name, "--worker"]
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen(command, stdout=out, stderr=err)
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = FRESH.Process(target=apart, args=(zoo, name, out, err))
+        process.start()
         breach = watch(process, limit, memory)
-        out.seek(0)
-        err.seek(0)
-        found = [line for line in out if line.startswith("{") and line.endswith("}\n")]
-        complaints = err.read().strip().splitlines()
+        lines = out.read_text().splitlines(keepends=True) if out.exists() else []
+        found = [line for line in lines if line.startswith("{") and line.endswith("}\n")]
+        complaints = err.read_text().strip().splitlines() if err.exists() else []
     row = Row(**json.loads(found[-1])) if found else Row(zoo, name)
-    if process.returncode:
-        row.reason = breach or (complaints[-1][:200] if complaints else f"exit code {process.returncode}")
+    if process.exitcode:
+        row.reason = breach or (complaints[-1][:200] if complaints else f"exit code {process.exitcode}")
     row.versions = versions(zoo)
     row.date = f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}"
     return row
 
 
-def watch(process: subprocess.Popen[Any], limit: float, memory: float) -> str | None:
+FRESH = multiprocessing.get_context("forkserver")
+"""Makes processes out of one that has imported much and run nothing."""
+
+
+def apart(zoo: str, name: str, out: Path, err: Path) -> None:
+    """:func:`worker` in a process of its own; its output goes into files."""
+    for number, path in ((1, out), (2, err)):
+        with path.open("w") as file:
+            os.dup2(file.fileno(), number)
+    worker(zoo, name)
+
+
+def watch(process: BaseProcess, limit: float, memory: float) -> str | None:
     """Wait for a process; end it when it breaks a limit, and say which."""
     import psutil
 
     start, watched = time.monotonic(), psutil.Process(process.pid)
     try:
-        while process.poll() is None:
-            time.sleep(0.1)
+        while process.is_alive():
+            process.join(0.1)
             with suppress(psutil.NoSuchProcess):
                 if watched.memory_info().rss > memory * 1e9:
                     return f"over {memory:g} GB"
@@ -675,9 +695,9 @@ def watch(process: subprocess.Popen[Any], limit: float, memory: float) -> str | 
                 return f"over {limit:g} s"
         return None
     finally:
-        if process.poll() is None:
+        if process.is_alive():
             process.kill()
-        process.wait()
+        process.join()
 
 
 def versions(zoo: str) -> str:
@@ -816,12 +836,11 @@ def main() -> None:
         metavar="STEM",
         help="put the rows into STEM.md and STEM.csv, whose other rows stay",
     )
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.worker:
-        worker(options.zoos[0], options.models[0])
-        return
     options.folder.mkdir(parents=True, exist_ok=True)
+    FRESH.set_forkserver_preload(
+        ["fxprune.api", "torch.export", *{zoo.partition(",")[0] for zoo in options.zoos}]
+    )
     for zoo in options.zoos:
         try:
             names = options.models or ZOOS[zoo][0](options.folder)
