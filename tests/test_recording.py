@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.capture import symbolic
+from fxprune.capture import shape_tracer, symbolic
 from fxprune.errors import PinnedError
 
 X = (torch.randn(2, 5, 8),)
@@ -96,9 +96,9 @@ class Counts(Base):
 )
 def test_a_second_run_makes_no_second_graph_where_it_makes_the_same_calls(kind, traces, again, monkeypatch):
     made = []
-    traced = symbolic._Tracer._traced
-    monkeypatch.setattr(symbolic._Tracer, "_traced", lambda self: made.append(self) or traced(self))
-    program = symbolic.trace_with_shapes(kind().eval(), X, {})
+    traced = symbolic.Tracer._traced
+    monkeypatch.setattr(symbolic.Tracer, "_traced", lambda self: made.append(self) or traced(self))
+    program = shape_tracer.trace_with_shapes(kind().eval(), X, {})
     assert len(made) == traces
     code, metas = str(program.graph), [dict(node.meta) for node in program.graph.nodes]
     assert program.again((torch.randn(3, 9, 8),), {}) is again
@@ -109,7 +109,7 @@ def test_a_second_run_makes_no_second_graph_where_it_makes_the_same_calls(kind, 
 
 
 def test_what_a_model_keeps_is_traced_anew():
-    program = symbolic.trace_with_shapes(Counts().eval(), X, {})
+    program = shape_tracer.trace_with_shapes(Counts().eval(), X, {})
     assert not program.again(X, {})  # reads of the buffer became copies
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.capture import symbolic
+from fxprune.capture import shape_tracer
 from fxprune.errors import CaptureError
 
 Forward = Callable[[Any, Tensor], Tensor]
@@ -196,4 +196,4 @@ def real_part_is_assigned(self: Any, x: Tensor) -> Tensor:
 def test_what_cannot_be_followed_names_its_line(forward: Forward) -> None:
     model, x = build(forward)
     with pytest.raises(CaptureError, match=rf"test_writes.py:\d+ in {forward.__name__}"):
-        symbolic.trace_with_shapes(model, (x,), {})
+        shape_tracer.trace_with_shapes(model, (x,), {})

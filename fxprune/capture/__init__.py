@@ -26,7 +26,7 @@ from ..nodes import drop_questions
 from ..program import Program, computed_tensors, named_tensors, own_train, unwrapped
 from ..region_program import RegionProgram
 from ..sizes import BATCH, Change, Trial
-from . import dynamo, exported, free_sizes, patches, regions, size_decisions, symbolic
+from . import dynamo, exported, free_sizes, patches, regions, shape_tracer, size_decisions, symbolic
 from .arguments import Arguments
 from .composites import dissolve as dissolve_composites
 from .gradient_hooks import note_on_gradient_hooks
@@ -71,7 +71,7 @@ Accept = Callable[[Captured, nn.Module, tuple[Any, ...], dict[str, Any]], bool]
 
 RUNGS: dict[str, Rung] = {
     "symbolic tracing": symbolic.trace,
-    "symbolic tracing with known shapes": symbolic.trace_with_shapes,
+    "symbolic tracing with known shapes": shape_tracer.trace_with_shapes,
     "torch.export": exported.trace,
 }
 """The rungs that capture a module as a whole; a graph of Dynamo's has a rung of its own."""
@@ -132,7 +132,7 @@ def _captured_by_one(
             raise CaptureError("what Dynamo left as one function cannot be traced into")
         return _climb(model, args, kwargs, {"Dynamo": dynamo.trace}, accept)
     opened: dict[str, Rung] = {
-        "symbolic tracing with known shapes": partial(symbolic.trace_with_shapes, dissolve=dissolve)
+        "symbolic tracing with known shapes": partial(shape_tracer.trace_with_shapes, dissolve=dissolve)
     }
 
     def whole(
@@ -179,7 +179,7 @@ def recapture(
     model = as_one(model, kwargs)
     rungs: dict[str, Rung] = {
         **RUNGS,
-        "symbolic tracing with known shapes": partial(symbolic.trace_with_shapes, dissolve=dissolve),
+        "symbolic tracing with known shapes": partial(shape_tracer.trace_with_shapes, dissolve=dissolve),
     }
 
     def whole(

@@ -36,8 +36,10 @@ from . import patches
 from .arguments import Arguments, packing
 from .effects import AttributesBefore, not_kept
 from .free_sizes import pin, steps
+from .leaf_modules import refuse_torchscript
 from .numbers import Recorder, carries_numbers
-from .symbolic import blame, check_value, refuse_torchscript
+from .source_lines import blame
+from .symbolic import check_value
 from .twin import Twin
 
 _INTERNAL = os.path.dirname(torch.__file__) + os.sep

@@ -26,7 +26,8 @@ from ..inputs import describe_inputs, restore_inputs
 from ..program import Program, Skeleton, named_tensors
 from ..region_program import CapturedRegion, RegionLink, RegionProgram, unite
 from .arguments import Arguments
-from .symbolic import blame, is_leaf
+from .leaf_modules import is_leaf
+from .source_lines import blame
 
 Calls = tuple[tuple[Any, ...], dict[str, Any]]
 Whole = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], bool], tuple[Program, str]]

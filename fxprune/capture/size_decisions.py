@@ -31,7 +31,7 @@ from ..value_dependent import OnShapes, call_on_shapes
 
 _NUMBERS = (bool, int, float, torch.Size)
 _POLYNOMIALS = (operator.add, operator.sub, operator.mul, operator.neg)
-_COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.gt, operator.le, operator.ge)
+COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.gt, operator.le, operator.ge)
 
 
 @dataclass
@@ -258,7 +258,7 @@ class _Kept:
         """Whether a number is the same at all sizes: a polynomial that was so at those seen, or what compares
         two that are equally far from each other: ``n + 1 > n``.
         """
-        if node.target in _COMPARISONS:
+        if node.target in COMPARISONS:
             parts = [part for part in node.args if isinstance(part, fx.Node) and self._is_polynomial(part)]
             if len(parts) < 2 or any(isinstance(self._value(part), tuple) for part in parts):
                 return False
@@ -283,4 +283,4 @@ class _Kept:
         return new
 
 
-__all__ = ["decisions", "drop", "look_elsewhere", "meet", "note", "settle"]
+__all__ = ["COMPARISONS", "decisions", "drop", "look_elsewhere", "meet", "note", "settle"]
