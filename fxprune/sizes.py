@@ -267,6 +267,14 @@ def finer(tree: Any, known: Change) -> Iterator[Change]:
             yield {place.kind: step if known[place.kind] > 0 else -step for place in found}
 
 
+def larger(known: Change) -> Change:
+    """Larger images by three steps, where they were seen to be smaller alone.
+
+    The few larger sizes that were tried may be ones of which the code asks: the one that it was built for.
+    """
+    return {kind: 3 * -how for kind, how in known.items() if kind in (DEPTH, IMAGE) and how < 0}
+
+
 def asks_more(change: Change, known: Change) -> bool:
     """Whether a change is of more than what is known to be free; a sequence has one length."""
     return bool(change.keys() - known.keys()) and not (LAST in change and LENGTH in known)
@@ -322,4 +330,4 @@ def decided(graph: fx.Graph) -> list[str]:
 
 __all__ = ["BATCH", "DEPTH", "FAR", "IMAGE", "LAST", "LENGTH", "NEAR", "ONE", "TWICE", "Change", "InputSize",
            "InputSizes", "Place", "Trial", "asks_more", "changed_size", "changes", "decided", "finer",
-           "guard", "guarded", "named", "places", "resized"]  # fmt: skip
+           "guard", "guarded", "larger", "named", "places", "resized"]  # fmt: skip

@@ -679,6 +679,26 @@ def test_a_larger_image_is_refused_where_the_code_asks_for_its_size():
         pruned(torch.randn(1, 3, 40, 32))
 
 
+@pytest.mark.parametrize(("size", "side"), [(8, 32), (16, 64), (4, 48)])
+def test_the_size_that_a_network_was_built_for_is_not_the_largest(size, side):
+    class Built(PatchTable):
+        def forward(self, x):
+            n, c, h, w = x.shape
+            x = x.reshape(n, c, h // size, size, w // size, size).permute(0, 2, 4, 1, 3, 5)
+            x = self.a(x.flatten(3).flatten(1, 2))
+            own = self.table[0] if (h, w) == (2 * side, 2 * side) else self.table[1]
+            return self.b((x + own).relu()).mean(1)
+
+    torch.manual_seed(0)
+    pruned = fxprune.prune(Built(size).eval(), torch.randn(1, 3, side, side))
+    said = f"height, width: multiples of {size}"
+    assert any(said in note and "up to" not in note for note in pruned.meta["fxprune"].notes)
+    for other in (side - size, side + size, 3 * side):
+        assert pruned(torch.randn(2, 3, other, side)).shape == (2, 4)
+    with pytest.raises(PinnedError, match=r"asks for a number that depends on the sizes"):
+        pruned(torch.randn(1, 3, 2 * side, 2 * side))
+
+
 def test_a_longest_text_and_an_image_are_free_at_once():
     class Both(Positions):
         def __init__(self):

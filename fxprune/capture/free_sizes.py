@@ -65,6 +65,10 @@ def look(
             free.append(finer)
             known |= finer
             break
+    larger = sizes.larger(known)
+    if larger and not seen.differs(*sizes.resized(tree, larger)):
+        free.append(larger)
+        known |= {kind: -known[kind] for kind in larger}
     known = _at_once(seen, tree, free, known)
     several = BATCH in known and any(p.size > 1 for p in sizes.places(tree) if p.kind == BATCH)
     if several and any(decision.is_open for _, decision in decisions(seen.program.graph)):
