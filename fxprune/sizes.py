@@ -8,6 +8,7 @@ again at the other sizes.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,8 +31,8 @@ that halve an image five times; or to twice the size, which windows and chunks o
 change by minus :data:`NEAR`, and images by minus :data:`FAR`, or to half the size."""
 ONE = 0
 """How a batch changes that becomes 1, which code often asks for."""
-FINER = (2, 4, 8, 16)
-"""By how much sizes change where a difference of 32 is one that a network takes."""
+FINEST = 16
+"""Into how many equal parts a step of 32, or of the whole size, that a network takes is divided at most."""
 
 Change = Mapping[str, int]
 """Kinds of sizes, each with :data:`NEAR`, :data:`FAR`, :data:`TWICE`, :data:`ONE`, or by how much it is
@@ -259,11 +260,12 @@ def changes(tree: Any) -> Iterator[Change]:
 
 
 def finer(tree: Any, known: Change) -> Iterator[Change]:
-    """Smaller steps of the sizes that ``known`` changes by :data:`FAR`, the smallest first."""
+    """Equal parts of the steps by which ``known`` changes images and lengths, the smallest first."""
     found = [place for place in places(tree) if place.kind != BATCH and abs(known.get(place.kind, 0)) == FAR]
-    most = min((abs(changed_size(place, known[place.kind]) - place.size) for place in found), default=0)
-    for step in FINER:
-        if step < most:
+    whole = math.gcd(*(changed_size(place, known[place.kind]) - place.size for place in found))
+    for parts in range(FINEST, 1, -1):
+        step = whole // parts
+        if not whole % parts and step > 1:
             yield {place.kind: step if known[place.kind] > 0 else -step for place in found}
 
 

@@ -138,6 +138,56 @@ def test_what_cannot_come_out_otherwise_is_not_asked_again(decide):
         assert result(torch.randn(*size, 8)).shape == (*size, 4)
 
 
+class Padded(nn.Module):
+    """Means over windows, to which images are padded that do not fit."""
+
+    def __init__(self, window):
+        super().__init__()
+        self.window, self.a, self.b = window, nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        window, (h, w) = self.window, x.shape[-2:]
+        below, right = (window - h % window) % window, (window - x.size(-1) % window) % window
+        if below or right:
+            x = nn.functional.pad(x, (0, right, 0, below))
+        x = self.a(x).relu().unflatten(-1, (-1, window)).mean(-1)
+        return self.b(x.unflatten(-2, (-1, window)).mean(-2))[..., :h, :w]
+
+
+@pytest.mark.parametrize(("window", "side", "said"), [(8, 32, "multiples of 8"), (6, 36, "multiples of 6"),
+                                                      (7, 28, "multiples of 7"), (1, 30, "any")])  # fmt: skip
+def test_sizes_that_differ_by_whole_windows_are_padded_alike(window, side, said):
+    torch.manual_seed(0)
+    net, x = Padded(window).eval(), torch.randn(2, 3, side, side)
+    graph = fxprune.analyze(net, x)
+    expected = "batch, height, width: any" if said == "any" else f"batch: any; height, width: {said}"
+    assert str(graph.sizes) == expected
+    pruned = fxprune.prune(net, x, ratio=0.0)
+    for h, w in ((side - window, side + window), (5 * side, window)):
+        x = torch.randn(3, 3, h, w)
+        torch.testing.assert_close(pruned(x), net(x))
+    if window > 1:
+        with pytest.raises(PinnedError):
+            pruned(torch.randn(1, 3, side + 1, side))
+
+
+@pytest.mark.parametrize("window", [5, 7, 9])
+def test_sizes_of_other_remainders_are_refused(window):
+    torch.manual_seed(0)
+    net, x = Padded(window).eval(), torch.randn(2, 3, 33, 33)
+    assert "decides otherwise" in str(fxprune.analyze(net, x).sizes)
+    pruned, right = fxprune.prune(net, x, ratio=0.0), 0
+    for side in range(24, 50):
+        x = torch.randn(1, 3, side, side)
+        try:
+            found = pruned(x)
+        except PinnedError:
+            continue
+        torch.testing.assert_close(found, net(x))
+        right += 1
+    assert right > 1
+
+
 class Parted(nn.Module):
     """Two parts, and between them a branch that cannot be captured."""
 

@@ -76,10 +76,11 @@ def look(
         seen.differs(one_args, one_kwargs, fewer=True)  # what makes no difference there decides nothing
     program = seen.program
     look_elsewhere(program, tree, _multiples(tree, known))
-    settle(program.graph, program.seen)
+    given = Arguments.of(model, args, kwargs).all()
+    settle(program.graph, program.seen, _by_dimension(given, known))
     bounds = steps(kinds, known)
     if bounds:
-        pin(program.graph, Arguments.of(model, args, kwargs).all(), bounds, because)
+        pin(program.graph, given, bounds, because)
     return _alone(program), tuple(free)
 
 
@@ -167,6 +168,19 @@ def _multiples(tree: Any, known: Change) -> dict[str, int]:
         kind: 1 if known[kind] == NEAR else sizes.changed_size(place, known[kind]) - place.size
         for kind, place in found.items()
     }
+
+
+def _by_dimension(given: dict[str, Any], known: Change) -> dict[str, list[int]]:
+    """By input what the size of each dimension may differ by a multiple of, where ``known`` is free."""
+    names = sizes.named(given)
+    found: dict[str, list[int]] = {}
+    for place in sizes.places(given):
+        name, keys = names[place.leaf]
+        how = known.get(place.kind, NEAR)
+        if not keys and how != NEAR:
+            steps = found.setdefault(name, [1] * place.rank)
+            steps[place.dim] = abs(sizes.changed_size(place, how) - place.size)
+    return found
 
 
 def pin(graph: fx.Graph, given: dict[str, Any], bounds: dict[str, int], because: dict[str, str]) -> None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -196,17 +197,22 @@ def _on_shapes(program: Program, tree: Any) -> dict[fx.Node, Any]:
     return values
 
 
-def settle(graph: fx.Graph, seen: Mapping[fx.Node, Any]) -> None:
+Steps = Mapping[str, Sequence[int]]
+"""By input what the size of each dimension may differ from that of the example by a multiple of."""
+
+
+def settle(graph: fx.Graph, seen: Mapping[fx.Node, Any], steps: Steps) -> None:
     """Leave the checks of those decisions alone that may come out otherwise for inputs of other sizes.
 
     Args:
         graph: changed in place.
         seen: what its nodes are on shapes alone.
+        steps: of the sizes of its inputs that may change.
     """
     for node, decision in decisions(graph):
         number: Any = node.args[0]
         order = {part: place for place, part in enumerate(behind(number, seen))}
-        kept = None if decision.is_idle else _Kept(node, order, decision).of(number)
+        kept = None if decision.is_idle else _Kept(node, order, decision, steps).of(number)
         if isinstance(kept, fx.Node):
             node.args = (kept, *node.args[1:])
             del node.meta["decision"]
@@ -223,8 +229,10 @@ def drop(graph: fx.Graph) -> None:
 class _Kept:
     """Computes a decision anew, with the example's values of numbers that are the same at all sizes."""
 
-    def __init__(self, check: fx.Node, order: Mapping[fx.Node, int], decision: SizeDecision) -> None:
-        self.check, self.order, self.decision = check, order, decision
+    def __init__(
+        self, check: fx.Node, order: Mapping[fx.Node, int], decision: SizeDecision, steps: Steps
+    ) -> None:
+        self.check, self.order, self.decision, self.steps = check, order, decision, steps
         self.made: dict[fx.Node, Any] = {}
 
     def of(self, node: fx.Node) -> Any:
@@ -256,14 +264,51 @@ class _Kept:
 
     def _is_settled(self, node: fx.Node) -> bool:
         """Whether a number is the same at all sizes: a polynomial that was so at those seen, or what compares
-        two that are equally far from each other: ``n + 1 > n``.
+        two that are equally far from each other: ``n + 1 > n``, or what is left of dividing what changes in
+        steps of the divisor.
         """
         if node.target in COMPARISONS:
             parts = [part for part in node.args if isinstance(part, fx.Node) and self._is_polynomial(part)]
             if len(parts) < 2 or any(isinstance(self._value(part), tuple) for part in parts):
                 return False
             return self.decision.are_apart(*map(self.order.__getitem__, parts))
+        if node.target is operator.mod:
+            divisor = node.args[1]
+            return isinstance(divisor, int) and divisor > 0 and self._step(node.args[0]) % divisor == 0
         return self._is_polynomial(node) and self.decision.is_fixed(self.order[node])
+
+    def _step(self, number: Any) -> int:
+        """What an integer differs by a multiple of from size to size: 0 where it is the same at all sizes, 1
+        where nothing is known.
+        """
+        if not isinstance(number, fx.Node):
+            return 0 if isinstance(number, int) else 1
+        if self._is_read(number):
+            return 0 if self.decision.is_fixed(self.order[number]) else self._step_read(number)
+        parts: Any = number.args
+        steps = [self._step(part) for part in parts]
+        if number.target in (operator.add, operator.sub, operator.neg):
+            return math.gcd(*steps)
+        if number.target is operator.mul and 1 not in steps:
+            one, other = (self._value(part) if isinstance(part, fx.Node) else part for part in parts)
+            return math.gcd(steps[0] * other, steps[1] * one, steps[0] * steps[1])
+        return 1
+
+    def _step_read(self, node: fx.Node) -> int:
+        """As :meth:`_step`, of a number that is read off a tensor."""
+        keys: list[Any] = []
+        shape: Any = node
+        while shape.target is operator.getitem:
+            shape, key = shape.args
+            keys.insert(0, key)
+        if shape.target == "size":
+            keys = [*shape.args[1:], *keys]
+        elif shape.target is not getattr:
+            return 1
+        steps: Any = self.steps.get(str(shape.args[0].target)) if shape.args[0].op == "placeholder" else None
+        for key in keys:
+            steps = steps[key] if steps is not None and isinstance(key, (int, slice)) else None
+        return steps if isinstance(steps, int) else 1
 
     def _computed(self, node: fx.Node) -> Any:
         if self._is_settled(node):
