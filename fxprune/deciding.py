@@ -28,7 +28,7 @@ from .errors import CaptureError, FxpruneError, PlanError, RewriteError, Selecti
 from .importance import score
 from .importance.base import Scores
 from .inputs import describe_inputs
-from .own_class import Generation, holds, line_notes, marked_copy, rewrite_in_class
+from .own_class import Generation, InOwnClass, holds, left_behind, line_notes, marked_copy, rewrite_in_class
 from .passes import Rewritten, rewrite
 from .passes.check import Violation
 from .passes.remove_branches import remove_branches, without_branches
@@ -365,11 +365,17 @@ class Decision:
         pinned = sizes is not None and bool(sizes.pinned)
         filled = graph.fill_outputs.items()
         zeros = [name for name, node in filled if rewritten.narrowing.changed(node.args[0])]
+        behind = (
+            left_behind(self.own.model, graph.whole.states, rewritten.attributes)
+            if isinstance(rewritten, InOwnClass) and any(selected.removed.values())
+            else []
+        )
         return [
             of_inputs if pinned else "",
             *graph.captured.notes,
             *selected.notes,
             *dict.fromkeys([*self.notes, *rewritten.notes]),
+            *behind,
             self.meter.note if self.meter is not None else "",
             hold_zeros(zeros),
             graph.advice,

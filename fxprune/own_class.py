@@ -42,6 +42,7 @@ from .capture.numbers import (
 from .capture.twin import Twin, twin_on_meta
 from .coupling.units import Label, Value
 from .errors import CaptureError, ExampleInputsError, FxpruneError
+from .files import few
 from .graph_module import clone_module
 from .inputs import to_meta
 from .nodes import describe_source, operator_name
@@ -244,6 +245,41 @@ def read(model: nn.Module, place: Place) -> int:
         owner = owner.__dict__[holder]
     found = owner.__dict__[name]
     return int(found if place.item is None else found[place.item])
+
+
+def left_behind(model: nn.Module, run: Iterable[str], attributes: Mapping[Place, int]) -> list[str]:
+    """Notes on what stays as it is because no call has shown what it would have to be.
+
+    Args:
+        model: the original.
+        run: names of the parameters that the calls have used.
+        attributes: new numbers in attributes of the copy.
+    """
+    tensors = dict(named_tensors(model))
+    used = {id(tensors[name]) for name in run if name in tensors}
+    idle: list[str] = []
+    for path, module in named_modules(model):
+        if idle and f"{path}.".startswith(f"{idle[-1]}."):
+            continue
+        own = [id(parameter) for parameter in module.parameters()]
+        if path and own and used.isdisjoint(own):
+            idle.append(path)
+    notes = []
+    if idle:
+        notes.append(
+            f"the example did not run {few(idle)}: they stay as wide as they are, and a call that does run "
+            f"them may fail. Next: give fxprune.Calls such a call, too"
+        )
+    for place, value in attributes.items():
+        old = read(model, place)
+        same = [
+            name
+            for name, number in model.get_submodule(place.path).__dict__.items()
+            if type(number) is int and number == old != 1 and Place(place.path, name) not in attributes
+        ]
+        if same and place.item is None and "." not in place.name:
+            notes.append(f"{place} becomes {value}; still {old}: {few(same)}, which no call has read")
+    return notes
 
 
 # -- which attributes change -------------------------------------------------------------------------
@@ -742,6 +778,7 @@ __all__ = [
     "build",
     "copy_of",
     "holds",
+    "left_behind",
     "line_notes",
     "marked_copy",
     "read",

@@ -71,6 +71,33 @@ def test_a_head_that_is_made_anew_fits(factor: int) -> None:
     assert any(note.startswith(f"width becomes {16 // factor}: no call has read it") for note in plan.notes)
 
 
+def test_what_no_call_has_shown_is_said() -> None:
+    """Layers that the example did not run, and numbers that nothing reads, keep their widths."""
+
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(8, 16), nn.Linear(16, 5)
+            self.body = nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])
+
+        def forward(self, x: Tensor, which: int) -> Tensor:
+            return self.head(self.body[which](self.stem(x).relu()).relu())
+
+    def said(plan: fxprune.PruningPlan) -> list[str]:
+        return [note for note in plan.notes if "did not run" in note]
+
+    plan = fxprune.plan(Chosen(), (X, 1), ratio=0.5, into="module")
+    (note,) = said(plan)
+    assert note.startswith("the example did not run body.0, body.2: they stay as wide as they are")
+    assert not said(fxprune.plan(Chosen(), (X, 1), ratio=0.5)), "a graph refuses other numbers itself"
+    model = Chosen()
+    calls = fxprune.Calls(model, [(X, which) for which in range(3)])
+    assert not said(fxprune.plan(model, calls, ratio=0.5, into="module"))
+    assert not said(fxprune.plan(Chosen(), (X, 1), ratio=0.0, into="module")), "nothing is narrower"
+    plan, _ = pruned(Classifier(), ratio=0.5)
+    assert "width becomes 16; still 32: image, which no call has read" in plan.notes
+
+
 def test_copies_files_and_dtypes() -> None:
     _, result = pruned(Classifier().eval(), ratio=0.5)
     wanted = result(X)

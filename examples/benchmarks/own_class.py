@@ -411,6 +411,13 @@ def table(path: Path) -> None:
             own_cells = [row.get(name, "") for name in ("generate", "reopened", "seconds", "date", "commit")]
             cells = [row["model"], row.get("graph", ""), row.get("class", ""), verdict, *own_cells]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
+        missed = [row for row in good if row not in near and row.get("held")]
+        if missed:
+            lines += ["", "What keeps the models beyond that bound wider:", ""]
+        for row in missed:
+            kept = [note for note in row["held"] if " keeps " in note]
+            reasons = dict.fromkeys(n.partition(" as wide as it is: ")[2].partition(";")[0] for n in kept)
+            lines.append(f"- {row['model']}: {'; '.join(reasons)}.")
     path.write_text("\n".join(lines) + "\n")
 
 
