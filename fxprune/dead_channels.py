@@ -19,7 +19,7 @@ import contextlib
 import copy
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -106,14 +106,14 @@ def without_dead_channels(
     removed = {group.name: gone for group in graph.groups if (gone := search.superfluous(group))}
     made = plan(graph, 0.0).with_removed(removed)
     while wrong := {problem.group for problem in made.check(graph) if problem.group in made.removed}:
-        search.notes += [f"dead channels of {name} stay, as rows would lose unequal shares" for name in wrong]
+        search.keep(made, wrong, "rows would lose unequal shares")
         made = made.without(*wrong)
     while violations := (rewritten := rewrite(graph, made.removed)).violations:
         first = violations[0]
         wrong = search.around(first.node) & made.removed.keys() or set(made.removed)
-        search.notes += [f"dead channels of {name} stay: node {first.node}: {first.reason}" for name in wrong]
+        search.keep(made, wrong, f"node {first.node}: {first.reason}")
         made = made.without(*wrong)
-    notes = tuple(dict.fromkeys(search.notes))
+    notes = dict.fromkeys(filter(None, (remark.said(made) for remark in search.remarks)))
     made = replace(made, notes=(*made.notes, *notes), settings={"lossless": True}, costs={})
     folded = search.folded(made.removed)
     pruned = rewritten.materialize(folded)
@@ -253,6 +253,30 @@ class _Merge:
         return rows.reshape(shape).permute(*back).contiguous()
 
 
+@dataclass(frozen=True, eq=False)
+class _Remark:
+    """Something to say of some units of a group, once it is known which of them go.
+
+    Attributes:
+        group: the group.
+        units: the units.
+        text: what is to be said, after how many they are.
+        gone: whether it is said of those that go, or of those that stay.
+    """
+
+    group: Group
+    units: Mask
+    text: str
+    gone: bool = False
+
+    def said(self, plan: PruningPlan) -> str:
+        """The note on a plan, or nothing, where it is true of no unit."""
+        removed = _none(self.group)
+        removed[list(plan.removed.get(self.group.name, ()))] = True
+        count = int((self.units & (removed if self.gone else ~removed)).sum())
+        return f"{count} {self.text}" if count else ""
+
+
 @dataclass
 class _Search:
     graph: CouplingGraph
@@ -260,7 +284,7 @@ class _Search:
     kwargs: dict[str, Any]
     any_size: bool
     """Whether there are sizes of the inputs at which it could not be run."""
-    notes: list[str] = field(default_factory=list)
+    remarks: list[_Remark] = field(default_factory=list)
     folds: list[_Fold] = field(default_factory=list)
     merges: list[_Merge] = field(default_factory=list)
 
@@ -306,7 +330,10 @@ class _Search:
         except ValueError:
             return []
         self.merges += merges
-        self.notes.append(f"{len(kept)} channels of {group.name} are copies of others: both are read as one")
+        copies = _none(group)
+        copies[list(kept)] = True
+        text = f"channels of {group.name} are copies of others: both are read as one"
+        self.remarks.append(_Remark(group, copies, text, gone=True))
         return list(kept)
 
     def dead(self, group: Group) -> list[int]:
@@ -320,7 +347,7 @@ class _Search:
         if not any(mask.any() for mask in zero.values()):
             return []
         if not group.exact:
-            self._stay(group, int(np.logical_and.reduce([*zero.values()]).sum()), group.inexact_because)
+            self._stay(group, np.logical_and.reduce([*zero.values()]), group.inexact_because)
             return []
         constant = self._constant(group, zero)
         gone: Mask = np.logical_or.reduce([*zero.values()])
@@ -334,11 +361,11 @@ class _Search:
         readings = []
         for member, use, given in given_to:
             if given is None:
-                self._stay(group, int(gone.sum()), f"what {use.at} reads arises inside of it")
+                self._stay(group, gone, f"what {use.at} reads arises inside of it")
                 return []
             reading = self._reading(group, use.node, given) if not _part(member, use) else None
             if reading is None:
-                self._stay(group, int(gone.sum()), f"how {use.at} reads them is not seen")
+                self._stay(group, gone, f"how {use.at} reads them is not seen")
                 return []
             readings.append((use, reading))
         ends = self._ends(group)
@@ -346,20 +373,20 @@ class _Search:
             zeros = [constant.get(given, _none(group)) & self._zeros(group, node, given) for given in inputs]
             every = np.logical_or if operator_name(node) in _PRODUCTS else np.logical_and
             here = every.reduce(zeros)
-            self._stay(group, int((gone & ~here).sum()), f"they are not zero at {node.name}")
+            self._stay(group, gone & ~here, f"they are not zero at {node.name}")
             gone &= here
         if not readings and not ends:
-            self._stay(group, int(gone.sum()), "no node of the graph shows what reads them")
+            self._stay(group, gone, "no node of the graph shows what reads them")
             return []
         folds: list[_Fold] = []
         for use, reading in readings:
             steady, carried = self._read(group, reading)
-            self._stay(group, int((gone & ~steady).sum()), f"at {use.at} they depend on the place")
+            self._stay(group, gone & ~steady, f"at {use.at} they depend on the place")
             gone &= steady
             if (gone & carried).any():
                 fold, reason = self._fold(group, use, reading, gone & carried)
                 if fold is None:
-                    self._stay(group, int((gone & carried).sum()), f"they are not zero at {use.at}, {reason}")
+                    self._stay(group, gone & carried, f"they are not zero at {use.at}, {reason}")
                     gone &= ~carried
                 else:
                     folds.append(fold)
@@ -392,12 +419,12 @@ class _Search:
                 weight = changed.get(name, self.program.tensors[name])
                 changed[name] = _without(weight, member, units)
             if units.any() and self._unchanged(node, changed, _EXACT):
-                self._stay(group, int((gone & ~units).sum()), f"{node.name} gives something else without")
+                self._stay(group, gone & ~units, f"{node.name} gives something else without")
                 units = units.copy()
                 if units.all():
                     units[0] = False
                 return self._balanced(group, units)
-        self._stay(group, int(gone.sum()), f"{node.name} gives something else without them")
+        self._stay(group, gone, f"{node.name} gives something else without them")
         return []
 
     def _has(self, node: fx.Node, name: str) -> bool:
@@ -482,15 +509,21 @@ class _Search:
         near = [n for node in self.nodes if node.name == name for n in (node, *node.all_input_nodes)]
         return set().union(*(self.carried[n] for n in near))
 
-    def _stay(self, group: Group, count: int, reason: str) -> None:
-        if count:
-            self.notes.append(f"{count} dead channels of {group.name} stay: {reason}")
+    def keep(self, plan: PruningPlan, names: Iterable[str], reason: str) -> None:
+        """Note why what a plan removes of some groups stays."""
+        for group in self.graph.groups:
+            if group.name in names:
+                units = _none(group)
+                units[list(plan.removed[group.name])] = True
+                self.remarks.append(_Remark(group, units, f"channels of {group.name} stay: {reason}"))
+
+    def _stay(self, group: Group, units: Mask, reason: str) -> None:
+        self.remarks.append(_Remark(group, units, f"dead channels of {group.name} stay: {reason}"))
 
     def _balanced(self, group: Group, gone: Mask) -> list[int]:
         """Positions of as many of the units as can go; each row of a balanced set loses as many."""
         left = _balanced(group, gone)
-        kept = int((gone & ~left).sum())
-        self._stay(group, kept, "rows (of a grouped convolution, of heads) have to stay equally long")
+        self._stay(group, gone & ~left, "rows (of a grouped convolution, of heads) have to stay equally long")
         return [int(unit) for unit in np.flatnonzero(left)]
 
     def _observe(self) -> None:
@@ -621,8 +654,8 @@ class _Search:
             before = [constant[n] for n in node.all_input_nodes if n in constant]
             lost = left & ~here & np.logical_or.reduce([_none(group), *before])
             if lost.any():
-                which = f"{int(lost.sum())} channels of {group.name} that a layer makes zero"
-                self.notes.append(f"{which} stay: at {node.name} they meet others that are not")
+                text = f"channels of {group.name} that a layer makes zero stay: at {node.name} they meet"
+                self.remarks.append(_Remark(group, lost, f"{text} others that are not"))
             left &= ~lost
 
     def _carried(self) -> dict[fx.Node, set[str]]:
