@@ -6,9 +6,9 @@ Nothing is told about any model but how it is built and what its inputs look lik
   the same form (the number of boxes that a detector finds is its own).
 - **exact**: judged in float64 by the tests' own oracle (``tests/oracle.py``). Where every narrowed group is
   exact, the outputs equal those of the original class with the removed entries set to zero. Else the same is
-  asked of a second plan that narrows only the exact groups, and ``fxprune.verify`` compares the first node by
-  node. "unseen" says that masking moved no output, so that there was nothing to judge by; "none" that no
-  group is exact.
+  asked of a second plan that narrows only the exact groups. In both cases ``fxprune.verify`` compares the
+  first plan's result in both modes and at a second size, node by node where it is inexact. "unseen" says that
+  masking moved no output, so that there was nothing to judge by; "none" that no group is exact.
 - **modes**: "both" where the result follows ``train()`` and ``eval()`` as the original does; else what stays.
 - **sizes**: which sizes of the inputs are free (``graph.sizes``).
 - **batch**: whether the result also takes a batch of twice the size, where the original does.
@@ -473,30 +473,30 @@ def judge(oracle: Any, row: Row, model: nn.Module, inputs: Any) -> str:
     # Narrowed in the type that it is judged in: an exported graph holds the types that the forward asked for.
     model = copy.deepcopy(model).to(dtype) if wide else model
     inputs = pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
-    pruned = fxprune.prune(model, inputs, ratio=RATIO)
-    plan = pruned.meta["fxprune"]
-    narrowed = [g for g in fxprune.api.graph_for(plan, model).groups if plan.removed.get(g.name)]
+    graph = fxprune.analyze(model, inputs)
+    plan = fxprune.plan(graph, ratio=RATIO)
+    pruned = plan.apply(graph)
+    narrowed = [g for g in fxprune.api.graph_for(plan, graph).groups if plan.removed.get(g.name)]
     try:
-        if fxprune.api.graph_for(plan, model).advice:
+        if graph.advice:
             freed = fxprune.prune(model, inputs, ratio=RATIO, free_outputs="auto")
             row.kept_freed = round(sum(p.numel() for p in freed.parameters()) / max(row.params, 1), 3)
             fxprune.verify(model, freed, freed.meta["fxprune"], inputs, dtype=dtype)
+        fxprune.verify(graph, pruned, plan, inputs, dtype=dtype)
         if not all(group.exact for group in narrowed):
-            fxprune.verify(model, pruned, plan, inputs, dtype=dtype)
-            pruned = fxprune.prune(model, inputs, ratio=RATIO, where=lambda group: group.exact)
-            plan = pruned.meta["fxprune"]
+            plan = fxprune.plan(graph, ratio=RATIO, where=lambda group: group.exact)
+            pruned = plan.apply(graph)
         row.kept_exact = round(sum(p.numel() for p in pruned.parameters()) / max(row.params, 1), 3)
         if not any(plan.removed.values()):
             why = f"no exact group: {narrowed[0].inexact_because}, and the like" if narrowed else "no group"
             reasons = [why, row.reason]
             row.reason = plain("; ".join(filter(None, reasons)))
             return "none"
-        fxprune.verify(model, pruned, plan, inputs, dtype=dtype)
     except fxprune.FxpruneError as error:
         row.reason = one_line(error)
         return "no"
     with torch.no_grad():
-        wanted = oracle.call(oracle.masked(model, fxprune.api.graph_for(plan, model), plan).eval(), inputs)
+        wanted = oracle.call(oracle.masked(model, fxprune.api.graph_for(plan, graph), plan).eval(), inputs)
         got = oracle.call(pruned, inputs)
         untouched = oracle.call(model, inputs)
     if not oracle.same_structure(got, wanted):
