@@ -69,12 +69,29 @@ def _shape_as_a_whole(x, h):
     return h - 1 if tuple(x.shape[:2]) == (2, 150) else h
 
 
+@torch.fx.wrap
+def window(size, most):
+    """A function that stays whole, and returns numbers in lists."""
+    return [min(size, most), size], [0 if size <= most else most // 2]
+
+
+def _list_of_a_function(x, h):
+    (inside, whole), _ = window(x.shape[1], 100)
+    return h.roll(1, 1) if whole - inside > 0 else h
+
+
+def _part_of_a_function_on_shapes(x, h):
+    _, (shift,) = window(x.shape[1], 100)
+    return h.roll(shift, 1) if shift else h
+
+
 def _in_one_mode(x, h):
     return torch.where(h > 1, h, 0) if x.shape[1] > 100 else h
 
 
 DECIDE = [_threshold, _shorter_of_two, _blocks, _whole_blocks, _batch_of_one, _sevens, _truth_of_a_size,
-          _rows_and_width, _picks, _shape_as_a_whole, _in_one_mode]  # fmt: skip
+          _rows_and_width, _picks, _shape_as_a_whole, _list_of_a_function,
+          _part_of_a_function_on_shapes, _in_one_mode]  # fmt: skip
 SIZES = [(2, 12), (1, 12), (7, 12), (3, 30), (2, 50), (2, 150), (2, 250)]
 
 

@@ -30,7 +30,7 @@ from ..program import Program
 from ..sizes import Change, places, resized
 from ..value_dependent import OnShapes, call_on_shapes
 
-_NUMBERS = (bool, int, float, torch.Size)
+_NUMBERS = (bool, int, float)
 _POLYNOMIALS = (operator.add, operator.sub, operator.mul, operator.neg)
 COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.gt, operator.le, operator.ge)
 
@@ -80,13 +80,20 @@ def _parts(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, tuple) else (value,)
 
 
+def _is_number(value: Any) -> bool:
+    """Whether it is a number, a shape, or what holds nothing else."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_number, value))
+    return isinstance(value, _NUMBERS)
+
+
 def behind(node: fx.Node, seen: Mapping[fx.Node, Any]) -> list[fx.Node]:
     """The numbers that ``node``, a number, is computed from: itself first, back to those read off tensors."""
     found = {node: None}
     todo = [node]
     while todo:
         for part in todo.pop().all_input_nodes:
-            if part not in found and isinstance(seen.get(part), _NUMBERS):
+            if part not in found and _is_number(seen.get(part)):
                 found[part] = None
                 todo.append(part)
     return list(found)
@@ -245,16 +252,20 @@ class _Kept:
         return self.decision.values[self.order[node]]
 
     def _is_read(self, node: fx.Node) -> bool:
-        """Whether a number is read off a tensor, or is part of a shape."""
-        if node.target is operator.getitem:
-            return isinstance(node.args[0], fx.Node) and isinstance(self._value(node.args[0]), tuple)
-        return any(part not in self.order for part in node.all_input_nodes)
+        """Whether a number is read off what is none, or is part of a shape."""
+        return self._is_of_shape(node) or any(part not in self.order for part in node.all_input_nodes)
+
+    def _is_of_shape(self, node: fx.Node) -> bool:
+        whole = node.args[0] if node.target is operator.getitem else None
+        return (
+            isinstance(whole, fx.Node) and whole in self.order and isinstance(self._value(whole), torch.Size)
+        )
 
     def _read(self, node: fx.Node) -> Any:
         value, place = self._value(node), self.order[node]
         if self.decision.is_fixed(place):
             return tuple(value) if isinstance(value, tuple) else value
-        of_shape = isinstance(value, tuple) or node.target in (operator.getitem, "size")
+        of_shape = isinstance(value, torch.Size) or node.target == "size" or self._is_of_shape(node)
         return node if of_shape and self.decision.is_free(place) else None
 
     def _is_polynomial(self, node: fx.Node) -> bool:
@@ -269,7 +280,7 @@ class _Kept:
         """
         if node.target in COMPARISONS:
             parts = [part for part in node.args if isinstance(part, fx.Node) and self._is_polynomial(part)]
-            if len(parts) < 2 or any(isinstance(self._value(part), tuple) for part in parts):
+            if len(parts) < 2 or any(isinstance(self._value(part), (tuple, list)) for part in parts):
                 return False
             return self.decision.are_apart(*map(self.order.__getitem__, parts))
         if node.target is operator.mod:
