@@ -30,6 +30,7 @@ from .capture.dynamo import named_inputs
 from .capture.patches import PlainAttention
 from .errors import ExampleInputsError
 from .inputs import normalize, to_meta
+from .random_numbers import drawn
 
 __all__ = ["Count", "count", "flop_counter", "latency_ratio", "measure_latency"]
 
@@ -213,7 +214,7 @@ def _work(model: nn.Module, args: Any, kwargs: Any) -> tuple[int, int]:
         tensors = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs))]
         if not any(isinstance(t, Tensor) and t.is_meta for t in tensors):
             # Control flow may depend on values: run a copy that shares nothing but the parameters.
-            with contextlib.suppress(Exception), torch.random.fork_rng():
+            with contextlib.suppress(Exception), drawn():
                 memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
                 twin = copy.deepcopy(model, memo)
                 return _counted(twin, *pytree.tree_map_only(Tensor, torch.clone, (args, kwargs)))

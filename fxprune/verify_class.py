@@ -26,6 +26,7 @@ from .passes import rewrite
 from .passes.parameters import NarrowParameters
 from .planning.plan import PruningPlan
 from .program import named_tensors
+from .random_numbers import drawn
 from .trees import flatten
 
 _OWN_PRECISION = 1e-6
@@ -144,8 +145,7 @@ def _outputs(module: nn.Module, inputs: Any, seed: int, cache: bool = True) -> l
     """
     args, kwargs = copy.deepcopy(inputs)
     module = as_one(module, kwargs)
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.no_grad(), drawn(seed):
         try:
             outputs = module(*args, **kwargs)
         except Exception as error:

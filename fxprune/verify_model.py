@@ -24,6 +24,7 @@ from .graph_module import Interpreter
 from .nn import assign
 from .nodes import describe_source, writes
 from .program import Program, own_train
+from .random_numbers import drawn
 from .same_calls import same_calls
 from .trees import flatten
 
@@ -105,8 +106,7 @@ class Outcome:
 
 def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int = 0) -> Outcome:
     """Run ``module`` on copies of the inputs, with random numbers that follow from ``seed``."""
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
+    with drawn(seed), torch.no_grad():
         try:
             # Past __call__ of torch.fx, which would print a traceback of its own.
             run = module.forward if isinstance(module, fx.GraphModule) else module
@@ -278,10 +278,8 @@ def _first_difference(
             inner.register_forward_hook(partial(watch, path))
     call(own, args, kwargs)
     recorder = _Recorder(module)
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        with contextlib.suppress(Exception):  # said already
-            recorder.run(*piece.bind(copied(args), copied(kwargs)))
+    with drawn(0), torch.no_grad(), contextlib.suppress(Exception):  # said already
+        recorder.run(*piece.bind(copied(args), copied(kwargs)))
     for path, node, result in recorder.calls:
         outputs = seen.get(path)
         if outputs is None:

@@ -21,6 +21,7 @@ from .known_values import made_of_sizes
 from .nodes import describe_source, operator_name
 from .passes import Narrowing
 from .passes.parameters import narrow, surviving
+from .random_numbers import drawn
 from .trees import Leaf, flatten
 from .verify_masked import UNWRITTEN
 from .verify_model import copied, plain, relative_error
@@ -64,8 +65,7 @@ def compare_outputs(
     """
     outputs = []
     for module in (original, candidate):
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
+        with drawn(0):
             try:
                 # Past __call__, which would print torch.fx's own traceback.
                 outputs.append(module.forward(*copied(args), **copied(kwargs)))
@@ -352,8 +352,7 @@ class _Stepper:
         return node
 
     def _seeded(self, node: fx.Node, seed: int) -> Any:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with drawn(seed):
             return self.interpreter.run_node(node)
 
     def draws(self, node: fx.Node, limit: float) -> bool:

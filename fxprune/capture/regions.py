@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import CaptureError, ExampleInputsError, FxpruneError, PlanError
 from ..inputs import describe_inputs, restore_inputs
 from ..program import Program, Skeleton, named_tensors
+from ..random_numbers import drawn
 from ..region_program import CapturedRegion, RegionLink, RegionProgram, unite
 from .arguments import Arguments
 from .leaf_modules import is_leaf
@@ -245,16 +246,15 @@ def _run(
         twin.eval()
     args, kwargs = _copied(args), _copied(kwargs)
     handles = list(watch.hooks(twin))
-    devices = {t.device for t in tensors if isinstance(t, torch.Tensor) and t.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(list(devices)), torch.no_grad(), watch:
+        with drawn(), torch.no_grad(), watch:
             output = twin(*args, **kwargs)
         watch.finish(twin, (args, kwargs, output))
     except Exception as error:  # whatever a user's forward raises
         for handle in handles:
             handle.remove()
         try:
-            with torch.random.fork_rng(list(devices)), torch.no_grad():
+            with drawn(), torch.no_grad():
                 twin(*args, **kwargs)
         except Exception as own:
             failure = ExampleInputsError(

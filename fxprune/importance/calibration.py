@@ -14,6 +14,7 @@ from ..capture.patches import PlainAttention
 from ..coupling.groups import Member
 from ..errors import ExampleInputsError, ImportanceError
 from ..inputs import normalize
+from ..random_numbers import drawn
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 """``loss(model, batch)``: a tensor of one number."""
@@ -226,7 +227,7 @@ def _undisturbed(model: nn.Module, seed: int, gradients: bool) -> Iterator[None]
         if buffer is not None
     ]
     try:
-        with _seeded(model, seed), torch.set_grad_enabled(gradients), PlainAttention():
+        with drawn(seed), torch.set_grad_enabled(gradients), PlainAttention():
             model.eval()
             gc.enable()  # it rests while a plan is made, and would let go of no batch
             for parameter, _, _ in parameters:
@@ -253,21 +254,6 @@ def _require_gradient(parameter: nn.Parameter) -> None:
         parameter.requires_grad_(True)
     except RuntimeError as error:
         raise ImportanceError(f"a parameter of the model cannot have a gradient: {error}") from error
-
-
-@contextlib.contextmanager
-def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """Seed the generators of the processor and of the model's devices, and put them back afterwards."""
-    devices = {p.device for p in model.parameters() if p.device.type in ("cuda", "xpu")}
-    kind = next((device.type for device in devices), "cuda")
-    indices = sorted(device.index for device in devices)
-    with torch.random.fork_rng(indices, device_type=kind):
-        torch.default_generator.manual_seed(seed)
-        for index in indices:
-            module = torch.get_device_module(kind)
-            with module.device(index):
-                module.manual_seed(seed)
-        yield
 
 
 def progress(data: Iterable[Any], owner: str) -> Iterable[Any]:

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from ..capture.patches import PlainAttention
 from ..coupling.graph import CouplingGraph
 from ..errors import ImportanceError
+from ..random_numbers import drawn
 from .base import Entries, Measure, MemberCriterion
 from .gradient import LossCriterion, by_name, times_weight
 
@@ -61,8 +62,7 @@ class SynFlow(MemberCriterion):
         )
         device = next((tensor.device for tensor in program.tensors.values()), torch.device("cpu"))
         inputs = pytree.tree_map_only(torch.Tensor, lambda t: _ones(t, device), graph.inputs)
-        devices = [device.index or 0] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.enable_grad(), PlainAttention():
+        with drawn(), torch.enable_grad(), PlainAttention():
             outputs = copied.module().eval()(*inputs)
             leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
             flows = [leaf.sum() for leaf in leaves if leaf.is_floating_point() and leaf.requires_grad]
