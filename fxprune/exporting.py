@@ -85,7 +85,8 @@ def export(model: nn.Module, example_inputs: Any, path: str | Path) -> Written:
             written does not compute what the network does.
     """
     path = Path(path)
-    writer = _WRITERS[files.check_output(path, tuple(_WRITERS)).suffix]
+    kind = files.check_output(path, tuple(_WRITERS))
+    writer = _WRITERS[kind.suffix]
     args, kwargs = normalize(example_inputs)
     check_whole(path, tuple(name for name, m in named_modules(model) if isinstance(m, RegionModule)))
     modes = {module: module.training for module in model.modules()}
@@ -97,16 +98,22 @@ def export(model: nn.Module, example_inputs: Any, path: str | Path) -> Written:
     finally:
         for module, training in modes.items():
             module.training = training
-    lines = decided(model.graph) if isinstance(model, fx.GraphModule) and path.suffix == ".onnx" else []
-    return Written(path, size, exported.sizes + _unchecked(lines), found[0])
+    lines = decided(model.graph) if isinstance(model, fx.GraphModule) else []
+    return Written(path, size, exported.sizes + _unchecked(kind, lines), found[0])
 
 
-def _unchecked(lines: list[str]) -> str:
-    """That a file takes sizes at which it is wrong: those for which the model's code decides otherwise."""
+def _unchecked(kind: files.Format, lines: list[str]) -> str:
+    """That a file takes sizes at which it is wrong: those for which the model's code decides otherwise.
+
+    Only a program of torch.export has guards.
+    """
+    if kind.suffix == ".pt2":
+        return ""
     if not lines:
         return ""
     more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
-    return f"; not those for which the code decides otherwise, which ONNX cannot refuse ({lines[0]}{more})"
+    where = f"({lines[0]}{more})"
+    return f"; not those for which the code decides otherwise, which {kind.holds} does not refuse {where}"
 
 
 def check_whole(path: Path, regions: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fxprune
+from fxprune import exporting
 from fxprune.errors import PinnedError
 from fxprune.exporting import capture_program
 
@@ -284,9 +285,12 @@ def test_torch_export_and_torch_compile_leave_the_sizes_free_that_decide(decide)
             exported.program.module()(torch.randn(2, 150, 8))
 
 
-def test_that_onnx_cannot_refuse_is_said(tmp_path):
+def test_what_cannot_refuse_is_said(tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
+    compiled = {".aoti.pt2": lambda exported, draft, *_: draft.write_text("compiled for a minute")}
+    monkeypatch.setattr(exporting, "_WRITERS", {**exporting._WRITERS, **compiled})
     model, x = Deciding(_threshold).eval(), torch.randn(2, 12, 8)
     result = fxprune.prune(model, x, ratio=0.0)
-    assert "which ONNX cannot refuse" in fxprune.export(result, x, tmp_path / "net.onnx").sizes
+    for name, what in (("net.onnx", "an ONNX model"), ("net.aoti.pt2", "a package of AOTInductor")):
+        assert f"which {what} does not refuse" in fxprune.export(result, x, tmp_path / name).sizes
     assert "refuse" not in fxprune.export(result, x, tmp_path / "net.pt2").sizes
