@@ -94,6 +94,14 @@ def test_a_file_that_stands_for_too_much(plan: fxprune.PruningPlan) -> None:
     data["removed"]["blocks.0.0.weight[0]"] = f"0-{10**11 - 2}"
     with pytest.raises(PlanError, match="no list of units"):
         fxprune.PruningPlan.from_json(json.dumps(data))
+    data["notes"] = ["x" * 40_000]  # a long text may stand for more, but not for hundreds of megabytes
+    data["removed"]["blocks.0.0.weight[0]"] = "0-6000000"
+    with pytest.raises(PlanError, match="no list of units"):
+        fxprune.PruningPlan.from_json(json.dumps(data))
+    data["removed"]["blocks.0.0.weight[0]"] = "0-5"
+    data["shapes"]["wide"] = [10**4000] * 100
+    with pytest.raises(PlanError, match="that of no tensor"):
+        fxprune.PruningPlan.from_json(json.dumps(data))
 
 
 def test_deep_nesting_and_absurd_sizes(plan: fxprune.PruningPlan) -> None:

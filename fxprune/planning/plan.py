@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import PlanError
+from ..files import few
 from ..repeats import joined, starred
 from . import plan_file
 from .patterns import nearest
@@ -315,9 +317,11 @@ class PruningPlan:
             wrong = [unit for unit in gone if not 0 <= unit < size]
             if wrong:
                 raise PlanError(
-                    f"the plan names units {wrong} of the group {group!r}, which has {size} units."
+                    f"the plan names units {few(map(str, wrong))} of the group {group!r}, which has {size} "
+                    f"units."
                 )
-            if len(set(gone)) < len(gone):
+            ascending = all(a < b for a, b in itertools.pairwise(gone))  # as they mostly are: no set is made
+            if not ascending and len(set(gone)) < len(gone):
                 raise PlanError(f"the plan names units of the group {group!r} more than once.")
             if len(gone) == size:
                 raise PlanError(

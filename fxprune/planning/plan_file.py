@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -27,8 +26,9 @@ _READS = (1, 2)  # version 1 had lists of positions only
 MOST_BYTES = 1 << 28
 """Length of a plan file from which on it is not read; the plan of a network of 70 B parameters has a few
 MB."""
-_MOST_POSITIONS, _POSITIONS_PER_BYTE = 1 << 25, 1 << 10
-"""What the ranges of a plan may stand for, in all and for each byte of its text."""
+_MOST_POSITIONS, _FEW_POSITIONS, _POSITIONS_PER_BYTE = 1 << 23, 1 << 20, 1 << 7
+"""What the ranges of a plan may stand for: in all, in any text, and for each byte of a long one. Half of the
+feed-forward units of a network of 400 B parameters are 3 M positions, 50 for each byte of its plan."""
 _MOST_ENTRIES, _MOST_INPUT_ENTRIES = 1 << 40, 1 << 30
 """Of one tensor; of an example input, which the analysis may have to make."""
 
@@ -119,7 +119,7 @@ def _positions(removed: Mapping[str, Any], sizes: Any, length: int) -> dict[str,
     Raises:
         PlanError: for what is no range, or stands for more positions than the group has.
     """
-    left = min(_MOST_POSITIONS, _POSITIONS_PER_BYTE * length)
+    left = min(_MOST_POSITIONS, max(_FEW_POSITIONS, _POSITIONS_PER_BYTE * length))
     found: dict[str, Any] = {}
     for group, text in removed.items():
         if not isinstance(text, str):
@@ -150,7 +150,7 @@ def check_sizes(plan: PruningPlan) -> None:
     from ..inputs import restore_inputs
 
     for name, shape in plan.shapes.items():
-        if any(size < 0 for size in shape) or math.prod(shape) > _MOST_ENTRIES:
+        if not _fits(shape, _MOST_ENTRIES):
             raise PlanError(f"the plan's shape of {name!r} is that of no tensor: {_short(repr(shape))}.")
     for name, size in plan.sizes.items():
         if type(size) is not int or not 0 < size <= _MOST_ENTRIES:
@@ -167,19 +167,29 @@ def check_sizes(plan: PruningPlan) -> None:
         ) from error
 
 
+def _fits(shape: Iterable[Any], most: int) -> bool:
+    """Whether a shape is one, with at most so many entries; no product becomes longer than that."""
+    entries = 1
+    for size in shape:
+        if type(size) is not int or not 0 <= size <= most:
+            return False
+        entries *= size
+        if entries > most:
+            return False
+    return True
+
+
 def _check_tensors(tree: Any) -> None:
     if isinstance(tree, Mapping):
         shape = tree.get("tensor")
         if shape is not None and (
-            not isinstance(shape, (list, tuple))
-            or any(type(size) is not int or size < 0 for size in shape)
-            or math.prod(shape) > _MOST_INPUT_ENTRIES
+            not isinstance(shape, (list, tuple)) or not _fits(shape, _MOST_INPUT_ENTRIES)
         ):
             raise PlanError(f"the plan's example inputs hold no tensor of the shape {_short(repr(shape))}.")
-    for item in (
-        tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (list, tuple)) else ()
-    ):
-        _check_tensors(item)
+    items = tree.values() if isinstance(tree, Mapping) else tree
+    for item in items:
+        if isinstance(item, (Mapping, list, tuple)):
+            _check_tensors(item)
 
 
 def _short(text: str) -> str:
