@@ -20,7 +20,7 @@ from .guards import CHECKS
 from .nodes import mutable, operator_name, writes
 
 FROM_SHAPE = frozenset(["zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones",
-                         "new_empty", "new_full", "new_tensor"])  # fmt: skip
+                         "new_empty", "new_full", "new_tensor", "new"])  # fmt: skip
 """Functions that look at nothing but the shape, type and device of their first argument."""
 _RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout", "uniform", "exponential", "poisson")
 KINDS = frozenset(["layout", "is_sparse", "is_sparse_csr", "is_quantized", "is_nested", "is_mkldnn"])

@@ -193,6 +193,12 @@ def _factory(node: fx.Node, narrowing: Narrowing) -> Call | None:
     return (*node.args[:at], *new, *node.args[at + count :]), dict(node.kwargs)
 
 
+@_edits("new")
+def _new(node: fx.Node, narrowing: Narrowing) -> Call | None:
+    """The ``new_empty`` of old, to which a list is no sizes but entries."""
+    return None if isinstance(_argument(node, 1, "size"), (list, tuple)) else _factory(node, narrowing)
+
+
 @_edits("repeat", "tile")
 def _repeat(node: fx.Node, narrowing: Narrowing) -> Call | None:
     """How often: one entry that stands for all channels, as often as some are left."""

@@ -243,7 +243,10 @@ def training(flag: Callable[[nn.Module, bool], Any]) -> Patch:
 
 
 def functions(
-    names: Iterable[str], make: Callable[[Any], Callable[..., Any]], tables: Iterable[dict[str, Any]]
+    names: Iterable[str],
+    make: Callable[[Any], Callable[..., Any]],
+    tables: Iterable[dict[str, Any]],
+    owner: ModuleType = torch,
 ) -> Patch:
     """Replace functions of ``torch`` by ``make(original)``, also where they were imported by name.
 
@@ -251,12 +254,13 @@ def functions(
         names: of the functions.
         make: gives what stands in for one.
         tables: global names, in which the functions may stand.
+        owner: the module that has them.
     """
 
     def patch(session: Session) -> None:
         for name in names:
-            original: Callable[..., Any] = getattr(torch, name)
-            session.replace(torch, name, make)
+            original: Callable[..., Any] = getattr(owner, name)
+            session.replace(owner, name, make)
             for table in tables:
                 if table.get(name) is original:
                     session.note(table, name)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.autograd import Variable
 from torch.fx.node import map_arg
 from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
@@ -390,7 +391,16 @@ class Tracer(fx.Tracer):
 
             return make
 
+        def variable(original: Any) -> Callable[..., Any]:
+            def make(data: Any = None, *args: Any, **kwargs: Any) -> Any:
+                if isinstance(data, (fx.Proxy, StandIn)):
+                    return data.detach()
+                return original(data, *args, **kwargs)
+
+            return make
+
         def is_instance(value: Any, kinds: Any) -> bool:
+            kinds = torch.Tensor if kinds == Variable else kinds  # as PyTorch has it
             plain = isinstance(value, kinds)
             return plain or (isinstance(value, TracedProxy) and issubclass(self.type_of(value.node), kinds))
 
@@ -401,6 +411,7 @@ class Tracer(fx.Tracer):
             patches.fx_tracing,
             patches.training(flag),
             patches.functions((*FACTORIES, *_FROM_NUMBERS), dynamic, tables),
+            patches.functions(("Variable",), variable, tables, torch.autograd),
             patches.types_of_values(tables, is_instance),
             patches.autograd_functions(self._apply),
             patches.flags(True, set()),

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd import Variable
 from torch.nn import functional as F
 
 from .cases import (
@@ -290,6 +291,26 @@ def precision_by_the_type_of_the_device(net, x):
 def size_by_a_function_of_tensors(net, x):
     x, half = net.a(x), torch.div(x.shape[1] - 1, 2, rounding_mode="trunc")
     return net.b(torch.cat([x, x.new_zeros(x.shape[0], half + 1, 16)], dim=1))
+
+
+@case(IMAGE, lambda: {"a": conv(3, 8), "b": conv(10, 4)}, "a b")
+def variables_of_old(net, x):
+    """What PyTorch asked for before version 0.4."""
+    x = Variable(net.a(x))
+    assert isinstance(x, Variable)
+    return net.b(torch.cat([x, torch.autograd.Variable(torch.zeros(len(x), 2, 8, 8), requires_grad=True)], 1))
+
+
+@case(IMAGE, lambda: {"a": conv(3, 8), "b": conv(8, 4)}, "a b")
+def shuffled_by_a_variable(net, x):
+    x = net.a(x)
+    return net.b(x.index_select(1, Variable(torch.arange(7, -1, -1))))
+
+
+@case(IMAGE, lambda: {"a": conv(3, 8), "b": conv(8, 4)}, "a b")
+def a_mask_made_by_new(net, x):
+    x = net.a(x)
+    return net.b(x * Variable(x.data.new(x.size(0), 8, 1, 1).fill_(0.5)) + x.new([1.0]))
 
 
 @case(VECTOR, two_linears(), "a b")
