@@ -58,6 +58,18 @@ def _truth_of_a_size(x, h):
     return h - 1 if x.shape[1] // 100 else h
 
 
+def _shape_in_part(x, h):
+    return h if h.size() != (2, 250, 16) else h * 2
+
+
+def _end_of_a_shape(x, h):
+    return h * 2 if h.shape[1:] == (250, 16) else h
+
+
+def _one_of_shapes(x, h):
+    return h * 2 if tuple(h.shape[1:]) in ((250, 16), (50, 16)) else h
+
+
 def _rows_and_width(x, h):
     return h - 1 if h.shape[1] * h.shape[2] > 1000 else h
 
@@ -91,8 +103,8 @@ def _in_one_mode(x, h):
 
 
 DECIDE = [_threshold, _shorter_of_two, _blocks, _whole_blocks, _batch_of_one, _sevens, _truth_of_a_size,
-          _rows_and_width, _picks, _shape_as_a_whole, _list_of_a_function,
-          _part_of_a_function_on_shapes, _in_one_mode]  # fmt: skip
+          _shape_in_part, _end_of_a_shape, _one_of_shapes, _rows_and_width, _picks, _shape_as_a_whole,
+          _list_of_a_function, _part_of_a_function_on_shapes, _in_one_mode]  # fmt: skip
 SIZES = [(2, 12), (1, 12), (7, 12), (3, 30), (2, 50), (2, 150), (2, 250)]
 
 
@@ -136,6 +148,12 @@ def _same_lengths(x, h):
     return h if h.shape[1] - x.shape[1] == 0 and h.shape[1] == x.shape[1] else h[:, :1]
 
 
+def _same_shapes(x, h):
+    if h.sin().shape != h.shape or not h.size() == h.cos().size():
+        raise ValueError("not of one shape")
+    return h
+
+
 def _fixed_width(x, h):
     return h if h.shape[-1] * 4 == 64 and h.dim() == 3 else h * 2
 
@@ -146,7 +164,9 @@ def _makes_no_difference(x, h):
     return h.sin()
 
 
-@pytest.mark.parametrize("decide", [_checked, _same_lengths, _fixed_width, _makes_no_difference])
+@pytest.mark.parametrize(
+    "decide", [_checked, _same_lengths, _same_shapes, _fixed_width, _makes_no_difference]
+)
 def test_what_cannot_come_out_otherwise_is_not_asked_again(decide):
     torch.manual_seed(0)
     model = Deciding(decide).eval()

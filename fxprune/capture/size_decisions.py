@@ -65,19 +65,21 @@ class SizeDecision:
 
     def is_free(self, place: int) -> bool:
         """Whether the number at a place, and in a shape each one, follows the sizes of the inputs."""
-        for i, mine in enumerate(_parts(self.values[place])):
-            if all(_parts(values[place])[i] == mine for values in (*self.others, *self.elsewhere)):
-                return False
-        return True
+        return all(self.are_free(place))
 
-    def are_apart(self, place: int, other: int) -> bool:
-        """Whether two numbers are equally far from each other at all sizes."""
-        seen = (self.values, *self.others, *self.elsewhere)
-        return len({values[place] - values[other] for values in seen}) == 1
+    def are_free(self, place: int) -> list[bool]:
+        """As :meth:`is_free`, for each size of the shape at a place, or for the number there alone."""
+        seen = [_parts(values[place]) for values in (*self.others, *self.elsewhere)]
+        return [any(sizes[i] != mine for sizes in seen) for i, mine in enumerate(_parts(self.values[place]))]
 
 
 def _parts(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, tuple) else (value,)
+
+
+def _apart(one: tuple[Any, ...], other: tuple[Any, ...]) -> tuple[Any, ...]:
+    """How far numbers are from each other; of unlike many, they themselves."""
+    return tuple(map(operator.sub, one, other)) if len(one) == len(other) else (one, other)
 
 
 def _is_number(value: Any) -> bool:
@@ -266,7 +268,19 @@ class _Kept:
         if self.decision.is_fixed(place):
             return tuple(value) if isinstance(value, tuple) else value
         of_shape = isinstance(value, torch.Size) or node.target == "size" or self._is_of_shape(node)
-        return node if of_shape and self.decision.is_free(place) else None
+        if of_shape and self.decision.is_free(place):
+            return node
+        return self._in_part(node) if isinstance(value, torch.Size) else None
+
+    def _in_part(self, shape: fx.Node) -> tuple[Any, ...]:
+        """A shape whose sizes follow those of the inputs in part: the others are those of the example."""
+        sizes: list[Any] = list(self._value(shape))
+        with shape.graph.inserting_before(self.check):
+            for i, free in enumerate(self.decision.are_free(self.order[shape])):
+                if free:
+                    sizes[i] = shape.graph.call_function(operator.getitem, (shape, i))
+                    sizes[i].meta = dict(shape.meta)
+        return tuple(sizes)
 
     def _is_polynomial(self, node: fx.Node) -> bool:
         if self._is_read(node):
@@ -279,14 +293,23 @@ class _Kept:
         steps of the divisor.
         """
         if node.target in COMPARISONS:
-            parts = [part for part in node.args if isinstance(part, fx.Node) and self._is_polynomial(part)]
-            if len(parts) < 2 or any(isinstance(self._value(part), (tuple, list)) for part in parts):
-                return False
-            return self.decision.are_apart(*map(self.order.__getitem__, parts))
+            one, other = map(self._at_all_sizes, node.args)
+            return bool(one and other) and len({_apart(*pair) for pair in zip(one, other, strict=True)}) == 1
         if node.target is operator.mod:
             divisor = node.args[1]
             return isinstance(divisor, int) and divisor > 0 and self._step(node.args[0]) % divisor == 0
         return self._is_polynomial(node) and self.decision.is_fixed(self.order[node])
+
+    def _at_all_sizes(self, given: Any) -> list[tuple[Any, ...]]:
+        """What a number is at each of the sizes that were seen, or the sizes of a shape; none in doubt."""
+        seen = (self.decision.values, *self.decision.others, *self.decision.elsewhere)
+        if isinstance(given, (tuple, list)):
+            parts = [self._at_all_sizes(part) for part in given]
+            return [tuple(one for whole in row for one in whole) for row in zip(*parts, strict=False)]
+        if isinstance(given, fx.Node):
+            known = self._is_polynomial(given) and isinstance(self._value(given), (*_NUMBERS, torch.Size))
+            return [_parts(values[self.order[given]]) for values in seen] if known else []
+        return [(given,)] * len(seen) if isinstance(given, (int, float)) else []
 
     def _step(self, number: Any) -> int:
         """What an integer differs by a multiple of from size to size: 0 where it is the same at all sizes, 1
@@ -327,7 +350,7 @@ class _Kept:
         parts = {part: self.of(part) for part in node.all_input_nodes}
         if any(new is None for new in parts.values()):
             return None
-        if not any(isinstance(new, fx.Node) for new in parts.values()):
+        if not any(isinstance(new, fx.Node) for whole in parts.values() for new in _parts(whole)):
             return self._value(node)
         if all(new is part for part, new in parts.items()):
             return node
