@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -145,11 +146,37 @@ class Noisy(Net):
 
 
 def test_random_numbers_by_width_are_no_difference() -> None:
+    """All but these is compared in training mode, too, node by node."""
     model = Noisy().eval()
     plan, result = pruned(model, X)
     verdict = fxprune.verify(model, result, plan, X)
-    assert verdict.modes == ("evaluation",)
-    assert "drawn at random" in verdict.notes[0]
+    assert verdict.modes == ("evaluation", "training")
+    assert "random numbers, as many as there are channels" in verdict.notes[0]
+
+
+class NoisySamples(Net):
+    """As stochastic depth: a number for each sample, whatever the widths."""
+
+    def between(self, x: Tensor, h: Tensor) -> Tensor:
+        return h * torch.rand(len(h), 1, dtype=h.dtype) if self.training else h
+
+
+def test_random_numbers_by_sample_are_the_same_in_both() -> None:
+    model = NoisySamples().eval()
+    plan, result = pruned(model, X)
+    verdict = fxprune.verify(model, result, plan, X)
+    assert verdict.modes == ("evaluation", "training")
+    assert not any("random" in note for note in verdict.notes)
+
+
+@pytest.mark.parametrize("into", ["graph", "module"])
+def test_random_numbers_by_sample_in_both_forms(into: str) -> None:
+    model = torchvision.ops.StochasticDepth(0.5, "row")
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), model, nn.Conv2d(8, 4, 1)).eval()
+    x = torch.randn(2, 3, 5, 5)
+    plan = fxprune.plan(net, x, ratio=0.5, into=into)
+    result = plan.apply(net)
+    assert fxprune.verify(net, result, plan, x).modes == ("evaluation", "training")
 
 
 def test_nothing_is_written_and_little_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
