@@ -270,11 +270,11 @@ def finer(tree: Any, known: Change) -> Iterator[Change]:
 
 
 def larger(known: Change) -> Change:
-    """Larger images by three steps, where they were seen to be smaller alone.
+    """Larger images by three of the steps of :func:`finer`, where they were seen to be smaller alone.
 
     The few larger sizes that were tried may be ones of which the code asks: the one that it was built for.
     """
-    return {kind: 3 * -how for kind, how in known.items() if kind in (DEPTH, IMAGE) and how < 0}
+    return {kind: 3 * -how for kind, how in known.items() if kind in (DEPTH, IMAGE) and -FAR < how < 0}
 
 
 def asks_more(change: Change, known: Change) -> bool:
