@@ -70,6 +70,14 @@ def _one_of_shapes(x, h):
     return h * 2 if tuple(h.shape[1:]) in ((250, 16), (50, 16)) else h
 
 
+def _number_of_entries(x, h):
+    return h * 2 if h.numel() > 2 * 100 * 16 else h
+
+
+def _number_of_entries_by_row(x, h):
+    return h * 2 if torch.numel(h) // len(h) >= 100 * 16 else h
+
+
 def _rows_and_width(x, h):
     return h - 1 if h.shape[1] * h.shape[2] > 1000 else h
 
@@ -102,8 +110,9 @@ def _in_one_mode(x, h):
     return torch.where(h > 1, h, 0) if x.shape[1] > 100 else h
 
 
-DECIDE = [_threshold, _shorter_of_two, _blocks, _whole_blocks, _batch_of_one, _sevens, _truth_of_a_size,
-          _shape_in_part, _end_of_a_shape, _one_of_shapes, _rows_and_width, _picks, _shape_as_a_whole,
+DECIDE = [_threshold, _shorter_of_two, _blocks, _whole_blocks, _batch_of_one, _sevens,
+          _truth_of_a_size, _number_of_entries, _number_of_entries_by_row, _shape_in_part,
+          _end_of_a_shape, _one_of_shapes, _rows_and_width, _picks, _shape_as_a_whole,
           _list_of_a_function, _part_of_a_function_on_shapes, _in_one_mode]  # fmt: skip
 SIZES = [(2, 12), (1, 12), (7, 12), (3, 30), (2, 50), (2, 150), (2, 250)]
 

@@ -285,9 +285,8 @@ class ShapeTracer(Tracer):
         if self.following is None:
             size_decisions.note(check, self.values)
         else:
-            self.decided.append(
-                (check, [self.values[part] for part in size_decisions.behind(proxy.node, self.values)])
-            )
+            parts = size_decisions.behind(proxy.node, self.values)
+            self.decided.append((check, size_decisions.numbers(parts, self.values)))
 
     def is_made_anew(self, before: torch.Tensor | None, value: fx.Proxy) -> bool:
         made = self.values.get(value.node)

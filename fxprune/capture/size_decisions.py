@@ -13,7 +13,7 @@ import contextlib
 import functools
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,21 +90,40 @@ def _is_number(value: Any) -> bool:
 
 
 def behind(node: fx.Node, seen: Mapping[fx.Node, Any]) -> list[fx.Node]:
-    """The numbers that ``node``, a number, is computed from: itself first, back to those read off tensors."""
+    """The numbers that ``node``, a number, is computed from: itself first, back to those read off tensors.
+
+    Of what counts the entries of a tensor, the tensor is one of them, which stands for its shape.
+    """
     found = {node: None}
     todo = [node]
     while todo:
-        for part in todo.pop().all_input_nodes:
-            if part not in found and _is_number(seen.get(part)):
-                found[part] = None
+        whole = todo.pop()
+        for part in whole.all_input_nodes:
+            if part in found:
+                continue
+            if _is_number(seen.get(part)):
                 todo.append(part)
+            elif not (_counts(whole) and isinstance(seen.get(part), torch.Tensor)):
+                continue
+            found[part] = None
     return list(found)
+
+
+def numbers(parts: Iterable[fx.Node], seen: Mapping[fx.Node, Any]) -> list[Any]:
+    """What nodes that :func:`behind` gives are."""
+    values = (seen[part] for part in parts)
+    return [value.shape if isinstance(value, torch.Tensor) else value for value in values]
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether a node is the number of entries of a tensor."""
+    return node.target in ("numel", "nelement", torch.numel)
 
 
 def note(node: fx.Node, seen: Mapping[fx.Node, Any]) -> None:
     """Make a decision of the node of a check."""
     number: Any = node.args[0]
-    node.meta["decision"] = SizeDecision([seen[part] for part in behind(number, seen)])
+    node.meta["decision"] = SizeDecision(numbers(behind(number, seen), seen))
 
 
 def decisions(graph: fx.Graph) -> list[tuple[fx.Node, SizeDecision]]:
@@ -157,7 +176,7 @@ def look_elsewhere(program: Program, tree: Any, steps: Mapping[str, int]) -> Non
         values = _on_shapes(program, resized(given, change))
         for (_, decision), parts in zip(made, behind_each, strict=True):
             if all(part in values for part in parts):
-                decision.elsewhere.append([values[part] for part in parts])
+                decision.elsewhere.append(numbers(parts, values))
 
 
 def _further(tree: Any, steps: Mapping[str, int]) -> Iterator[Change]:
@@ -247,7 +266,10 @@ class _Kept:
     def of(self, node: fx.Node) -> Any:
         """The node or the value that stands for a number; None where narrower layers could change it."""
         if node not in self.made:
-            self.made[node] = self._read(node) if self._is_read(node) else self._computed(node)
+            if _counts(node):
+                self.made[node] = self._counted(node)
+            else:
+                self.made[node] = self._read(node) if self._is_read(node) else self._computed(node)
         return self.made[node]
 
     def _value(self, node: fx.Node) -> Any:
@@ -255,7 +277,11 @@ class _Kept:
 
     def _is_read(self, node: fx.Node) -> bool:
         """Whether a number is read off what is none, or is part of a shape."""
-        return self._is_of_shape(node) or any(part not in self.order for part in node.all_input_nodes)
+        return (
+            _counts(node)
+            or self._is_of_shape(node)
+            or any(part not in self.order for part in node.all_input_nodes)
+        )
 
     def _is_of_shape(self, node: fx.Node) -> bool:
         whole = node.args[0] if node.target is operator.getitem else None
@@ -281,6 +307,18 @@ class _Kept:
                     sizes[i] = shape.graph.call_function(operator.getitem, (shape, i))
                     sizes[i].meta = dict(shape.meta)
         return tuple(sizes)
+
+    def _counted(self, node: fx.Node) -> Any:
+        """How many entries a tensor has; the sizes that are the same at all are those of the example."""
+        tensor: Any = node.args[0]
+        shape, free = self._value(tensor), self.decision.are_free(self.order[tensor])
+        count: Any = math.prod(size for size, changes in zip(shape, free, strict=True) if not changes)
+        with node.graph.inserting_before(self.check):
+            for dim in (dim for dim, changes in enumerate(free) if changes):
+                size = node.graph.call_method("size", (tensor, dim))
+                count = node.graph.call_function(operator.mul, (size, count))
+                size.meta, count.meta = dict(node.meta), dict(node.meta)
+        return count
 
     def _is_polynomial(self, node: fx.Node) -> bool:
         if self._is_read(node):
@@ -362,4 +400,4 @@ class _Kept:
         return new
 
 
-__all__ = ["COMPARISONS", "decisions", "drop", "look_elsewhere", "meet", "note", "settle"]
+__all__ = ["COMPARISONS", "decisions", "drop", "look_elsewhere", "meet", "note", "numbers", "settle"]
