@@ -153,10 +153,13 @@ class ShapeTracer(Tracer):
         if kind == "call_method" and target == "new_full" and self._fills_with_tensor(args, kwargs):
             # On shapes alone the tensor has no number that could be filled in.
             return args[0].new_zeros(args[1], **kwargs) + args[2]
+        kept = any(isinstance(arg, torch.Size) for arg in args)  # which only an earlier call can have left
         if kind.startswith("call"):
             args, kwargs = self._with_numbers(kind, target, args, kwargs)
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         self.values[proxy.node] = self._evaluate(proxy.node)
+        if kept:
+            proxy.node.meta["kept shape"] = True
         return proxy
 
     def _with_numbers(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:

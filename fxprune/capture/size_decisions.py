@@ -308,6 +308,10 @@ class _Kept:
                     sizes[i].meta = dict(shape.meta)
         return tuple(sizes)
 
+    def _is_whole(self, shape: fx.Node) -> bool:
+        """Whether all of a shape follows the inputs, or none of it."""
+        return len(set(self.decision.are_free(self.order[shape]))) <= 1
+
     def _counted(self, node: fx.Node) -> Any:
         """How many entries a tensor has; the sizes that are the same at all are those of the example."""
         tensor: Any = node.args[0]
@@ -331,6 +335,8 @@ class _Kept:
         steps of the divisor.
         """
         if node.target in COMPARISONS:
+            if None in node.args:
+                return True
             one, other = map(self._at_all_sizes, node.args)
             return bool(one and other) and len({_apart(*pair) for pair in zip(one, other, strict=True)}) == 1
         if node.target is operator.mod:
@@ -385,6 +391,8 @@ class _Kept:
     def _computed(self, node: fx.Node) -> Any:
         if self._is_settled(node):
             return self._value(node)
+        if "kept shape" in node.meta and not all(map(self._is_whole, node.all_input_nodes)):
+            return None
         parts = {part: self.of(part) for part in node.all_input_nodes}
         if any(new is None for new in parts.values()):
             return None
