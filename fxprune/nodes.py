@@ -52,6 +52,30 @@ def is_assertion(node: fx.Node, args: Any) -> bool:
     return node.target is torch._assert and bool(args) and isinstance(args[0], torch.Tensor)
 
 
+def counts_entries(node: fx.Node) -> bool:
+    """Whether a node is the number of entries of a tensor, or of a shape."""
+    return (node.op == "call_method" and node.target in ("numel", "nelement")) or node.target is torch.numel
+
+
+def size_read(node: fx.Node) -> tuple[fx.Node, list[Any]] | None:
+    """The tensor whose sizes a node reads, and the keys that pick some of them; None where it reads none.
+
+    ``x.size(1)`` gives ``x, [1]``; ``x.shape[1:][0]`` gives ``x, [slice(1, None), 0]``; ``x.shape`` and
+    ``x.numel()``, which read all, give ``x, []``.
+    """
+    keys: list[Any] = []
+    whole: Any = node
+    while whole.target is operator.getitem and isinstance(whole.args[0], fx.Node):
+        whole, key = whole.args
+        keys.insert(0, key)
+    if whole.op == "call_method" and whole.target == "size":
+        keys = [*whole.args[1:], *keys]
+    elif not counts_entries(whole) and not (whole.target is getattr and whole.args[1] == "shape"):
+        return None
+    tensor = whole.args[0]
+    return (tensor, keys) if isinstance(tensor, fx.Node) else None
+
+
 def by_position(
     kind: str,
     target: Any,

@@ -208,6 +208,11 @@ def changed_size(place: Place, how: int) -> int:
     return place.size + how
 
 
+def step(place: Place, how: int) -> int:
+    """What a size may differ by a multiple of, where it may change so; below 0, what it may be smaller by."""
+    return 1 if how == NEAR else changed_size(place, how) - place.size
+
+
 def resized(tree: Any, change: Change) -> Any:
     """The same tree at other sizes, entries repeated; equal lengths stay equal."""
     leaves, spec = pytree.tree_flatten(tree)
@@ -332,4 +337,4 @@ def decided(graph: fx.Graph) -> list[str]:
 
 __all__ = ["BATCH", "DEPTH", "FAR", "IMAGE", "LAST", "LENGTH", "NEAR", "ONE", "TWICE", "Change", "InputSize",
            "InputSizes", "Place", "Trial", "asks_more", "changed_size", "changes", "decided", "finer",
-           "guard", "guarded", "larger", "named", "places", "resized"]  # fmt: skip
+           "guard", "guarded", "larger", "named", "places", "resized", "step"]  # fmt: skip

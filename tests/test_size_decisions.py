@@ -78,6 +78,18 @@ def _number_of_entries_by_row(x, h):
     return h * 2 if torch.numel(h) // len(h) >= 100 * 16 else h
 
 
+def _width_and_length_in_one(x, h):
+    return h * 2 if h.flatten(1).shape[1] > 100 * 16 else h
+
+
+def _width_among_all_sizes(x, h):
+    return h * 2 if h.reshape(len(h) * 16, -1).size() == (2 * 16, 250) else h
+
+
+def _shape_of_torch(x, h):
+    return h * 2 if h.size() == torch.Size([2, 250, 16]) else h
+
+
 def _rows_and_width(x, h):
     return h - 1 if h.shape[1] * h.shape[2] > 1000 else h
 
@@ -112,6 +124,7 @@ def _in_one_mode(x, h):
 
 DECIDE = [_threshold, _shorter_of_two, _blocks, _whole_blocks, _batch_of_one, _sevens,
           _truth_of_a_size, _number_of_entries, _number_of_entries_by_row, _shape_in_part,
+          _width_and_length_in_one, _width_among_all_sizes, _shape_of_torch,
           _end_of_a_shape, _one_of_shapes, _rows_and_width, _picks, _shape_as_a_whole,
           _list_of_a_function, _part_of_a_function_on_shapes, _in_one_mode]  # fmt: skip
 SIZES = [(2, 12), (1, 12), (7, 12), (3, 30), (2, 50), (2, 150), (2, 250)]

@@ -164,10 +164,7 @@ def steps(kinds: Collection[str], known: Change) -> dict[str, int]:
 def _multiples(tree: Any, known: Change) -> dict[str, int]:
     """By kind that is free what its sizes differ by a multiple of; below 0, what they may be smaller by."""
     found = {place.kind: place for place in sizes.places(tree) if place.kind in known}
-    return {
-        kind: 1 if known[kind] == NEAR else sizes.changed_size(place, known[kind]) - place.size
-        for kind, place in found.items()
-    }
+    return {kind: sizes.step(place, known[kind]) for kind, place in found.items()}
 
 
 def _by_dimension(given: dict[str, Any], known: Change) -> dict[str, list[int]]:
@@ -176,10 +173,9 @@ def _by_dimension(given: dict[str, Any], known: Change) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for place in sizes.places(given):
         name, keys = names[place.leaf]
-        how = known.get(place.kind, NEAR)
-        if not keys and how != NEAR:
-            steps = found.setdefault(name, [1] * place.rank)
-            steps[place.dim] = abs(sizes.changed_size(place, how) - place.size)
+        if not keys:
+            of_dims = found.setdefault(name, [1] * place.rank)
+            of_dims[place.dim] = abs(sizes.step(place, known.get(place.kind, NEAR)))
     return found
 
 
@@ -200,7 +196,7 @@ def pin(graph: fx.Graph, given: dict[str, Any], bounds: dict[str, int], because:
             continue
         batch |= place.kind == BATCH  # one input stands for all
         how = bounds[place.kind]
-        step = abs(sizes.changed_size(place, how) - place.size) if how else 0
+        step = abs(sizes.step(place, how)) if how else 0
         name, keys = names[place.leaf]
         why = because.get(place.kind, "")
         axes.append((InputSize(name, place.dim, place.name, place.size, step, why, how < 0), keys))

@@ -153,7 +153,7 @@ class ShapeTracer(Tracer):
         if kind == "call_method" and target == "new_full" and self._fills_with_tensor(args, kwargs):
             # On shapes alone the tensor has no number that could be filled in.
             return args[0].new_zeros(args[1], **kwargs) + args[2]
-        kept = any(isinstance(arg, torch.Size) for arg in args)  # which only an earlier call can have left
+        kept = any(isinstance(arg, torch.Size) and self._is_kept(arg) for arg in args)
         if kind.startswith("call"):
             args, kwargs = self._with_numbers(kind, target, args, kwargs)
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
@@ -161,6 +161,10 @@ class ShapeTracer(Tracer):
         if kept:
             proxy.node.meta["kept shape"] = True
         return proxy
+
+    def _is_kept(self, shape: torch.Size) -> bool:
+        """Whether a module has held a shape since before this call."""
+        return any(value is shape for module in self.modules.values() for value in vars(module).values())
 
     def _with_numbers(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments of a call, with numbers for tensors of one number where it does not run without.

@@ -26,6 +26,7 @@ from ..graph_module import clone_module
 from ..guards import check_decision
 from ..inputs import meta_like, to_meta
 from ..known_shapes import Remembered
+from ..nodes import counts_entries, size_read
 from ..program import Program
 from ..sizes import Change, places, resized
 from ..value_dependent import OnShapes, call_on_shapes
@@ -103,7 +104,7 @@ def behind(node: fx.Node, seen: Mapping[fx.Node, Any]) -> list[fx.Node]:
                 continue
             if _is_number(seen.get(part)):
                 todo.append(part)
-            elif not (_counts(whole) and isinstance(seen.get(part), torch.Tensor)):
+            elif not (counts_entries(whole) and isinstance(seen.get(part), torch.Tensor)):
                 continue
             found[part] = None
     return list(found)
@@ -113,11 +114,6 @@ def numbers(parts: Iterable[fx.Node], seen: Mapping[fx.Node, Any]) -> list[Any]:
     """What nodes that :func:`behind` gives are."""
     values = (seen[part] for part in parts)
     return [value.shape if isinstance(value, torch.Tensor) else value for value in values]
-
-
-def _counts(node: fx.Node) -> bool:
-    """Whether a node is the number of entries of a tensor."""
-    return node.target in ("numel", "nelement", torch.numel)
 
 
 def note(node: fx.Node, seen: Mapping[fx.Node, Any]) -> None:
@@ -238,9 +234,7 @@ def settle(graph: fx.Graph, seen: Mapping[fx.Node, Any], steps: Steps) -> None:
         steps: of the sizes of its inputs that may change.
     """
     for node, decision in decisions(graph):
-        number: Any = node.args[0]
-        order = {part: place for place, part in enumerate(behind(number, seen))}
-        kept = None if decision.is_idle else _Kept(node, order, decision, steps).of(number)
+        kept = None if decision.is_idle else _Kept(node, decision, seen, steps).of(node.args[0])
         if isinstance(kept, fx.Node):
             node.args = (kept, *node.args[1:])
             del node.meta["decision"]
@@ -258,15 +252,17 @@ class _Kept:
     """Computes a decision anew, with the example's values of numbers that are the same at all sizes."""
 
     def __init__(
-        self, check: fx.Node, order: Mapping[fx.Node, int], decision: SizeDecision, steps: Steps
+        self, check: fx.Node, decision: SizeDecision, seen: Mapping[fx.Node, Any], steps: Steps
     ) -> None:
-        self.check, self.order, self.decision, self.steps = check, order, decision, steps
+        self.check, self.decision, self.seen, self.steps = check, decision, seen, steps
+        number: Any = check.args[0]
+        self.order = {part: place for place, part in enumerate(behind(number, seen))}
         self.made: dict[fx.Node, Any] = {}
 
-    def of(self, node: fx.Node) -> Any:
+    def of(self, node: Any) -> Any:
         """The node or the value that stands for a number; None where narrower layers could change it."""
         if node not in self.made:
-            if _counts(node):
+            if counts_entries(node):
                 self.made[node] = self._counted(node)
             else:
                 self.made[node] = self._read(node) if self._is_read(node) else self._computed(node)
@@ -278,7 +274,7 @@ class _Kept:
     def _is_read(self, node: fx.Node) -> bool:
         """Whether a number is read off what is none, or is part of a shape."""
         return (
-            _counts(node)
+            counts_entries(node)
             or self._is_of_shape(node)
             or any(part not in self.order for part in node.all_input_nodes)
         )
@@ -293,16 +289,16 @@ class _Kept:
         value, place = self._value(node), self.order[node]
         if self.decision.is_fixed(place):
             return tuple(value) if isinstance(value, tuple) else value
-        of_shape = isinstance(value, torch.Size) or node.target == "size" or self._is_of_shape(node)
+        of_shape = isinstance(value, torch.Size) or size_read(node) is not None or self._is_of_shape(node)
         if of_shape and self.decision.is_free(place):
             return node
-        return self._in_part(node) if isinstance(value, torch.Size) else None
+        return self._in_part(node, place) if isinstance(value, torch.Size) else None
 
-    def _in_part(self, shape: fx.Node) -> tuple[Any, ...]:
+    def _in_part(self, shape: fx.Node, place: int) -> tuple[Any, ...]:
         """A shape whose sizes follow those of the inputs in part: the others are those of the example."""
-        sizes: list[Any] = list(self._value(shape))
+        sizes: list[Any] = list(self.decision.values[place])
         with shape.graph.inserting_before(self.check):
-            for i, free in enumerate(self.decision.are_free(self.order[shape])):
+            for i, free in enumerate(self.decision.are_free(place)):
                 if free:
                     sizes[i] = shape.graph.call_function(operator.getitem, (shape, i))
                     sizes[i].meta = dict(shape.meta)
@@ -314,14 +310,18 @@ class _Kept:
 
     def _counted(self, node: fx.Node) -> Any:
         """How many entries a tensor has; the sizes that are the same at all are those of the example."""
-        tensor: Any = node.args[0]
-        shape, free = self._value(tensor), self.decision.are_free(self.order[tensor])
-        count: Any = math.prod(size for size, changes in zip(shape, free, strict=True) if not changes)
+        whole: Any = node.args[0]
+        place = self.order[whole]
         with node.graph.inserting_before(self.check):
-            for dim in (dim for dim, changes in enumerate(free) if changes):
-                size = node.graph.call_method("size", (tensor, dim))
-                count = node.graph.call_function(operator.mul, (size, count))
-                size.meta, count.meta = dict(node.meta), dict(node.meta)
+            if isinstance(self.seen[whole], torch.Tensor):
+                whole = node.graph.call_function(getattr, (whole, "shape"))
+                whole.meta = dict(node.meta)
+            sizes = self._in_part(whole, place)
+            count: Any = math.prod(size for size in sizes if not isinstance(size, fx.Node))
+            for size in sizes:
+                if isinstance(size, fx.Node):
+                    count = node.graph.call_function(operator.mul, (size, count))
+                    count.meta = dict(node.meta)
         return count
 
     def _is_polynomial(self, node: fx.Node) -> bool:
@@ -374,16 +374,8 @@ class _Kept:
 
     def _step_read(self, node: fx.Node) -> int:
         """As :meth:`_step`, of a number that is read off a tensor."""
-        keys: list[Any] = []
-        shape: Any = node
-        while shape.target is operator.getitem:
-            shape, key = shape.args
-            keys.insert(0, key)
-        if shape.target == "size":
-            keys = [*shape.args[1:], *keys]
-        elif shape.target is not getattr:
-            return 1
-        steps: Any = self.steps.get(str(shape.args[0].target)) if shape.args[0].op == "placeholder" else None
+        tensor, keys = size_read(node) or (node, [])
+        steps: Any = self.steps.get(str(tensor.target)) if tensor.op == "placeholder" else None
         for key in keys:
             steps = steps[key] if steps is not None and isinstance(key, (int, slice)) else None
         return steps if isinstance(steps, int) else 1

@@ -31,12 +31,13 @@ from .. import convolution, known_shapes
 from ..capture.numbers import numbers
 from ..errors import CaptureError, ExampleInputsError, FxpruneError
 from ..graph_module import clone_module
+from ..guards import check_decision
 from ..inputs import meta_like
 from ..known_values import Values
 from ..modes import either, holds
 from ..module_registry import leaf_for
 from ..nn import Apply, Fill, Pack
-from ..nodes import describe_source, is_assertion, mutable, operator_name
+from ..nodes import describe_source, is_assertion, mutable, operator_name, size_read
 from ..program import Program, computed_tensors, named_tensors
 from ..trees import Leaf, flatten
 from ..value_dependent import AS_LIST, ON_SHAPES, is_lengths
@@ -125,6 +126,7 @@ _SMALL = 1 << 12
 """Entries of a tensor that may be computed while analysing."""
 
 OUTPUT = "output of the model"
+DECIDES = "the code decides by its size, which changes with those of the inputs"
 BY_SIZE = "how much of it is used is for the sizes of the inputs to say"
 
 
@@ -349,6 +351,8 @@ class _Interpreter(TorchDispatchMode):
         """The outputs of a node that calls something."""
         if node.op == "call_module":
             return self._call(str(node.target), args, kwargs)
+        if node.target is check_decision:
+            self._keep_sizes(node)
         if is_lengths(node) or is_assertion(node, args):
             return None
         if node.target is either and all(self._returns(user) for user in node.users):
@@ -371,6 +375,29 @@ class _Interpreter(TorchDispatchMode):
                     return target(*args, **kwargs)
             with _Whole(self._aten) if target in _WHOLE else contextlib.nullcontext():
                 return target(*args, **kwargs)
+
+    def _keep_sizes(self, check: fx.Node) -> None:
+        """Freeze the dimensions by whose sizes the model's code decides.
+
+        The sizes of the inputs alone decide where none of these has units: ``x.flatten(1).shape[1]`` has.
+        """
+        seen = {check}
+        todo = [check]
+        while todo:
+            for part in todo.pop().all_input_nodes:
+                if part in seen or isinstance(self.values.get(part), Value):
+                    continue
+                seen.add(part)
+                read = size_read(part)
+                value = self.values.get(read[0]) if read is not None else None
+                if read is None or not isinstance(value, Value):
+                    todo.append(part)
+                    continue
+                dims: Any = list(range(len(value.shape)))
+                for key in read[1]:
+                    dims = dims[key] if isinstance(key, (int, slice)) else dims
+                for dim in [dims] if isinstance(dims, int) else dims:
+                    self.coupler.freeze_dim(value, dim, DECIDES)
 
     def _returns(self, node: fx.Node) -> bool:
         """Whether a node gives its inputs to the caller."""
