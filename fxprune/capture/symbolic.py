@@ -102,6 +102,13 @@ class _Flag(int):
         return hash(int(self))
 
 
+def _without_variables(kinds: Any) -> Any:
+    """Types, with that of tensors in the place of ``Variable``, whose instances they are."""
+    if isinstance(kinds, tuple):
+        return tuple(map(_without_variables, kinds))
+    return torch.Tensor if kinds == Variable else kinds
+
+
 _FROM_NUMBERS = ("tensor", "as_tensor", "finfo", "iinfo")
 """Functions of ``torch`` besides the factories that take numbers, not tensors."""
 
@@ -400,7 +407,7 @@ class Tracer(fx.Tracer):
             return make
 
         def is_instance(value: Any, kinds: Any) -> bool:
-            kinds = torch.Tensor if kinds == Variable else kinds  # as PyTorch has it
+            kinds = _without_variables(kinds)
             plain = isinstance(value, kinds)
             return plain or (isinstance(value, TracedProxy) and issubclass(self.type_of(value.node), kinds))
 

@@ -298,6 +298,7 @@ def variables_of_old(net, x):
     """What PyTorch asked for before version 0.4."""
     x = Variable(net.a(x))
     assert isinstance(x, Variable)
+    assert isinstance(x, (float, Variable))
     return net.b(torch.cat([x, torch.autograd.Variable(torch.zeros(len(x), 2, 8, 8), requires_grad=True)], 1))
 
 
