@@ -34,22 +34,23 @@ def check_number(value: Any, expected: Any, where: str) -> None:
 
 
 @has_side_effect
-def check_decision(value: Any, expected: Any, where: str) -> None:
+def check_decision(value: Any, expected: Any, where: str, lengths: tuple[Any, ...] = ()) -> None:
     """Refuse inputs whose sizes lead elsewhere: what the model's code asks of them is as in the example.
 
     Args:
         value: a number that is computed from sizes.
         expected: what it was for the example, and the graph goes on from there.
         where: the line of the model that asks for it.
+        lengths: of the inputs. Where all are one any answer will do; empty where none but ``expected`` does.
     """
     if isinstance(value, fx.Proxy):
-        value.tracer.create_proxy("call_function", check_decision, (value, expected, where), {})
+        value.tracer.create_proxy("call_function", check_decision, (value, expected, where, lengths), {})
         return
     if isinstance(expected, bool):  # of sizes that torch.compile and torch.export leave free, no == is taken
         same = expected if value else not expected
     else:
         same = value == expected
-    if not same:
+    if not same and not (lengths and all(length == 1 for length in lengths)):
         raise PinnedError(
             f"{where} asks for a number that depends on the sizes of the inputs: it was {expected!r} for the "
             f"example inputs, and the graph goes on from there; for these inputs it is {value!r}. Next: "

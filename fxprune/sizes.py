@@ -30,7 +30,7 @@ that halve an image five times; or to twice the size, which windows and chunks o
 :data:`FAR` means where a size is no multiple of 32. Where the example is as large as a network takes, lengths
 change by minus :data:`NEAR`, and images by minus :data:`FAR`, or to half the size."""
 ONE = 0
-"""How a batch changes that becomes 1, which code often asks for."""
+"""How a batch or a length changes that becomes 1, which code often asks for."""
 FINEST = 16
 """Into how many equal parts a step of 32, or of the whole size, that a network takes is divided at most."""
 

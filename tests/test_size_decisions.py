@@ -336,3 +336,47 @@ def test_what_cannot_refuse_is_said(tmp_path, monkeypatch):
     for name, what in (("net.onnx", "an ONNX model"), ("net.aoti.pt2", "a package of AOTInductor")):
         assert f"which {what} does not refuse" in fxprune.export(result, x, tmp_path / name).sizes
     assert "refuse" not in fxprune.export(result, x, tmp_path / "net.pt2").sizes
+
+
+class Attending(nn.Module):
+    """Attention that is causal where there is more than one query."""
+
+    def __init__(self, slope=0.1):
+        super().__init__()
+        self.query, self.key, self.out = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 4)
+        self.slope = slope
+
+    def forward(self, x, memory=None):
+        q, k = self.query(x), self.key(x if memory is None else memory)
+        many = q.shape[1] > 1
+        h = nn.functional.scaled_dot_product_attention(q, k, k, is_causal=many)
+        return self.out(nn.functional.leaky_relu(h, 0.1 if many else self.slope))
+
+
+def test_a_length_of_one_is_taken_where_what_decides_by_it_makes_no_difference():
+    model, x = Attending(), torch.randn(2, 12, 8)
+    assert "decide" not in str(fxprune.analyze(model, x).sizes)
+    pruned = fxprune.prune(model, x, ratio=0.0)
+    for length in (1, 2, 30):
+        x = torch.randn(3, length, 8)
+        torch.testing.assert_close(pruned(x), model(x))
+
+
+def test_a_length_of_one_is_refused_where_it_does():
+    model, x = Attending(slope=0.5), torch.randn(2, 12, 8)
+    pruned = fxprune.prune(model, x, ratio=0.0)
+    torch.testing.assert_close(pruned(x[:, :2]), model(x[:, :2]))
+    with pytest.raises(PinnedError, match="in forward"):
+        pruned(x[:, :1])
+
+
+@pytest.mark.parametrize("keys", [12, 9])
+def test_one_query_is_taken_with_one_key_alone(keys):
+    """With more of them it makes a difference whether attention is causal."""
+    model, x, memory = Attending(), torch.randn(2, 12, 8), torch.randn(2, keys, 8)
+    pruned = fxprune.prune(model, (x, memory), ratio=0.0)
+    for queries in (1, 5):
+        given = x[:, :queries], memory[:, :queries]
+        torch.testing.assert_close(pruned(*given), model(*given))
+    with pytest.raises(PinnedError, match="in forward"):
+        pruned(x[:, :1], memory)

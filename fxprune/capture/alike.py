@@ -3,12 +3,14 @@
 Both are read backwards from what they return and from what they write; calls whose results nobody uses do
 not count. A constant or a buffer of one graph may stand where the other computes a tensor of sizes alone: so
 it is where a model keeps what it made for the sizes of its last call. It is the same if the values are. The
-second graph may also hold an ``expand`` that the first one lacks, as long as it changes no size.
+second graph may also hold an ``expand`` that the first one lacks, as long as it changes no size. On request,
+calls that differ in numbers alone are the same where random tensors show it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +21,10 @@ from torch.utils import _pytree as pytree
 
 from ..guards import CHECKS
 from ..known_values import FROM_SHAPE
+from ..modes import either
 from ..nodes import mutable, operator_name, writes
 from ..program import Program
+from ..random_numbers import drawn
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,17 @@ class Alike:
     node: fx.Node | None = None
 
 
-def compare(a: Program, b: Program) -> Alike:
-    """Whether ``b``, made from inputs of other sizes, does what ``a`` does: the same calls and numbers."""
+def compare(a: Program, b: Program, sampled: bool = False) -> Alike:
+    """Whether ``b``, made from inputs of other sizes, does what ``a`` does: the same calls and numbers.
+
+    Args:
+        a: the first one.
+        b: the second one.
+        sampled: whether calls may have other numbers that make no difference at the sizes of ``b``: causal
+            attention of one query is attention. They are tried on random tensors.
+    """
     try:
-        comparison = _Comparison(a, b)
+        comparison = _Comparison(a, b, sampled)
         comparison.run()
     except _Apart as apart:
         return Alike(False, node=apart.node)
@@ -57,12 +68,13 @@ class _Apart(Exception):
 
 
 class _Comparison:
-    def __init__(self, a: Program, b: Program) -> None:
-        self.a, self.b = a, b
+    def __init__(self, a: Program, b: Program, sampled: bool) -> None:
+        self.a, self.b, self.sampled = a, b, sampled
         self.pairs: dict[fx.Node, fx.Node] = {}
         self.back: dict[fx.Node, fx.Node] = {}
         self.made: list[tuple[fx.Node, fx.Node]] = []
         self.idle: list[fx.Node] = []
+        self.otherwise: dict[fx.Node, None] = {}
         self.todo: list[tuple[fx.Node, fx.Node]] = []
         self.values: dict[fx.Node, Any] = {}
 
@@ -89,6 +101,9 @@ class _Comparison:
         for y in self.idle:
             if self._value(y).shape != self._value(y.args[0]).shape:  # type: ignore[arg-type]
                 raise _Apart(None)
+        for x in self.otherwise:
+            if writes(x) or not all(self._agree(x, self.pairs[x], mode) for mode in (0, 1)):
+                raise _Apart(x)
 
     def _pair(self, x: fx.Node, y: fx.Node, at: fx.Node) -> None:
         while _expands(y) and not _expands(x):
@@ -122,6 +137,9 @@ class _Comparison:
             if not isinstance(b, fx.Node):
                 raise _Apart(at)
             self._pair(a, b, at)
+        elif self.sampled and isinstance(a, _NUMBERS) and isinstance(self._number(b), _NUMBERS):
+            if type(a) is not type(b) or a != b:
+                self.otherwise[at] = None
         elif isinstance(a, (tuple, list)):
             if not isinstance(b, (tuple, list)) or len(a) != len(b):
                 raise _Apart(at)
@@ -138,6 +156,40 @@ class _Comparison:
             self._trees((a.start, a.stop, a.step), (b.start, b.stop, b.step), at)
         elif not (a is b or (type(a) is type(b) and (a == b or a != a))):
             raise _Apart(at)
+
+    def _number(self, b: Any) -> Any:
+        """What an argument of the second graph is, where that is a number."""
+        return self.b.seen.get(b) if isinstance(b, fx.Node) else b
+
+    def _agree(self, x: fx.Node, y: fx.Node, mode: int) -> bool:
+        """Whether both calls give the same for random tensors of the sizes in the second graph.
+
+        Args:
+            x: the call in the first graph.
+            y: the call in the second one.
+            mode: which of two numbers, where they depend on the mode.
+        """
+
+        @functools.cache
+        def sample(node: fx.Node) -> Any:
+            seen = self.b.seen.get(node)
+            if seen is None and node.target is either:
+                seen = node.args[1 + mode]
+            if isinstance(seen, torch.Tensor) and seen.is_floating_point():
+                return torch.randn(seen.shape, dtype=torch.float64)
+            if isinstance(seen, torch.Tensor) and seen.dtype is torch.bool:
+                return torch.rand(seen.shape) < 0.5
+            if not isinstance(seen, _NUMBERS):
+                raise _Apart(x)
+            return seen
+
+        def result(node: fx.Node, partner: Callable[[fx.Node], fx.Node]) -> Any:
+            args: Any = map_arg((node.args, dict(node.kwargs)), lambda part: sample(partner(part)))
+            with drawn(0):
+                return self._call(node, *args)
+
+        with drawn(0), torch.no_grad():
+            return _equal(result(y, lambda node: node), result(x, self.pairs.__getitem__))
 
     def _value(self, node: fx.Node) -> Any:
         """What a node of the second graph gives at the sizes of the first one, made of sizes alone.
@@ -178,6 +230,10 @@ class _Comparison:
             args = (torch.empty(args[0].shape, dtype=args[0].dtype), *args[1:])
         if operator_name(node) in ("type_as", "to") and isinstance(args[1], torch.Tensor):
             args = (args[0], torch.empty((), dtype=args[1].dtype), *args[2:])  # its type alone counts
+        return self._call(node, args, kwargs)
+
+    @staticmethod
+    def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
         target: Any = node.target
         try:
             if node.op == "call_method":
@@ -198,6 +254,7 @@ def _same_call(x: fx.Node, y: fx.Node) -> bool:
     return x.op in calls and y.op in calls and len(names) == 1 and names <= set(_OPERATORS.values())
 
 
+_NUMBERS = (bool, int, float)
 _OPERATORS = {"add": "add", "sub": "sub", "mul": "mul", "div": "div", "truediv": "div", "pow": "pow"}
 
 

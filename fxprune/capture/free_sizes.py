@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import operator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +12,10 @@ from torch import fx, nn
 from .. import sizes
 from ..nodes import describe_source
 from ..program import Program
-from ..sizes import BATCH, FAR, LAST, LENGTH, NEAR, Change, InputSize
+from ..sizes import BATCH, FAR, LAST, LENGTH, NEAR, Change, InputSize, Place
 from .alike import compare
 from .arguments import Arguments
-from .size_decisions import decisions, look_elsewhere, meet, settle
+from .size_decisions import ask_for_one, decisions, look_elsewhere, meet, settle
 
 Trace = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Program]
 _LONGEST = 200
@@ -74,9 +75,11 @@ def look(
     if several and any(decision.is_open for _, decision in decisions(seen.program.graph)):
         one_args, one_kwargs = sizes.resized(tree, {BATCH: sizes.ONE})
         seen.differs(one_args, one_kwargs, fewer=True)  # what makes no difference there decides nothing
+    given = Arguments.of(model, args, kwargs).all()
+    if LENGTH in known:
+        _at_length_one(seen, tree, given)
     program = seen.program
     look_elsewhere(program, tree, _multiples(tree, known))
-    given = Arguments.of(model, args, kwargs).all()
     settle(program.graph, program.seen, _by_dimension(given, known))
     bounds = steps(kinds, known)
     if bounds:
@@ -96,6 +99,35 @@ def _at_once(seen: _Seen, tree: Any, free: list[Change], known: dict[str, int]) 
         whole = max(free, key=len) if seen.differs(*sizes.resized(tree, known)) else known
     free[:] = [whole, *(change for change in free if change != whole)]
     return {kind: how for kind, how in known.items() if kind in whole}
+
+
+def _at_length_one(seen: _Seen, tree: Any, given: dict[str, Any]) -> None:
+    """Have the program take inputs of length one, if what decides by them makes no difference there."""
+    graph = seen.program.graph
+    lengths = [place for place in sizes.places(given) if place.kind == LENGTH]
+    found = ask_for_one(graph, {place.size for place in lengths})
+    if not found or seen.is_otherwise(*sizes.resized(tree, {LENGTH: sizes.ONE})):
+        return
+    if len(lengths) == 1:
+        for check in found:
+            graph.erase_node(check)
+        return
+    read = tuple(_reads(graph, given, lengths))
+    for check in found:  # one query that sees many keys is not all the same to it
+        check.args = (*check.args, read)
+
+
+def _reads(graph: fx.Graph, given: dict[str, Any], places: list[Place]) -> Iterator[fx.Node]:
+    """New nodes that read these sizes of the inputs."""
+    names = sizes.named(given)
+    inputs = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
+    with graph.inserting_after(next(reversed(inputs.values()))):
+        for place in places:
+            name, keys = names[place.leaf]
+            node = inputs[name.partition(".")[0]]
+            for key in keys:
+                node = graph.call_function(operator.getitem, (node, key))
+            yield graph.call_method("size", (node, place.dim))
 
 
 def _alone(program: Program) -> Program:
@@ -145,6 +177,18 @@ class _Seen:
         if found.computed and not fewer:
             self.program = other
         return ""
+
+    def is_otherwise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the model gives something else for inputs of length one, or asks more of sizes."""
+        try:
+            other = self.program.retraced(args, kwargs) if self.program.retraced else None
+        except Exception:  # noqa: BLE001  the model takes no such length, or is not captured there
+            return True
+        if other is None:
+            return True
+        lines = {check.args[2] for check, _ in decisions(self.program.graph)}
+        asks_more = any(check.args[2] not in lines for check, _ in decisions(other.graph))
+        return asks_more or not compare(self.program, other, sampled=True).same
 
 
 def steps(kinds: Collection[str], known: Change) -> dict[str, int]:

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import math
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,6 +173,35 @@ def look_elsewhere(program: Program, tree: Any, steps: Mapping[str, int]) -> Non
         for (_, decision), parts in zip(made, behind_each, strict=True):
             if all(part in values for part in parts):
                 decision.elsewhere.append(numbers(parts, values))
+
+
+def ask_for_one(graph: fx.Graph, lengths: Collection[int]) -> list[fx.Node]:
+    """The checks of decisions by whether a length is one: ``if n > 1:``, ``if n == 1:``.
+
+    Args:
+        graph: the graph.
+        lengths: of the inputs of the example.
+    """
+    return [
+        check
+        for check, decision in decisions(graph)
+        if decision.is_open and _asks_for_one(check, decision, lengths)
+    ]
+
+
+def _asks_for_one(check: fx.Node, decision: SizeDecision, lengths: Collection[int]) -> bool:
+    number: Any = check.args[0]
+    read = [part for part in number.args if isinstance(part, fx.Node)]
+    if number.target not in COMPARISONS or len(number.args) != 2 or len(read) != 1:
+        return False
+    (bound,) = (part for part in number.args if part is not read[0])
+    if size_read(read[0]) is None or not isinstance(bound, int) or decision.values[1] not in lengths:
+        return False
+
+    def answer(size: int) -> bool:
+        return bool(number.target(*(size if part is read[0] else part for part in number.args)))
+
+    return {answer(size) for size in (2, 3, max(bound, 2), bound + 1 if bound > 1 else 2)} == {not answer(1)}
 
 
 def _further(tree: Any, steps: Mapping[str, int]) -> Iterator[Change]:
@@ -400,4 +429,14 @@ class _Kept:
         return new
 
 
-__all__ = ["COMPARISONS", "decisions", "drop", "look_elsewhere", "meet", "note", "numbers", "settle"]
+__all__ = [
+    "COMPARISONS",
+    "ask_for_one",
+    "decisions",
+    "drop",
+    "look_elsewhere",
+    "meet",
+    "note",
+    "numbers",
+    "settle",
+]
