@@ -19,6 +19,7 @@ from .capture.patches import without_collector
 from .compensation import Pick, Reconstruction, compensated
 from .compensation.depth import Depth, Order, saved
 from .compensation.judge import Judge
+from .configurations import put_into_config
 from .coupling.branches import Branch
 from .coupling.graph import WHOLE_ROWS, CouplingGraph
 from .coupling.groups import Group
@@ -26,7 +27,7 @@ from .deciding import Asked, Decided, Decision, OwnClass, called_function, owner
 from .errors import BudgetError, PlanError, SelectionError
 from .importance.base import Scores
 from .inputs import in_dtype_of, normalize, restore_inputs
-from .origins import remember
+from .origins import config_before, keep_config, remember
 from .passes import Rewritten, rewrite
 from .passes.remove_branches import unknown, without_branches
 from .planning.cost_model import CostModel
@@ -464,6 +465,9 @@ def resolved(selection: Selection) -> Selection:
 
 def _finish(model: nn.Module, made: PruningPlan, rewritten: Rewritten) -> nn.Module:
     module = rewritten.materialize()
+    if made.config:
+        keep_config(module, config_before(model))
+        put_into_config(module, made.config)
     remember(module, model, [made])
     return module
 

@@ -18,7 +18,16 @@ from torch import nn
 
 from .files import few
 
-__all__ = ["builder", "changed", "has_config", "shapes_of", "solve_config", "solve_configs"]
+__all__ = [
+    "builder",
+    "changed",
+    "has_config",
+    "name_of",
+    "put_into_config",
+    "shapes_of",
+    "solve_config",
+    "solve_configs",
+]
 
 Shapes = Mapping[str, tuple[int, ...]]
 Key = tuple[Any, ...]
@@ -61,6 +70,35 @@ def _integers(config: Any) -> Iterator[tuple[Key, int | None]]:
 def changed(config: Any, values: Mapping[Key, int]) -> Any:
     """A copy of a configuration with other integers."""
     new = dict(copy.deepcopy(dict(config))) if isinstance(config, Mapping) else copy.deepcopy(config)
+    _put(new, values)
+    return new
+
+
+def put_into_config(pruned: nn.Module, values: Mapping[str, int]) -> None:
+    """Let the configuration of ``pruned`` say which widths it has.
+
+    Nothing is written where the class would not have these widths by that (the plan was edited, say), nor
+    into a configuration that is a mapping.
+
+    Args:
+        pruned: a network whose configuration is its own.
+        values: integers of its configuration, by name.
+    """
+    if not values or not has_config(pruned) or isinstance(pruned.config, Mapping):
+        return
+    keys = {name_of(key): key for key, _ in _integers(pruned.config)}
+    if values.keys() <= keys.keys():
+        found = {keys[name]: value for name, value in values.items()}
+        if not _Builds(pruned, shapes_of(pruned)).wrong(found):
+            _put(pruned.config, found)
+
+
+def name_of(key: Key) -> str:
+    """The name of an integer of a configuration, for people and for plans."""
+    return ".".join(map(str, key))
+
+
+def _put(new: Any, values: Mapping[Key, int]) -> None:
     for key, value in values.items():
         owner, *rest = (new, *key)
         while len(rest) > 1 and not isinstance(_item(owner, rest[0]), (list, tuple)):
@@ -74,7 +112,6 @@ def changed(config: Any, values: Mapping[Key, int]) -> Any:
             owner[rest[0]] = written
         else:
             owner.__dict__[rest[0]] = written
-    return new
 
 
 def _item(owner: Any, name: Any) -> Any:

@@ -19,7 +19,7 @@ from .capture import recapture
 from .capture.dynamo import takes_tensors
 from .capture.numbers import Comparison
 from .capture.symbolic import function_name
-from .configurations import has_config, solve_config
+from .configurations import has_config, put_into_config, solve_config
 from .coupling.branches import Branch
 from .coupling.graph import CouplingGraph
 from .coupling.groups import Group
@@ -37,7 +37,7 @@ from .planning.plan import PruningPlan
 from .planning.select import Selected, repeated, select
 from .planning.selection import Selection
 from .planning.validate import unequal_rows
-from .pretrained import said_by_config
+from .pretrained import computes_the_same, said_by_config
 from .program import named_tensors
 
 _ATTEMPTS = 100
@@ -197,6 +197,7 @@ class Decision:
         if self.own.marked is not None:
             self.generating, note = Generation.of(asked.model, asked.args, asked.kwargs)
             self.notes += [note] if note else []
+        self.config: dict[str, int] = {}
         self.ties: set[tuple[str, ...]] = set()
         self.failed = Violation("", "")  # the last thing that did not hold
 
@@ -276,6 +277,7 @@ class Decision:
 
     def _unfit(self, removed: Mapping[str, Sequence[int]], rewritten: Rewritten) -> tuple[set[str], str]:
         """Axes of the groups that fail by themselves, and why. None where all of what is removed passes."""
+        self.config = {}
         reason = self._wrong(rewritten) if any(removed.values()) else ""
         if not reason:
             return set(), ""
@@ -296,7 +298,7 @@ class Decision:
         """What is wrong with a result in the model's own class, or nothing."""
         said = self.generating.fails(found) if self.generating is not None else ""
         if not said and self.selection.uniform:
-            said = _unsaid(self.own.model, self.asked.args, self.asked.kwargs, found)
+            said, self.config = _by_config(self.own.model, self.asked.args, self.asked.kwargs, found)
         return said
 
     def _open(self, rewritten: Rewritten) -> bool:
@@ -354,6 +356,7 @@ class Decision:
             regions=graph.captured.regions,
             notes=tuple(filter(None, self._said(selected, rewritten))),
             settings=settings,
+            config=self.config,
         )
 
     def _said(self, selected: Selected, rewritten: Rewritten) -> list[str]:
@@ -388,19 +391,26 @@ def owner_of(graph: CouplingGraph, model: nn.Module) -> nn.Module:
     return graph.whole.captured.program.module() if takes_tensors(model) else model
 
 
-def _unsaid(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], found: Rewritten) -> str:
-    """Why no configuration of the model's class says what ``found`` is.
+def _by_config(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], found: Rewritten
+) -> tuple[str, dict[str, int]]:
+    """Why no configuration of the model's class says what ``found`` is, and the integers of one that does.
 
-    Empty where one does, or where the class has no configuration.
+    The former is empty where one does, or where the class has no configuration; the latter where the network
+    was not run with that configuration as its own, or computes something else with it.
     """
     if not has_config(model):
-        return ""
+        return "", {}
     if any(tensor.is_meta for tensor in model.state_dict().values()):  # shapes alone
         shapes = {name: tuple(found.program.tensors[name].shape) for name in model.state_dict()}
         solved, reason = solve_config(model, shapes)
-        return reason if solved is None else ""
-    values, _, reason = said_by_config(found.materialize(), args, kwargs)
-    return reason if values is None else ""
+        return reason if solved is None else "", {}
+    narrow = found.materialize()
+    values, twin, reason = said_by_config(narrow, args, kwargs)
+    if values is None:
+        return reason, {}
+    put_into_config(narrow, values)
+    return "", values if computes_the_same(narrow, twin, args, kwargs) else {}
 
 
 def _around(graph: CouplingGraph, name: str) -> set[str]:

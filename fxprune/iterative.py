@@ -246,6 +246,7 @@ def then(first: PruningPlan, second: PruningPlan, model: nn.Module | CouplingGra
         branches=graph.removed_branches,
         notes=(*first.notes, *second.notes),
         settings={"steps": [*_settings(first), *_settings(second)]},
+        config={**first.config, **second.config},
     )
 
 
@@ -304,6 +305,7 @@ def since(
         regions=total.regions,
         notes=total.notes,
         settings=total.settings,
+        config=total.config,
     )
     return _plan_of(left, alive, of, "the second plan cannot be reached from the first")
 

@@ -47,9 +47,12 @@ def reshaped(pruned: nn.Module) -> str:
 
 
 def keep_config(pruned: nn.Module, config: Any) -> None:
-    """Note in ``pruned`` the configuration that its class was built from, where its own has changed."""
+    """Note in ``pruned`` the configuration that its class was built from, where its own has changed.
+
+    One that is known already stays.
+    """
     meta = getattr(pruned, "meta", {})
-    if isinstance(meta, dict):
+    if isinstance(meta, dict) and _CONFIG not in meta:
         pruned.meta = {**meta, _CONFIG: copy.deepcopy(config)}  # type: ignore[assignment]
 
 

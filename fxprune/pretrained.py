@@ -25,14 +25,14 @@ from torch.utils import _pytree as pytree
 
 from . import files
 from .calls import as_one
-from .configurations import builder, changed, shapes_of, solve_configs
+from .configurations import builder, changed, name_of, shapes_of, solve_configs
 from .errors import CheckpointError, OutputError
 from .inputs import in_dtype_of, normalize, restore_inputs
 from .origins import config_before, plans_of
 from .saving import load, save
 from .trees import flatten
 
-__all__ = ["Saved", "from_pretrained", "said_by_config", "save_pretrained"]
+__all__ = ["Saved", "computes_the_same", "from_pretrained", "said_by_config", "save_pretrained"]
 
 _WEIGHTS, _ABOUT = "fxprune.safetensors", "fxprune.json"
 _TOLERANCE = 1e-4
@@ -107,7 +107,10 @@ def save_pretrained(model: nn.Module, directory: str | Path, example_inputs: Any
         _move(partial(_write, twin), directory)
         for name in (_WEIGHTS, _ABOUT):
             (directory / name).unlink(missing_ok=True)
-        return Saved(directory, said)
+        before: dict[str, int] = {}
+        for plan in plans:
+            before.update(plan.config)
+        return Saved(directory, {**before, **(said or {})})
     original: Any = config_before(model)
     about = {
         "fxprune_pretrained": 1,
@@ -151,7 +154,7 @@ def said_by_config(
         twin.load_state_dict(model.state_dict())
         error = _difference(model, twin, *_real(model, (args, kwargs)))
         if error <= _TOLERANCE:
-            return {".".join(map(str, key)): value for key, value in values.items()}, twin, ""
+            return {name_of(key): value for key, value in values.items()}, twin, ""
     if error is None:
         return None, None, why()
     reason = (
@@ -159,6 +162,13 @@ def said_by_config(
         f"what it computes from widths, as the scale of attention or rotary angles, has changed"
     )
     return None, None, reason
+
+
+def computes_the_same(
+    one: nn.Module, other: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
+    """Whether two networks do so in evaluation mode; inputs as for :func:`said_by_config`."""
+    return _difference(one, other, *_real(one, (args, kwargs))) <= _TOLERANCE
 
 
 def _write(model: Any, folder: Path) -> None:

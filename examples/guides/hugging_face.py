@@ -60,16 +60,21 @@ else:
     with tempfile.TemporaryDirectory() as directory:
         arguments = transformers.TrainingArguments(
             directory, max_steps=3, per_device_train_batch_size=2, use_cpu=True, report_to=[],
-            save_strategy="no", disable_tqdm=True,
+            save_strategy="steps", save_steps=3, disable_tqdm=True,
         )  # fmt: skip
         rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 128, (8, 8))]
         transformers.Trainer(narrow, arguments, train_dataset=rows).train()
+        # `uniform` lets the narrowed model's config say its widths, so that its checkpoints open, too.
+        checkpoint = transformers.AutoModelForCausalLM.from_pretrained(f"{directory}/checkpoint-3")
     narrow.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(checkpoint(ids).logits, narrow(ids).logits)
     assert not torch.equal(weight, untrained)
     assert {name: parameter.shape for name, parameter in narrow.named_parameters()} == widths
 
-# The Trainer goes on from checkpoints that it has written of a narrowed model. Their config.json is that of
-# the original, so from_pretrained does not open them; what step 5 writes it does.
+# Without `uniform` the config stays that of the original, and from_pretrained does not open such checkpoints.
+# Then the plan makes the network that their weights fit: plan.apply(transformers.LlamaForCausalLM(config)),
+# and load_state_dict. What step 5 writes opens either way.
 
 # 5. Save. What changed in the configuration is solved, and AutoModel opens the directory, without fxprune.
 with tempfile.TemporaryDirectory() as directory:

@@ -100,6 +100,8 @@ class PruningPlan:
         into: the form of the result: ``"graph"``, or ``"module"`` for the model's own class.
         notes: why nodes were held, and what would let more go, for people.
         settings: how the plan was made (ratio, importance, seed); for the record only.
+        config: integers of the model's configuration that say how wide it is afterwards, by name; known with
+            ``uniform=True``.
     """
 
     model: str
@@ -117,6 +119,7 @@ class PruningPlan:
     into: str = "graph"
     branches: tuple[str, ...] = ()
     costs: Mapping[str, list[int]] = field(default_factory=dict, compare=False)
+    config: Mapping[str, int] = field(default_factory=dict)
 
     def apply(self, model: nn.Module | CouplingGraph) -> nn.Module:
         """A narrowed copy of ``model``, which may be any copy of the architecture that the plan is for.
@@ -297,7 +300,7 @@ class PruningPlan:
         """
         if not isinstance(self.model, str):
             raise PlanError(f"the plan's 'model' must be the name of a class, got {self.model!r}.")
-        for name in ("inputs", "shapes", "sizes", "removed", "regions", "settings", "costs"):
+        for name in ("inputs", "shapes", "sizes", "removed", "regions", "settings", "costs", "config"):
             if not isinstance(getattr(self, name), Mapping):
                 raise PlanError(f"the plan's {name!r} must map names to values, got {getattr(self, name)!r}.")
         for name, shape in self.shapes.items():
@@ -327,6 +330,8 @@ class PruningPlan:
                 raise PlanError(
                     f"the plan removes every unit of the group {group!r}; at least one must stay."
                 )
+        if not all(type(value) is int and value > 0 for value in self.config.values()):
+            raise PlanError(f"the plan's 'config' must map names to positive integers, got {self.config!r}.")
         for name, pair in self.costs.items():
             if not _whole_numbers(pair) or len(pair) != 2:
                 raise PlanError(f"the plan's cost {name!r} must be two whole numbers, got {pair!r}.")

@@ -45,7 +45,9 @@ def write(plan: PruningPlan) -> str:
     parts = [f'"fxprune_plan": {VERSION}']
     for item in fields(plan):
         value = getattr(plan, item.name)
-        if item.name in ("branches", "costs") and not value:  # which are only written where there are any
+        if (
+            item.name in ("branches", "costs", "config") and not value
+        ):  # which are only written where there are any
             continue
         if item.name == "removed":
             value = {name: _ranges(units) for name, units in value.items()}

@@ -83,7 +83,8 @@ class Selection:
         uniform: layers of the same structure lose equally many units, attention heads go as a whole, and
             widths of heads stay: what the configuration of a class can say
             (:func:`fxprune.save_pretrained`). With ``into="module"``, kinds of layers whose widths the
-            model's ``config`` cannot say stay whole.
+            model's ``config`` cannot say stay whole, and the result's own ``config`` says the widths, so that
+            the checkpoints of trainers open as all others.
         calibrate: unlabelled inputs, with which :func:`fxprune.prune` lets the layers that are left make up
             for what went: batches in a list, a data loader or any other iterable. A batch is a tensor, a
             tuple of positional inputs or a dict of keyword inputs.
