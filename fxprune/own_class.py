@@ -131,37 +131,46 @@ class InOwnClass(Rewritten):
 class Generation:
     """A call with a cache and the decode step that follows it, which ``generate()`` will make.
 
-    They are run on shapes alone: of the model, and of what is to take its place.
+    They are run on shapes alone, of the model, and of what is to take its place; on the inputs themselves
+    where the code asks for values.
 
     Attributes:
-        args: positional inputs of both calls, on meta.
+        args: positional inputs of both calls.
         kwargs: their keyword inputs.
+        on_meta: whether they are on meta, and the networks have to be.
         shapes: of the model's outputs.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    on_meta: bool
     shapes: list[Any]
 
     @staticmethod
     def of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Generation | None, str]:
-        """None for a class that does not generate with a cache, or cannot on shapes; a note on that."""
+        """None for a class that does not generate with a cache, or cannot on these inputs; a note on that."""
         calls = generation(model, args, kwargs)
         if calls is None:
             return None, ""
-        found = Generation(to_meta(calls[0]), to_meta(calls[1]), [])
-        try:
-            found.shapes[:] = found._run(model)
-        except Exception as error:  # noqa: BLE001  whatever a user's class raises
-            why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            return None, f"the decode step of generate() does not run on shapes ({why}); verify runs it"
-        return found, ""
+        shapes_alone = any(t.is_meta for t in [*flatten(calls)[0], *model.state_dict().values()])
+        why = ""
+        for on_meta in (True,) if shapes_alone else (True, False):
+            found = Generation(*(to_meta(calls) if on_meta else calls), on_meta, [])
+            try:
+                found.shapes[:] = found._run(model)
+                return found, ""
+            except Exception as error:  # noqa: BLE001  whatever a user's class raises
+                why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return None, f"the decode step of generate() could not be run ({why}); verify runs it"
 
     def fails(self, rewritten: Rewritten) -> str:
         """How the decode step of the narrowed class fails, or empty."""
         assert isinstance(rewritten, InOwnClass)
         try:
-            new = build(rewritten.model, rewritten.program, rewritten.attributes, rewritten.stand_ins)
+            if self.on_meta:
+                new = build(rewritten.model, rewritten.program, rewritten.attributes, rewritten.stand_ins)
+            else:
+                new = rewritten.materialize()
             shapes = self._run(new)
         except Exception as error:  # noqa: BLE001  as above
             return f"the decode step of generate() fails without them ({type(error).__name__}: {error})"
@@ -170,9 +179,10 @@ class Generation:
         )
 
     def _run(self, model: nn.Module) -> list[Any]:
-        twin = twin_on_meta(model).eval()
+        twin = (twin_on_meta(model) if self.on_meta else copy.deepcopy(model)).eval()
+        args, kwargs = copy.deepcopy((self.args, self.kwargs))  # which a forward may write into
         with torch.no_grad():
-            outputs = as_one(twin, self.kwargs)(*self.args, **self.kwargs)
+            outputs = as_one(twin, kwargs)(*args, **kwargs)
         tensors, structure = flatten(outputs)
         found = zip(structure.leaves, tensors, strict=True)
         return [(str(leaf), tuple(tensor.shape)) for leaf, tensor in found if not leaf.inside]

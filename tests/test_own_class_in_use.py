@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,46 @@ def test_copies_files_and_dtypes() -> None:
     checkpoint(again[1], X.requires_grad_(False), use_reentrant=False).sum().backward()
     assert all(p.grad is not None for p in again[1].parameters())
     torch.testing.assert_close(torch.compile(result, backend="eager")(X), wanted)
+
+
+@dataclass
+class State:
+    keys: Tensor
+
+
+class Step:
+    def __init__(self, logits: Tensor, state: State) -> None:
+        self.logits, self.state = logits, state
+
+
+class Generating(nn.Module):
+    """Asks for the values of its tokens in the decode step, and says there how wide its state is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.key, self.out = nn.Embedding(20, 12), nn.Linear(12, 16), nn.Linear(16, 20)
+
+    def generate(self) -> None:
+        """As classes of transformers have it."""
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False, state: State | None = None) -> Any:
+        keys = self.key(self.embed(input_ids).relu())
+        if state is not None and bool((input_ids >= 0).all()):
+            keys = torch.cat([state.keys.reshape(len(keys), -1, 16), keys], 1)
+        logits = self.out(keys.cumsum(1)[:, -input_ids.shape[1] :])
+        return Step(logits, State(keys)) if use_cache else logits
+
+
+def test_a_decode_step_that_asks_for_values_is_run_on_them() -> None:
+    model, ids = Generating().eval(), torch.randint(0, 20, (2, 5))
+    plan = fxprune.plan(model, {"input_ids": ids}, 0.5, into="module")
+    assert any("the decode step of generate() fails without them" in note for note in plan.notes)
+    narrow: Any = plan.apply(model)
+    assert (narrow.embed.weight.shape[1], narrow.key.out_features) == (6, 16)
+    masked = plan.mask(model)
+    with torch.no_grad():
+        steps = [m(ids[:, -1:], True, m(ids, True).state).logits for m in (narrow, masked)]
+    torch.testing.assert_close(*steps)
 
 
 def test_a_result_is_pruned_again() -> None:

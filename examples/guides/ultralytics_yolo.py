@@ -2,10 +2,12 @@
 
     pip install fxprune ultralytics onnx onnxruntime
     python examples/guides/ultralytics_yolo.py
+    python examples/guides/ultralytics_yolo.py yolo11n.yaml
 
-A YOLOv8n with random weights and four small images stand for your own; nothing is downloaded.
+A YOLOv8n (or what is named) with random weights and four small images stand for your own; no downloads.
 """
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,14 +21,13 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 import fxprune
 
 torch.manual_seed(0)
-yolo = YOLO("yolov8n.yaml", verbose=False)
+yolo = YOLO(sys.argv[1] if len(sys.argv) > 1 else "yolov8n.yaml", verbose=False)
 original = yolo.model.eval()
 image = np.random.default_rng(0).integers(0, 256, (96, 64, 3), dtype=np.uint8)
 
 # 1. Prune. The result is a DetectionModel, which a `YOLO` takes in place of its own.
-plan = fxprune.plan(original, torch.randn(1, 3, 64, 64), ratio=0.5, into="module")
-narrow = plan.apply(original)
-masked = plan.mask(original)  # with the removed weights at zero
+narrow = fxprune.prune(original, torch.randn(1, 3, 64, 64), ratio=0.5, into="module")
+masked = narrow.meta["fxprune"].mask(original)  # with the removed weights at zero
 assert type(narrow) is type(original)
 
 # 2. Predict, at any size: the boxes are those of the masked original.
