@@ -25,8 +25,8 @@ NEEDS = {
     "ultralytics_yolo": "ultralytics",
 }
 CASES = [
-    *((guide, ()) for guide in NEEDS),
-    pytest.param("ultralytics_yolo", ("yolo11n.yaml",), marks=pytest.mark.slow),
+    *(pytest.param(guide, (), id=guide) for guide in NEEDS),
+    pytest.param("ultralytics_yolo", ("yolo11n.yaml",), id="yolo11n", marks=pytest.mark.slow),
 ]
 """Guides, with their arguments."""
 
