@@ -40,10 +40,19 @@ def plans_of(pruned: nn.Module) -> tuple[PruningPlan, ...]:
 
 
 def reshaped(pruned: nn.Module) -> str:
-    """Parameters that have other shapes than when ``pruned`` was made, for people; empty where none has."""
+    """How the parameters of ``pruned`` differ from those that it was made with, for people; empty if not."""
     then: Mapping[str, tuple[int, ...]] = _meta(pruned).get(_SHAPES, {})
+    if not then:
+        return ""
     now = {name: tuple(tensor.shape) for name, tensor in pruned.named_parameters()}
-    return few([f"{n} {now[n]} (was {s})" for n, s in then.items() if n in now and now[n] != s])
+    differ = (
+        ([f"{n} {now[n]} (was {s})" for n, s in then.items() if n in now and now[n] != s], "other shapes"),
+        ([name for name in now if name not in then], "no place in what the plan gives"),
+        ([name for name in then if name not in now], "gone"),
+    )
+    return "; ".join(
+        f"{few(names)} {'are' if what == 'gone' else 'have'} {what}" for names, what in differ if names
+    )
 
 
 def keep_config(pruned: nn.Module, config: Any) -> None:

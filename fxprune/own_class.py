@@ -155,7 +155,8 @@ class Generation:
         shapes_alone = any(t.is_meta for t in [*flatten(calls)[0], *model.state_dict().values()])
         why = ""
         for on_meta in (True,) if shapes_alone else (True, False):
-            found = Generation(*(to_meta(calls) if on_meta else calls), on_meta, [])
+            inputs, named = to_meta(calls) if on_meta else calls
+            found = Generation(inputs, named, on_meta, [])
             try:
                 found.shapes[:] = found._run(model)
                 return found, ""

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from . import files
 from .calls import as_one
-from .configurations import builder, changed, name_of, shapes_of, solve_configs
+from .configurations import builder, changed, has_config, name_of, shapes_of, solve_configs
 from .errors import CheckpointError, OutputError
 from .inputs import in_dtype_of, normalize, restore_inputs
 from .origins import config_before, plans_of
@@ -86,16 +86,16 @@ def save_pretrained(model: nn.Module, directory: str | Path, example_inputs: Any
     directory = Path(directory)
     build, plans = builder(model), plans_of(model)
     if build is None:
-        raise OutputError(
-            f"{type(model).__name__} has no config that it could be built from; fxprune.save writes the "
-            f"weights with their plan."
-        )
+        raise OutputError(_no_config(model))
     if not plans:
         raise OutputError(
             f"nobody knows which plan made this {type(model).__name__}; save what fxprune.prune or plan.apply"
             f' gave with into="module".'
         )
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{directory} is no directory and cannot be made: {error.strerror}.") from error
     if example_inputs is None:
         args, kwargs = restore_inputs(in_dtype_of(model, plans[0].inputs))
     else:
@@ -112,6 +112,15 @@ def save_pretrained(model: nn.Module, directory: str | Path, example_inputs: Any
             before.update(plan.config)
         return Saved(directory, {**before, **(said or {})})
     original: Any = config_before(model)
+    try:
+        with torch.device("meta"):
+            build(original)
+    except Exception as error:
+        raise OutputError(
+            f"{type(model).__name__} cannot be built from its configuration alone ({type(error).__name__}: "
+            f"{files.first_line(error)}). Next: fxprune.save writes the weights with their plan, and "
+            f"fxprune.load opens them with a function that makes the original."
+        ) from error
     about = {
         "fxprune_pretrained": 1,
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
@@ -129,6 +138,20 @@ def save_pretrained(model: nn.Module, directory: str | Path, example_inputs: Any
 
     _move(write, directory)
     return Saved(directory, None, reason)
+
+
+def _no_config(model: nn.Module) -> str:
+    """Why a network cannot be saved by a configuration, and what to do."""
+    kind = type(model).__name__
+    if isinstance(model, fx.GraphModule):
+        return f'this {kind} is a graph. Prune with into="module", or write it by fxprune.save.'
+    for path, module in getattr(model, "named_modules", tuple)():
+        if path and has_config(module) and plans_of(module):
+            inner = f"the narrowed {type(module).__name__} at {path}"
+            return f"{kind} wraps {inner}. Save that; of a model with adapters, when they are merged into it."
+    return (
+        f"{kind} has no config that it could be built from; fxprune.save writes the weights with their plan."
+    )
 
 
 def said_by_config(
@@ -185,21 +208,31 @@ def from_pretrained(directory: str | Path) -> nn.Module:
         CheckpointError: if the directory holds no such files, or the class is not there.
     """
     directory = Path(directory)
-    about = _read(directory / _ABOUT) if (directory / _ABOUT).exists() else None
-    if about is None:
-        return _of_the_library(directory)
-    kind = _class(str(about.get("class")))
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"there is no directory {directory}. fxprune.from_pretrained opens what fxprune.save_pretrained "
+            f"wrote, and downloads nothing."
+        )
+    config = _read(directory / "config.json")
+    if not (directory / _ABOUT).exists() and not (directory / _WEIGHTS).exists():
+        return _of_the_library(directory, config)
+    kind = _class(str(_read(directory / _ABOUT).get("class")))
 
     def make() -> nn.Module:
-        if hasattr(kind, "config_class"):
-            return kind(kind.config_class.from_pretrained(directory)).eval()
-        return kind.from_config(_read(directory / "config.json")).eval()
+        try:
+            if hasattr(kind, "config_class"):
+                return kind(kind.config_class.from_pretrained(directory)).eval()
+            return kind.from_config(config).eval()
+        except Exception as error:
+            raise CheckpointError(
+                f"{kind.__name__} cannot be built from {directory / 'config.json'}: {type(error).__name__}: "
+                f"{files.first_line(error)}"
+            ) from error
 
     return load(make, directory / _WEIGHTS)
 
 
-def _of_the_library(directory: Path) -> nn.Module:
-    config = _read(directory / "config.json")
+def _of_the_library(directory: Path, config: Mapping[str, Any]) -> nn.Module:
     name = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
     for library in ("transformers", "diffusers"):
         try:
@@ -207,9 +240,21 @@ def _of_the_library(directory: Path) -> nn.Module:
         except ImportError:
             continue
         if kind is not None:
-            opened: nn.Module = kind.from_pretrained(directory)
+            try:
+                opened: nn.Module = kind.from_pretrained(directory)
+            except Exception as error:
+                raise CheckpointError(
+                    f"{directory} cannot be opened by {name}.from_pretrained of {library} "
+                    f"({type(error).__name__}: {files.first_line(error)}). If it is a trainer's checkpoint "
+                    f"of a narrowed model: only with uniform=True does its configuration say the widths. Else "
+                    f"the plan makes a network that its weights fit: plan.apply(model), and load_state_dict."
+                ) from error
             return opened
-    raise CheckpointError(f"{directory} is of the class {name}, which no library that is installed has.")
+    raise CheckpointError(
+        f"{directory / 'config.json'} names no class of networks."
+        if name is None
+        else f"{directory} is of the class {name}, which no library that is installed has."
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def save(pruned: nn.Module, path: str | Path, plan: PruningPlan | Sequence[Pruni
 
     Raises:
         OutputError: if the file cannot be written, if no plan is known, if a tensor has no values, or if
-            layers have got other shapes since, which no plan gives.
+            layers have got other shapes or names since (an adapter, say), which no plan gives.
     """
     path = Path(path)
     files.check_output(path, (".safetensors",))
@@ -66,10 +66,10 @@ def save(pruned: nn.Module, path: str | Path, plan: PruningPlan | Sequence[Pruni
     changed = reshaped(pruned) if not given else ""
     if changed:
         raise OutputError(
-            f"cannot write {path}: {changed} have other shapes than the plan gives, so that nothing could "
-            f"open the file; a layer was replaced or resized since {type(pruned).__name__} was pruned. Next: "
-            f"replace it before pruning, or keep state_dict() and load it into plan.apply(model) once the "
-            f"layer is replaced there, too."
+            f"cannot write {path}: {changed}, so that nothing could open the file; a layer was replaced, "
+            f"resized or wrapped since {type(pruned).__name__} was pruned. Next: merge adapters (LoRA, say), "
+            f"or save them by their own library; replace a layer before pruning, or keep state_dict() and "
+            f"load it into plan.apply(model) once the layer is replaced there, too."
         )
     tensors, last = _stored(pruned, path)
     header = {

@@ -177,7 +177,7 @@ def test_what_was_changed_since_is_named(tmp_path: Path) -> None:
         fxprune.verify(model, result, plan, X)
     result.reset_head(3)  # type: ignore[operator]
     with pytest.raises(
-        OutputError, match=r"head\.weight \(3, 16\) \(was \(5, 16\)\).*replace it before pruning"
+        OutputError, match=r"head\.weight \(3, 16\) \(was \(5, 16\)\).*replace a layer before pruning"
     ):
         fxprune.save(result, tmp_path / "net.safetensors")
     assert not list(tmp_path.iterdir())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import os
 import subprocess
@@ -125,8 +127,56 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
     model, _ = small("Llama")
     with pytest.raises(OutputError, match="nobody knows which plan"):
         fxprune.save_pretrained(model, tmp_path)
-    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"no directory .*nothing"):
         fxprune.from_pretrained(tmp_path / "nothing")
     (tmp_path / "fxprune.json").write_text(json.dumps({"class": "os.system"}))
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        fxprune.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"os\.system is no class of networks"):
         fxprune.from_pretrained(tmp_path)
+    with pytest.raises(OutputError, match=r"config\.json is no directory"):
+        fxprune.save_pretrained(narrowed(), tmp_path / "config.json")
+
+
+class Other(transformers.GPT2LMHeadModel):  # type: ignore[misc]
+    """Takes more than a configuration."""
+
+    def __init__(self, config: Any, bias: float) -> None:
+        super().__init__(config)
+
+
+@functools.cache
+def _narrowed(kind: Any) -> Any:
+    model, inputs = small("GPT2")
+    if kind is not None:
+        model = kind(model.config, 1.0).eval()
+    return fxprune.prune(model, inputs, into="module", where=lambda group: group.exact)
+
+
+def narrowed(kind: Any = None) -> Any:
+    return copy.deepcopy(_narrowed(kind))
+
+
+def test_what_nothing_could_open_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"Other cannot be built from its configuration alone.*'bias'"):
+        fxprune.save_pretrained(narrowed(Other), tmp_path)
+    adapted = narrowed()
+    layer = adapted.transformer.h[0].mlp
+    layer.c_fc, layer.extra = torch.nn.Sequential(layer.c_fc), torch.nn.Linear(2, 2)
+    with pytest.raises(OutputError, match=r"c_fc\.0\.weight.* have no place.*c_fc\.weight.* are gone.*merge"):
+        fxprune.save_pretrained(adapted, tmp_path)
+    wrapped = torch.nn.DataParallel(narrowed())
+    with pytest.raises(OutputError, match="DataParallel wraps the narrowed GPT2LMHeadModel at module"):
+        fxprune.save_pretrained(wrapped, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    narrowed().save_pretrained(tmp_path)  # which writes the original's configuration
+    with pytest.raises(CheckpointError, match=r"GPT2LMHeadModel\.from_pretrained.*uniform=True"):
+        fxprune.from_pretrained(tmp_path)
+    fxprune.save_pretrained(narrowed(), tmp_path / "whole")
+    (tmp_path / "whole" / "fxprune.json").unlink()
+    with pytest.raises(CheckpointError, match=r"fxprune\.json cannot be read"):
+        fxprune.from_pretrained(tmp_path / "whole")
