@@ -245,9 +245,9 @@ def _of_the_library(directory: Path, config: Mapping[str, Any]) -> nn.Module:
             except Exception as error:
                 raise CheckpointError(
                     f"{directory} cannot be opened by {name}.from_pretrained of {library} "
-                    f"({type(error).__name__}: {files.first_line(error)}). If it is a trainer's checkpoint "
-                    f"of a narrowed model: only with uniform=True does its configuration say the widths. Else "
-                    f"the plan makes a network that its weights fit: plan.apply(model), and load_state_dict."
+                    f"({type(error).__name__}: {files.first_line(error)}). If a trainer has "
+                    f"written it, its configuration says the widths only with uniform=True. Else the plan "
+                    f"makes a network that its weights fit: plan.apply(model), and load_state_dict."
                 ) from error
             return opened
     raise CheckpointError(
