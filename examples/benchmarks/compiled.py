@@ -12,6 +12,7 @@ network under the same inner compiler (in turns, the median of 21 ratios).
 import argparse
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -65,7 +66,7 @@ HEADING = """\
 # `torch.compile(model, backend="fxprune", options={{"ratio": 0.5}})`
 
 Written by `compiled.py`, {date}; Python {python}, torch {torch}, torchvision {torchvision}, transformers \
-{transformers}, {machine}; inner backend {inner}, random weights, images of 64 x 64 or 16 tokens.
+{transformers}, {machine}; inner backend {inner}, random weights, images of 64 x 64 or 16 tokens; average load {load:.1f} on {cores} cores.
 
 `difference`: the largest one from the eager network that `fxprune.prune` gives, as a share of its largest
 output; `second batch`: the same between two batch sizes; then what is left of parameters, and of the time
@@ -97,7 +98,7 @@ def main() -> None:
     if not options.models:
         heading = HEADING.format(
             inner=options.inner, date=datetime.date.today(), python=platform.python_version(),
-            machine=platform.machine(),
+            machine=platform.machine(), load=os.getloadavg()[2], cores=os.cpu_count(),
             **{name: metadata.version(name) for name in ("torch", "torchvision", "transformers")},
         )  # fmt: skip
         Path(__file__).with_name("COMPILED.md").write_text(heading + "\n".join(lines) + "\n")

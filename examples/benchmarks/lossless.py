@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -169,7 +170,7 @@ HEADING = """\
 # Channels that do no work, removed by `fxprune.lossless`
 
 Written by `lossless.py`, {date}; Python {python}, torch {torch}, torchvision {torchvision}, transformers \
-{transformers}, {machine}, 1 thread.
+{transformers}, {machine}, 1 thread; average load {load:.1f} on {cores} cores.
 
 `zeroed`: channels whose producers are all zero; `removed`: what `lossless` took; `difference`: the largest
 one of the outputs on other inputs, as a share of the largest entry; then parameters before, and what is left
@@ -194,6 +195,7 @@ def main() -> None:
     if not options.networks:
         heading = HEADING.format(
             date=datetime.date.today(), python=platform.python_version(), machine=platform.machine(),
+            load=os.getloadavg()[2], cores=os.cpu_count(),
             **{name: metadata.version(name) for name in ("torch", "torchvision", "transformers")},
         )  # fmt: skip
         Path(__file__).with_name("LOSSLESS.md").write_text(heading + "\n".join(lines) + "\n")
