@@ -27,7 +27,7 @@ from .files import few, first_line
 from .inputs import normalize
 from .program import named_modules
 from .region_program import RegionModule
-from .sizes import BATCH, LAST, NEAR, Change, changes, decided, places, resized
+from .sizes import BATCH, LAST, NEAR, Change, Place, changes, decided, finer, places, resized, step
 
 __all__ = ["Exported", "Written", "capture_program", "check_whole", "export"]
 
@@ -146,17 +146,21 @@ def capture_program(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     plain = _returning_tensors(model, args, kwargs)
     given = (args, dict(kwargs))
     reason, refused = "no input has a size that may change", set()
-    for change in filter(None, changes(given)):
-        kinds = frozenset(change)
-        if kinds in refused or any(abs(how) != NEAR for kind, how in change.items() if kind != BATCH):
-            continue  # torch.export takes minutes to find out which multiples are right
-        other = resized(given, change)
+    decides = isinstance(model, fx.GraphModule) and bool(decided(model.graph))
+    for tried in filter(None, changes(given)):
+        kinds = frozenset(tried)
+        by_steps = any(abs(how) != NEAR for kind, how in tried.items() if kind != BATCH)
+        # Of decisions by what divisions leave (windows of a Swin), torch.export does not come to an end.
+        if kinds in refused or (by_steps and (decides or min(tried.values()) < -NEAR)):
+            continue
         try:
-            with torch.no_grad():
-                wanted = plain(*other[0], **other[1])
+            other, wanted = _elsewhere(plain, given, tried)
         except Exception as error:  # noqa: BLE001 - the model's own
             reason = first_line(error)
             continue
+        change = _finest(plain, given, tried) if by_steps else tried
+        if change != tried:
+            other, wanted = _elsewhere(plain, given, change)
         try:
             program = _export_free(plain, given, other, wanted, change)
         except Exception as error:  # noqa: BLE001 - torch.export has no error class of its own
@@ -175,15 +179,46 @@ def capture_program(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     return Exported(program, f"the example's sizes only; others were refused ({reason})")
 
 
+def _elsewhere(plain: nn.Module, given: Any, change: Change) -> tuple[Any, Any]:
+    """The inputs at other sizes, and what the model gives for them."""
+    other = resized(given, change)
+    with torch.no_grad():
+        return other, plain(*other[0], **other[1])
+
+
+def _finest(plain: nn.Module, given: Any, change: Change) -> Change:
+    """``change``, or one by the smallest equal part of it by which, and by twice and three times which, sizes
+    may be larger.
+    """
+    for parts in finer(given, change):
+        try:
+            for times in (3, 2, 1):
+                _elsewhere(plain, given, {**change, **{kind: how * times for kind, how in parts.items()}})
+        except Exception:  # noqa: BLE001 - the model's own
+            continue
+        return {**change, **parts}
+    return change
+
+
+def _multiple(place: Place, change: Change) -> int:
+    """What a size may be a multiple of: 1 for any; 0 for the example's alone, below 0 for none above that."""
+    how = change.get(place.kind, 0)
+    return how and (1 if place.kind == BATCH else step(place, how) if how > 0 else how)
+
+
 def _said(given: Any, change: Change) -> str:
     """Which sizes are free, for people; a last dimension that is not holds features, as far as is known."""
     found = places(given)
-    free = dict.fromkeys(place.name for place in found if change.get(place.kind, -1) > 0)
+    multiples = {place.name: _multiple(place, change) for place in found if place.kind in change}
+    free = [name for name, multiple in multiples.items() if multiple == 1]
     most = dict.fromkeys(
         f"{place.name} up to {place.size}" for place in found if change.get(place.kind, 0) < 0
     )
     fixed = dict.fromkeys(place.name for place in found if place.kind not in (*change, LAST))
     said = ([f"any {', '.join(free)}"] if free else []) + list(most)
+    for multiple in sorted({multiple for multiple in multiples.values() if multiple > 1}):
+        names = [name for name in multiples if multiples[name] == multiple]
+        said.append(f"{', '.join(names)} in multiples of {multiple}")
     return "; ".join(said) + (f"; {', '.join(fixed)} as in the example" if fixed else "")
 
 
@@ -257,11 +292,16 @@ def _export_free(model: nn.Module, given: Any, other: Any, wanted: Any, change: 
     """
     leaves, tree = tree_flatten(given)
     free: list[dict[int, Any] | None] = [None] * len(leaves)
-    batch = Dim("batch")
+    named: dict[str, Any] = {}
     for place in places(given):
         if place.kind in change:
             entry = free[place.leaf] = free[place.leaf] or {}
-            entry[place.dim] = batch if place.kind == BATCH else Dim.DYNAMIC
+            multiple = _multiple(place, change)
+            name = "batch" if place.kind == BATCH else f"{place.name}_{place.size}"
+            if multiple > 1:
+                entry[place.dim] = multiple * named.setdefault(name, Dim(name, min=1))
+            else:
+                entry[place.dim] = named.setdefault(name, Dim(name)) if place.kind == BATCH else Dim.DYNAMIC
     positional, keywords = tree_unflatten(free, tree)
     with _Gather():
         program = torch.export.export(model, *other, dynamic_shapes=(*positional, *keywords.values()))

@@ -145,6 +145,52 @@ def test_exported_programs_leave_batch_and_length_free(language: Language) -> No
         capture_program(Stateful(), (TOKENS,), {})
 
 
+class Halved(nn.Module):
+    """Runs at multiples of four alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.second = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.last = nn.Conv2d(24, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).relu()
+        z = F.interpolate(self.second(y).relu(), scale_factor=2.0)
+        return self.last(torch.cat([y, z], 1))
+
+
+class Filled(nn.Module):
+    """Runs at any size; its graph is right at multiples of four, and refuses others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.last = nn.Conv2d(8, 5, 4, stride=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        x = self.first(x).relu()
+        if height % 4 != 0 or width % 4 != 0:
+            x = F.pad(x, (0, -width % 4, 0, -height % 4))
+        return self.last(x)
+
+
+@pytest.mark.parametrize("network", [Halved, Filled])
+def test_exported_programs_take_the_multiples_that_the_network_takes(network: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16)
+    pruned = fxprune.prune(network().eval(), x, ratio=0.5)
+    exported = capture_program(pruned.eval(), (x,), {})
+    assert exported.sizes == "any batch; height, width in multiples of 4"
+    program = exported.program.module()
+    for shape in ((2, 3, 16, 16), (1, 3, 24, 20), (5, 3, 8, 64)):  # the example's, too
+        other = torch.randn(shape)
+        torch.testing.assert_close(program(other), pruned(other))
+    with pytest.raises(AssertionError, match="Guard failed"):
+        program(torch.randn(2, 3, 18, 16))
+
+
 def test_decoder_narrows_and_keeps_its_interface(language: Language) -> None:
     inputs = {"tokens": TOKENS}
     plan = fxprune.plan(language, inputs, ratio=0.5)

@@ -66,7 +66,8 @@ HEADING = """\
 # `torch.compile(model, backend="fxprune", options={{"ratio": 0.5}})`
 
 Written by `compiled.py`, {date}; Python {python}, torch {torch}, torchvision {torchvision}, transformers \
-{transformers}, {machine}; inner backend {inner}, random weights, images of 64 x 64 or 16 tokens; average load {load:.1f} on {cores} cores.
+{transformers}, {machine}; inner backend {inner}, random weights, images of 64 x 64 or 16 tokens; \
+average load {load:.1f} on {cores} cores.
 
 `difference`: the largest one from the eager network that `fxprune.prune` gives, as a share of its largest
 output; `second batch`: the same between two batch sizes; then what is left of parameters, and of the time
