@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fxprune
+from fxprune.errors import ModeError
 from fxprune.module_registry import own_kind
 
 
@@ -126,3 +127,33 @@ def test_results_that_differ_from_mode_to_mode(captured: bool) -> None:
         assert type(got) is Result
         torch.testing.assert_close(got.y, want.y)
         assert (got.more is None) == (want.more is None) == mode
+
+
+class HalfWhileTraining(nn.Module):
+    """Goes on with fewer positions while it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = x.shape
+        h = self.a(x).relu()
+        if self.training:
+            h = h[:, : length // 2]
+        return self.b(h).reshape(batch, -1, 2, 2)
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_modes_of_other_shapes_leave_the_mode_of_capture(
+    captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported: list[Any] = []
+    monkeypatch.setattr(torch.export, "export", lambda *args, **kwargs: exported.append(args))
+    model, x = HalfWhileTraining().train(captured), torch.randn(3, 6, 4)
+    result = fxprune.prune(model, x, ratio=0.0)
+    assert not exported
+    torch.testing.assert_close(result(x), model(x))
+    assert any("mode alone" in note for note in fxprune.plan(model, x, ratio=0.5).notes)
+    with pytest.raises(ModeError, match="shape"):
+        result.train(not captured)(x)

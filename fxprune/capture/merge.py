@@ -231,8 +231,17 @@ class _Merger:
             ((path, flag),) = condition
             if flag is a:
                 return self._flag(path)
+        if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+            self._refuse_other_shapes(condition, a, b)
         both = [map_arg(value, partial(self._of, side)) for side, value in ((0, a), (1, b))]
         return self.graph.call_function(either, (condition, *both))
+
+    def _refuse_other_shapes(self, condition: Condition, a: fx.Node, b: fx.Node) -> None:
+        """Refuse what is of one shape in one mode and of another in the other, as far as shapes are known."""
+        seen = [trace.shape(node) for trace, node in zip(self.traces, (a, b), strict=True)]
+        for pair in zip(*(leaves for leaves, _ in filter(None, seen)), strict=False):
+            if len(pair) == 2 and all(isinstance(leaf, tuple) for leaf in pair):
+                either(condition, *(torch.empty(s, dtype=dtype, device="meta") for s, dtype in pair))
 
     def _flag(self, owner: str) -> fx.Node:
         path = f"{owner}.training_flag" if owner else "training_flag"
