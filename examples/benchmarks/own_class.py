@@ -71,8 +71,8 @@ def of_transformers() -> dict[str, Make]:
             "num_attention_heads": 4, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
             "pad_token_id": 0}  # fmt: skip
     kv = {**base, "num_attention_heads": 8, "num_key_value_heads": 4}
-    both = {"vocab_size": 99, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 96,
-            "decoder_ffn_dim": 96, "encoder_attention_heads": 4, "decoder_attention_heads": 4}  # fmt: skip
+    both = {"vocab_size": 99, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 256,
+            "decoder_ffn_dim": 256, "encoder_attention_heads": 4, "decoder_attention_heads": 4}  # fmt: skip
     vision = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
               "image_size": 32, "patch_size": 8}  # fmt: skip
     text = {"input_ids": ids, "use_cache": False}
