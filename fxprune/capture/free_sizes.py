@@ -59,10 +59,11 @@ def look(
                 break
         for kind in change.keys() - known.keys():
             because[kind] = reason
-    if seen.apart and seen.differs(args, kwargs):
-        return _alone(seen.program), tuple(free)  # no two traces are alike
+    if seen.apart and not free and seen.differs(args, kwargs):
+        return _alone(seen.program), ()  # no two traces are alike
     for finer in sizes.finer(tree, known):
-        if not seen.differs(*sizes.resized(tree, finer)):
+        fine_args, fine_kwargs = sizes.resized(tree, finer)
+        if not seen.differs(fine_args, fine_kwargs, retrace=not seen.followed):
             free.append(finer)
             known |= finer
             break
@@ -146,23 +147,31 @@ class _Seen:
     Attributes:
         program: the program; the one that computes from its inputs' sizes what an earlier call kept.
         apart: whether the model's code did something else at some size.
+        followed: whether it made, at some size, the very calls that were recorded.
     """
 
     def __init__(self, trace: Trace, model: nn.Module, program: Program) -> None:
         self._trace, self._model = trace, model
         self.program = program
-        self.apart = False
+        self.apart = self.followed = False
 
-    def differs(self, args: tuple[Any, ...], kwargs: dict[str, Any], fewer: bool = False) -> str:
+    def differs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], fewer: bool = False, retrace: bool = True
+    ) -> str:
         """Why the program is not that of the model for these inputs; empty where it is.
 
         Args:
             args: the inputs.
             kwargs: the same by name.
             fewer: whether the program may do more, as what expands a batch that is larger than one.
+            retrace: whether calls other than those that were recorded are looked at, too: they may come to
+                the same. That takes several times as long.
         """
         if self.program.again is not None and self.program.again(args, kwargs):
+            self.followed = True
             return ""
+        if not retrace:
+            return "the model's code does something else at another"
         try:
             retraced = self.program.retraced
             other = retraced(args, kwargs) if retraced else self._trace(self._model, args, kwargs)

@@ -38,6 +38,8 @@ _NEEDED = ("model", "inputs", "shapes", "sizes", "removed", "held", "dissolved",
 """Fields without which a text is no plan; the others came later."""
 _TEXTS = ("held", "dissolved", "notes", "free_outputs", "fill_outputs", "branches")
 """Fields that are lists of texts."""
+_WHERE_ANY = ("branches", "costs", "config")
+"""Fields that are only written where there is something in them."""
 
 
 def write(plan: PruningPlan) -> str:
@@ -45,9 +47,7 @@ def write(plan: PruningPlan) -> str:
     parts = [f'"fxprune_plan": {VERSION}']
     for item in fields(plan):
         value = getattr(plan, item.name)
-        if (
-            item.name in ("branches", "costs", "config") and not value
-        ):  # which are only written where there are any
+        if item.name in _WHERE_ANY and not value:
             continue
         if item.name == "removed":
             value = {name: _ranges(units) for name, units in value.items()}
