@@ -204,7 +204,11 @@ class _Exporter:
             """Run the code on fake tensors with nothing recorded, in a fraction of torch.export's time."""
             mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
             fake = functools.partial(mode.from_tensor, static_shapes=True)
-            flat = _Flat(Twin(self.model, fake).model, rebuild, [], [])
+
+            def stand_in(tensor: torch.Tensor) -> torch.Tensor:
+                return fake(tensor) if id(tensor) in self.first else self._stand_in(tensor)
+
+            flat = _Flat(Twin(self.model, stand_in).model, rebuild, [], [])
             with mode:
                 flat(*map(fake, examples))
 
