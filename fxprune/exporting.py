@@ -150,7 +150,7 @@ def capture_program(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     for tried in filter(None, changes(given)):
         kinds = frozenset(tried)
         by_steps = any(abs(how) != NEAR for kind, how in tried.items() if kind != BATCH)
-        # Of decisions by what divisions leave (windows of a Swin), torch.export does not come to an end.
+        # torch.export does not come to an end where code decides by remainders (the windows of a Swin).
         if kinds in refused or (by_steps and (decides or min(tried.values()) < -NEAR)):
             continue
         try:
@@ -201,9 +201,13 @@ def _finest(plain: nn.Module, given: Any, change: Change) -> Change:
 
 
 def _multiple(place: Place, change: Change) -> int:
-    """What a size may be a multiple of: 1 for any; 0 for the example's alone, below 0 for none above that."""
+    """What a size must be a multiple of, 1 for any; 0 where it is the example's; below 0 where it is at most
+    that.
+    """
     how = change.get(place.kind, 0)
-    return how and (1 if place.kind == BATCH else step(place, how) if how > 0 else how)
+    if how <= 0:
+        return how
+    return 1 if place.kind == BATCH else step(place, how)
 
 
 def _said(given: Any, change: Change) -> str:

@@ -304,19 +304,43 @@ def guard(graph: fx.Graph, axes: Iterable[tuple[InputSize, tuple[Any, ...]]]) ->
         graph: changed in place.
         axes: sizes, each with the keys that lead to the tensor inside of the input.
     """
-    inputs = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
-    last = next(reversed(inputs.values()), None)
-    for axis, keys in axes:
-        node: Any = inputs.get(axis.input.partition(".")[0])
-        if node is None or last is None or (axis.step == 1 and not axis.at_most):
-            continue
-        for key in keys:
-            with graph.inserting_after(last):
-                node = last = graph.call_function(operator.getitem, (node, key))
-        more = (True,) if axis.at_most else ()
-        given = (node, axis.input, axis.dim, axis.example, axis.step, axis.name, axis.because, *more)
-        with graph.inserting_after(last):
-            last = graph.call_function(check_size, given)
+    with graph.inserting_before(_first_call(graph)):
+        for axis, keys in axes:
+            if axis.step == 1 and not axis.at_most:
+                continue
+            node = _leaf(graph, axis.input, keys)
+            if node is None:
+                continue
+            more = (True,) if axis.at_most else ()
+            given = (node, axis.input, axis.dim, axis.example, axis.step, axis.name, axis.because, *more)
+            graph.call_function(check_size, given)
+
+
+def reads(graph: fx.Graph, inputs: Mapping[str, Any], found: Iterable[Place]) -> list[fx.Node]:
+    """New nodes of ``graph`` that read sizes of its inputs.
+
+    Args:
+        graph: changed in place.
+        inputs: those of the example, by name.
+        found: which sizes of them.
+    """
+    names = named(inputs)
+    with graph.inserting_before(_first_call(graph)):
+        leaves = [(_leaf(graph, *names[place.leaf]), place.dim) for place in found]
+        return [graph.call_method("size", (node, dim)) for node, dim in leaves if node is not None]
+
+
+def _first_call(graph: fx.Graph) -> fx.Node:
+    return next(node for node in graph.nodes if node.op != "placeholder")
+
+
+def _leaf(graph: fx.Graph, name: str, keys: tuple[Any, ...]) -> fx.Node | None:
+    """The node of an input, or a new one that takes a tensor out of it; None where the graph has no such."""
+    inputs = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
+    node = inputs.get(name.partition(".")[0])
+    for key in keys if node is not None else ():
+        node = graph.call_function(operator.getitem, (node, key))
+    return node
 
 
 def guarded(graph: fx.Graph) -> list[InputSize]:
@@ -337,4 +361,4 @@ def decided(graph: fx.Graph) -> list[str]:
 
 __all__ = ["BATCH", "DEPTH", "FAR", "IMAGE", "LAST", "LENGTH", "NEAR", "ONE", "TWICE", "Change", "InputSize",
            "InputSizes", "Place", "Trial", "asks_more", "changed_size", "changes", "decided", "finer",
-           "guard", "guarded", "larger", "named", "places", "resized", "step"]  # fmt: skip
+           "guard", "guarded", "larger", "named", "places", "reads", "resized", "step"]  # fmt: skip

@@ -347,6 +347,7 @@ class Attending(nn.Module):
         self.slope = slope
 
     def forward(self, x, memory=None):
+        x, memory = x if isinstance(x, (list, tuple)) else (x, memory)
         q, k = self.query(x), self.key(x if memory is None else memory)
         many = q.shape[1] > 1
         h = nn.functional.scaled_dot_product_attention(q, k, k, is_causal=many)
@@ -370,13 +371,47 @@ def test_a_length_of_one_is_refused_where_it_does():
         pruned(x[:, :1])
 
 
-@pytest.mark.parametrize("keys", [12, 9])
-def test_one_query_is_taken_with_one_key_alone(keys):
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("keys", [12, 9, 1])
+def test_one_query_is_taken_with_one_key_alone(keys, wrapped):
     """With more of them it makes a difference whether attention is causal."""
-    model, x, memory = Attending(), torch.randn(2, 12, 8), torch.randn(2, keys, 8)
-    pruned = fxprune.prune(model, (x, memory), ratio=0.0)
+    model, x, memory = Attending(), torch.randn(2, 12, 8), torch.randn(2, 12, 8)
+
+    def inputs(queries, keys):
+        given = x[:, :queries], memory[:, :keys]
+        return ([*given],) if wrapped else given
+
+    pruned = fxprune.prune(model, inputs(12, keys), ratio=0.0)
     for queries in (1, 5):
-        given = x[:, :queries], memory[:, :queries]
+        given = inputs(queries, min(queries, keys))
         torch.testing.assert_close(pruned(*given), model(*given))
     with pytest.raises(PinnedError, match="in forward"):
-        pruned(x[:, :1], memory)
+        pruned(*inputs(1, 12))
+
+
+class AtOne(Deciding):
+    """Asks at length one for something more, or gives a call a flag that makes a difference there."""
+
+    def __init__(self, kind):
+        super().__init__(None)
+        self.kind = kind
+
+    def forward(self, x):
+        h = self.a(x).relu()
+        if self.kind == "batch":
+            if h.shape[1] == 1 and h.shape[0] > 4:
+                h = h * 2
+        else:
+            h = h + h.std(1, keepdim=True, unbiased=bool(h.shape[1] > 1))
+        return self.b(h)
+
+
+@pytest.mark.parametrize("kind", ["batch", "flag"])
+def test_a_length_of_one_is_refused_where_it_may_make_a_difference(kind):
+    model = AtOne(kind)
+    pruned = fxprune.prune(model, torch.randn(2, 12, 8), ratio=0.0)
+    for batch in (3, 6):
+        x = torch.randn(batch, 5, 8)
+        torch.testing.assert_close(pruned(x), model(x))
+    with pytest.raises(PinnedError, match="in forward"):
+        pruned(torch.randn(6, 1, 8))

@@ -4,7 +4,7 @@ Both are read backwards from what they return and from what they write; calls wh
 not count. A constant or a buffer of one graph may stand where the other computes a tensor of sizes alone: so
 it is where a model keeps what it made for the sizes of its last call. It is the same if the values are. The
 second graph may also hold an ``expand`` that the first one lacks, as long as it changes no size. On request,
-calls that differ in numbers alone are the same where random tensors show it.
+calls that differ in flags alone are the same where random tensors show it.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ def compare(a: Program, b: Program, sampled: bool = False) -> Alike:
     Args:
         a: the first one.
         b: the second one.
-        sampled: whether calls may have other numbers that make no difference at the sizes of ``b``: causal
-            attention of one query is attention. They are tried on random tensors.
+        sampled: whether calls may have other flags (true or false) that make no difference at the sizes of
+            ``b``: attention of one query to one key is the same if it is causal. Both are tried on random
+            tensors.
     """
     try:
         comparison = _Comparison(a, b, sampled)
@@ -102,7 +103,7 @@ class _Comparison:
             if self._value(y).shape != self._value(y.args[0]).shape:  # type: ignore[arg-type]
                 raise _Apart(None)
         for x in self.otherwise:
-            if writes(x) or not all(self._agree(x, self.pairs[x], mode) for mode in (0, 1)):
+            if writes(x) or not all(self._agree(x, self.pairs[x], trial) for trial in range(_TRIALS)):
                 raise _Apart(x)
 
     def _pair(self, x: fx.Node, y: fx.Node, at: fx.Node) -> None:
@@ -137,8 +138,8 @@ class _Comparison:
             if not isinstance(b, fx.Node):
                 raise _Apart(at)
             self._pair(a, b, at)
-        elif self.sampled and isinstance(a, _NUMBERS) and isinstance(self._number(b), _NUMBERS):
-            if type(a) is not type(b) or a != b:
+        elif self.sampled and isinstance(a, bool) and isinstance(self._number(b), bool):
+            if a is not b:
                 self.otherwise[at] = None
         elif isinstance(a, (tuple, list)):
             if not isinstance(b, (tuple, list)) or len(a) != len(b):
@@ -161,24 +162,25 @@ class _Comparison:
         """What an argument of the second graph is, where that is a number."""
         return self.b.seen.get(b) if isinstance(b, fx.Node) else b
 
-    def _agree(self, x: fx.Node, y: fx.Node, mode: int) -> bool:
+    def _agree(self, x: fx.Node, y: fx.Node, trial: int) -> bool:
         """Whether both calls give the same for random tensors of the sizes in the second graph.
 
         Args:
             x: the call in the first graph.
             y: the call in the second one.
-            mode: which of two numbers, where they depend on the mode.
+            trial: number of the trial. Masks are all false in the first, all true in the second, random in
+                the third. Where a number depends on the mode, it is that of either in turns.
         """
 
         @functools.cache
         def sample(node: fx.Node) -> Any:
             seen = self.b.seen.get(node)
             if seen is None and node.target is either:
-                seen = node.args[1 + mode]
+                seen = node.args[1 + trial % 2]
             if isinstance(seen, torch.Tensor) and seen.is_floating_point():
                 return torch.randn(seen.shape, dtype=torch.float64)
             if isinstance(seen, torch.Tensor) and seen.dtype is torch.bool:
-                return torch.rand(seen.shape) < 0.5
+                return torch.rand(seen.shape) < (0.0, 1.0, 0.5)[trial]
             if not isinstance(seen, _NUMBERS):
                 raise _Apart(x)
             return seen
@@ -255,6 +257,7 @@ def _same_call(x: fx.Node, y: fx.Node) -> bool:
 
 
 _NUMBERS = (bool, int, float)
+_TRIALS = 3
 _OPERATORS = {"add": "add", "sub": "sub", "mul": "mul", "div": "div", "truediv": "div", "pow": "pow"}
 
 
@@ -280,7 +283,8 @@ def _equal(a: torch.Tensor, b: Any) -> bool:
         return a.is_meta and b.is_meta
     a, b = a.cpu(), b.cpu()
     if a.is_floating_point() or a.is_complex():
-        return torch.allclose(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+        exact = a.dtype in (torch.float64, torch.complex128)
+        return torch.allclose(a, b, *((1e-9, 1e-10) if exact else (1e-5, 1e-6)), equal_nan=True)
     return bool(torch.equal(a, b))
 
 

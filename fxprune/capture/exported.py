@@ -200,24 +200,7 @@ class _Exporter:
             patches.flags(hidden, asked),
         )
 
-        def rehearse() -> None:
-            """Run the code on fake tensors with nothing recorded, in a fraction of torch.export's time."""
-            mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-            fake = functools.partial(mode.from_tensor, static_shapes=True)
-
-            def stand_in(tensor: torch.Tensor) -> torch.Tensor:
-                return fake(tensor) if id(tensor) in self.first else self._stand_in(tensor)
-
-            flat = _Flat(Twin(self.model, stand_in).model, rebuild, [], [])
-            with mode:
-                flat(*map(fake, examples))
-
-        try:
-            patches.within(tables, rehearse)
-        except DynamicOutputShapeException as error:
-            raise _depends_on_values(error) from error
-        except Exception:  # noqa: BLE001  torch.export can do more, or says better what is wrong
-            pass
+        self._rehearse(tables, examples, rebuild)
         refusal: Exception | None = None
         for doubled, free in ((True, True), (False, True), (False, False)):
             inputs = _doubled(examples) if doubled else examples
@@ -247,6 +230,32 @@ class _Exporter:
         if refusal is None:
             raise CaptureError("there is nothing to export")
         raise CaptureError(f"{type(refusal).__name__}: {_first_lines(refusal)}") from refusal
+
+    def _rehearse(
+        self, tables: tuple[patches.Patch, ...], examples: list[torch.Tensor], rebuild: Callable[..., Any]
+    ) -> None:
+        """Run the code on fake tensors with nothing recorded, in a fraction of torch.export's time.
+
+        Raises:
+            CaptureError: if sizes depend on values, for which torch.export would be stopped.
+        """
+        mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        fake = functools.partial(mode.from_tensor, static_shapes=True)
+
+        def stand_in(tensor: torch.Tensor) -> torch.Tensor:
+            return fake(tensor) if id(tensor) in self.first else self._stand_in(tensor)
+
+        def run() -> None:
+            flat = _Flat(Twin(self.model, stand_in).model, rebuild, [], [])
+            with mode:
+                flat(*map(fake, examples))
+
+        try:
+            patches.within(tables, run)
+        except DynamicOutputShapeException as error:
+            raise _depends_on_values(error) from error
+        except Exception:  # noqa: BLE001  torch.export can do more, or says better what is wrong
+            pass
 
     def _batched(self, exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
         """The program with calls for the whole batch in place of those under ``torch.vmap``, for a sample."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from .. import sizes
 from ..nodes import describe_source
@@ -15,7 +16,7 @@ from ..program import Program
 from ..sizes import BATCH, FAR, LAST, LENGTH, NEAR, Change, InputSize, Place
 from .alike import compare
 from .arguments import Arguments
-from .size_decisions import ask_for_one, decisions, look_elsewhere, meet, settle
+from .size_decisions import ask_for_one, decisions, look_elsewhere, meet, questions, settle
 
 Trace = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Program]
 _LONGEST = 200
@@ -63,7 +64,7 @@ def look(
         return _alone(seen.program), ()  # no two traces are alike
     for finer in sizes.finer(tree, known):
         fine_args, fine_kwargs = sizes.resized(tree, finer)
-        if not seen.differs(fine_args, fine_kwargs, retrace=not seen.followed):
+        if not seen.differs(fine_args, fine_kwargs, retrace=seen.made_others):
             free.append(finer)
             known |= finer
             break
@@ -109,26 +110,26 @@ def _at_length_one(seen: _Seen, tree: Any, given: dict[str, Any]) -> None:
     found = ask_for_one(graph, {place.size for place in lengths})
     if not found or seen.is_otherwise(*sizes.resized(tree, {LENGTH: sizes.ONE})):
         return
+    lengths += _ones(given)
     if len(lengths) == 1:
         for check in found:
             graph.erase_node(check)
         return
-    read = tuple(_reads(graph, given, lengths))
-    for check in found:  # one query that sees many keys is not all the same to it
+    read = tuple(sizes.reads(graph, given, lengths))
+    for check in found:  # to one query it makes a difference how it attends to many keys
         check.args = (*check.args, read)
 
 
-def _reads(graph: fx.Graph, given: dict[str, Any], places: list[Place]) -> Iterator[fx.Node]:
-    """New nodes that read these sizes of the inputs."""
-    names = sizes.named(given)
-    inputs = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
-    with graph.inserting_after(next(reversed(inputs.values()))):
-        for place in places:
-            name, keys = names[place.leaf]
-            node = inputs[name.partition(".")[0]]
-            for key in keys:
-                node = graph.call_function(operator.getitem, (node, key))
-            yield graph.call_method("size", (node, place.dim))
+def _ones(given: dict[str, Any]) -> list[Place]:
+    """Sizes of one in the example that are not the batch: lengths, maybe, of which nobody knows."""
+    known = {(place.leaf, place.dim) for place in sizes.places(given)}
+    return [
+        Place(number, dim, LENGTH, size, leaf.dim())
+        for number, leaf in enumerate(pytree.tree_leaves(given))
+        if isinstance(leaf, torch.Tensor)
+        for dim, size in enumerate(leaf.shape)
+        if size == 1 and (number, dim) not in known
+    ]
 
 
 def _alone(program: Program) -> Program:
@@ -147,13 +148,13 @@ class _Seen:
     Attributes:
         program: the program; the one that computes from its inputs' sizes what an earlier call kept.
         apart: whether the model's code did something else at some size.
-        followed: whether it made, at some size, the very calls that were recorded.
+        made_others: whether it made, at some size, other calls than were recorded, which come to the same.
     """
 
     def __init__(self, trace: Trace, model: nn.Module, program: Program) -> None:
         self._trace, self._model = trace, model
         self.program = program
-        self.apart = self.followed = False
+        self.apart = self.made_others = False
 
     def differs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], fewer: bool = False, retrace: bool = True
@@ -168,7 +169,6 @@ class _Seen:
                 the same. That takes several times as long.
         """
         if self.program.again is not None and self.program.again(args, kwargs):
-            self.followed = True
             return ""
         if not retrace:
             return "the model's code does something else at another"
@@ -183,6 +183,7 @@ class _Seen:
             self.apart = True
             where = describe_source(node)
             return f"the model's code does something else at another{f' ({where})' if where else ''}"
+        self.made_others = True
         if found.computed and not fewer:
             self.program = other
         return ""
@@ -195,9 +196,8 @@ class _Seen:
             return True
         if other is None:
             return True
-        lines = {check.args[2] for check, _ in decisions(self.program.graph)}
-        asks_more = any(check.args[2] not in lines for check, _ in decisions(other.graph))
-        return asks_more or not compare(self.program, other, sampled=True).same
+        asks_more = questions(other.graph) - questions(self.program.graph)
+        return bool(asks_more) or not compare(self.program, other, sampled=True).same
 
 
 def steps(kinds: Collection[str], known: Change) -> dict[str, int]:

@@ -239,8 +239,11 @@ class _Merger:
     def _refuse_other_shapes(self, condition: Condition, a: fx.Node, b: fx.Node) -> None:
         """Refuse what is of one shape in one mode and of another in the other, as far as shapes are known."""
         seen = [trace.shape(node) for trace, node in zip(self.traces, (a, b), strict=True)]
-        for pair in zip(*(leaves for leaves, _ in filter(None, seen)), strict=False):
-            if len(pair) == 2 and all(isinstance(leaf, tuple) for leaf in pair):
+        if None in seen:
+            return
+        (these, _), (others, _) = seen
+        for pair in zip(these, others, strict=False):
+            if all(isinstance(leaf, tuple) for leaf in pair):  # tensors
                 either(condition, *(torch.empty(s, dtype=dtype, device="meta") for s, dtype in pair))
 
     def _flag(self, owner: str) -> fx.Node:

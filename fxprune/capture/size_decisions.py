@@ -13,6 +13,7 @@ import contextlib
 import functools
 import math
 import operator
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -175,6 +176,16 @@ def look_elsewhere(program: Program, tree: Any, steps: Mapping[str, int]) -> Non
                 decision.elsewhere.append(numbers(parts, values))
 
 
+def questions(graph: fx.Graph) -> Counter[Any]:
+    """How many numbers each line asks for in each way, whatever the answer and however often."""
+    asked = {check.args[0]: check.args[2] for check, _ in decisions(graph)}
+    return Counter(
+        (line, number.target, tuple(repr(part) for part in number.args if not isinstance(part, fx.Node)))
+        for number, line in asked.items()
+        if isinstance(number, fx.Node)
+    )
+
+
 def ask_for_one(graph: fx.Graph, lengths: Collection[int]) -> list[fx.Node]:
     """The checks of decisions by whether a length is one: ``if n > 1:``, ``if n == 1:``.
 
@@ -201,7 +212,7 @@ def _asks_for_one(check: fx.Node, decision: SizeDecision, lengths: Collection[in
     def answer(size: int) -> bool:
         return bool(number.target(*(size if part is read[0] else part for part in number.args)))
 
-    return {answer(size) for size in (2, 3, max(bound, 2), bound + 1 if bound > 1 else 2)} == {not answer(1)}
+    return all(answer(size) is not answer(1) for size in (2, max(bound, 2), max(bound + 1, 2)))
 
 
 def _further(tree: Any, steps: Mapping[str, int]) -> Iterator[Change]:
@@ -438,5 +449,6 @@ __all__ = [
     "meet",
     "note",
     "numbers",
+    "questions",
     "settle",
 ]
