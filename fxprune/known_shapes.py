@@ -18,6 +18,8 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .time_steps import RECURRENT, over_few
+
 _MOST = 1 << 14
 """Results that are remembered; with more, all are forgotten."""
 
@@ -36,6 +38,12 @@ def result(func: Any, args: Any, kwargs: Any, run: Callable[[Any, Any, Any], Any
     """
     if not _makes_new(func):
         return run(func, args, kwargs)
+    if func in RECURRENT and not kwargs:
+        return over_few(func, args, lambda func, args: _remembered(func, args, {}, run))
+    return _remembered(func, args, kwargs, run)
+
+
+def _remembered(func: Any, args: Any, kwargs: Any, run: Callable[[Any, Any, Any], Any]) -> Any:
     key = _key((args, kwargs))
     if key is None:
         return run(func, args, kwargs)

@@ -24,6 +24,7 @@ from .capture.twin import Twin
 from .coupling.leaf_calls import call_plain
 from .inputs import meta_like
 from .program import Program, named_modules, named_tensors
+from .time_steps import as_called
 from .trees import flatten
 
 _IDENTITIES = frozenset(["detach", "alias", "lift_fresh"])
@@ -128,7 +129,7 @@ def _on_shapes(run: Any, args: Any, kwargs: Any) -> Any:
     )
     if plain is not None:
         return plain
-    with known_shapes.Remembered():
+    with known_shapes.Remembered(), as_called(layer):
         return run(*args, **kwargs)
 
 

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from .errors import CaptureError
 from .nn import assign
 from .nodes import is_assertion, mutable
+from .time_steps import as_called
 
 
 def _pack(
@@ -93,8 +94,11 @@ def call_on_shapes(node: fx.Node, args: Any, kwargs: Any, module: Callable[[str]
             kwargs = {**kwargs, "device": "meta"}
         args, kwargs = mutable(args), mutable(kwargs)
         target: Any = ON_SHAPES.get(node.target, node.target)
-        return target(*args, **kwargs)
-    return module(str(node.target)).forward(*args, **kwargs)
+        with as_called(target):
+            return target(*args, **kwargs)
+    layer = module(str(node.target))
+    with as_called(layer):
+        return layer.forward(*args, **kwargs)
 
 
 def kept_whole() -> tuple[tuple[Callable[..., Any], ...], tuple[ModuleType, ...]]:

@@ -14,8 +14,7 @@ IN_CI = bool(os.environ.get("CI"))
 
 torch.set_num_threads(1)
 if not torch.accelerator.is_available():
-    # Where CUDA is built in and there is no device, each torch.manual_seed keeps a stack trace for three kinds
-    # of devices: a tenth of the time of the tests of small networks.
+    # It keeps a stack trace for three kinds of devices, in case that one comes: a tenth of the tests' time.
     torch.manual_seed = torch.default_generator.manual_seed
 settings.register_profile(
     "fxprune",

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     # what all stages speak of
     "errors", "guards", "repeats", "files", "trees", "random_numbers", "inputs", "calls",
-    "module_registry", "nodes", "convolution", "graph_record", "nn", "value_dependent", "known_values",
-    "known_shapes", "modes", "graph_module", "program", "region_program", "sizes",
+    "module_registry", "nodes", "convolution", "time_steps", "graph_record", "nn", "value_dependent",
+    "known_values", "known_shapes", "modes", "graph_module", "program", "region_program", "sizes",
     # the stages: capture, couple and group, score, plan, rewrite
     "capture", "coupling", "importance", "measure", "planning", "passes",
     # the stages composed

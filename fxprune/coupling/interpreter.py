@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from .. import convolution, known_shapes
+from .. import convolution, known_shapes, time_steps
 from ..capture.numbers import numbers
 from ..errors import CaptureError, ExampleInputsError, FxpruneError
 from ..graph_module import clone_module
@@ -179,10 +179,17 @@ class _Interpreter(TorchDispatchMode):
         kwargs = kwargs or {}
         if _is_composite(func) and not _stays_whole(func):
             with self:
+                if func in time_steps.RECURRENT and self._is_for_few(func, args, kwargs):
+                    return time_steps.over_few(func, args, lambda func, args: func.decompose(*args))
                 return func.decompose(*args, **kwargs)
         if _takes_device(func):
             kwargs = {**kwargs, "device": torch.device("meta")}
         return self._aten(func, args, kwargs)
+
+    def _is_for_few(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether a few time steps tell all: no one of them can be removed."""
+        dim, value = time_steps.time(func, args), self.coupler.value(args[0]) if self.labels else None
+        return not kwargs and (value is None or (value.label(dim) is None and not value.is_open(dim)))
 
     def _aten(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Make one ATen call, and apply its rule."""
@@ -373,7 +380,7 @@ class _Interpreter(TorchDispatchMode):
             if target in _LINEAR:
                 with _AsCalled():
                     return target(*args, **kwargs)
-            with _Whole(self._aten) if target in _WHOLE else contextlib.nullcontext():
+            with _Whole(self._aten) if target in _WHOLE else time_steps.as_called(target):
                 return target(*args, **kwargs)
 
     def _keep_sizes(self, check: fx.Node) -> None:

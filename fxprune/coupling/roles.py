@@ -82,6 +82,8 @@ class Use:
         first, *rest = self.argument
         found: Any = self.node.args[first] if isinstance(first, int) else self.node.kwargs[first]
         for place in rest:
+            if isinstance(found, fx.Node):
+                break  # one node gives the tree that the tensor is in, as a packed sequence is
             found = found[place]
         return found if isinstance(found, fx.Node) else None
 
