@@ -1,13 +1,15 @@
 """Channels that do no work, removed without changing the result.
 
 A channel is dead where everything that makes it is zero (masks of ``torch.nn.utils.prune``, training with a
-penalty on whole channels), or where a batch normalisation scales it by zero: it is the same number for every
-input. Where that number is zero at all layers
-that read the channel, nothing changes when it goes. Where it is another (a bias, the shift of a batch
+penalty on whole channels), or where a batch normalisation or a depthwise filter multiplies it by zero: it is
+the same number for every input. Where that number is zero at all layers that read the channel, or these
+multiply it by zeros, nothing changes when it goes. Where it is another (a bias, the shift of a batch
 normalisation that a ReLU lets through), what it adds to a layer is looked at: where that is the same at all
 places, for all inputs and at other sizes of these, it goes into the layer's bias, or into the running mean
-behind it; where it is not (a convolution adds less beside padding, a sum adds more over more places), or the
-layer can take up nothing, the channel stays, and a note says why.
+behind it. Where it is not (a convolution adds less beside padding, a sum adds more over more places), or the
+layer can take up nothing, one such channel stays for all, as constants are multiples of each other: the
+weights with which the layer reads the others are added to its own, times these multiples. Where that cannot
+be done either, the channel stays. Notes say what stays, and why.
 
 A channel of which there is a copy (the same weights, shifts and statistics make both) goes, too: the weights
 with which the layers read the two are added up.
@@ -206,6 +208,7 @@ class _Fold:
 
     Attributes:
         group: the group that they are of.
+        units: which channels; those of them that go are folded.
         reading: how the layer reads them.
         made: the dimension of its result with the channels that it makes.
         tensor: what takes it up.
@@ -213,6 +216,7 @@ class _Fold:
     """
 
     group: Group
+    units: Mask
     reading: _Reading
     made: int
     tensor: str
@@ -221,36 +225,35 @@ class _Fold:
 
 @dataclass(frozen=True, eq=False)
 class _Merge:
-    """Copies of channels that a layer reads: their weights are added to those of the channels that stay.
+    """Multiples of channels that a layer reads: their weights are added to those of the channels that stay.
 
     Attributes:
         group: the group that they are of.
         member: the axis of the layer's weight.
-        kept: by unit that goes the one that is the same.
+        kept: by unit that goes the one that stays.
+        factors: by unit that goes how many times the one that stays it is; where there is none, once.
     """
 
     group: Group
     member: Member
     kept: Mapping[int, int]
+    factors: Mapping[int, float] = field(default_factory=dict)
 
     def moved(self, weight: Tensor, gone: Set[int]) -> Tensor:
-        """``weight`` with the entries of these units added to those of their copies; and zeros left there."""
+        """``weight`` with the entries of these units added to those that stay, and zeros left there."""
         dims = [*self.member.over, self.member.axis.dim]
         rest = [d for d in range(weight.dim()) if d not in dims]
-        found = weight.detach().clone()
-        rows = _by_index(found, self.member)
-        places: dict[int, list[int]] = {}
-        for index, unit in enumerate(self.member.units.reshape(-1).tolist()):
-            places.setdefault(unit, []).append(index)
+        rows = _by_index(weight.detach().double(), self.member).clone()
+        places = _places(self.member.units)
         for unit in gone:
             from_, to = (torch.tensor(places.get(u, []), dtype=torch.long) for u in (unit, self.kept[unit]))
             if len(from_) != len(to):
-                raise ValueError(f"unit {unit} has {len(from_)} indices, its copy {len(to)}")
-            rows[to] += rows[from_]
+                raise ValueError(f"unit {unit} has {len(from_)} indices, the one that stays {len(to)}")
+            rows[to] += self.factors.get(unit, 1.0) * rows[from_]
             rows[from_] = 0
         shape = [weight.shape[d] for d in (*dims, *rest)]
         back = [[*dims, *rest].index(d) for d in range(weight.dim())]
-        return rows.reshape(shape).permute(*back).contiguous()
+        return rows.reshape(shape).permute(*back).contiguous().to(weight.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -319,22 +322,47 @@ class _Search:
         kept = _alike(group, making, dead)
         if not kept or self._ends(group):
             return []
-        merges = [_Merge(group, member, kept) for member in reading]
-        try:
-            for merge in merges:
-                name = merge.member.axis.name
-                changed = {name: merge.moved(self.program.tensors[name], kept.keys())}
-                nodes = {use.node for use in merge.member.consuming}
-                if not self._sole(name) or not all(self._unchanged(node, changed, _SAME) for node in nodes):
+        merges: list[_Merge] = []
+        for node in {use.node: None for member in reading for use in member.consuming}:
+            members = [member for member in reading if node in {use.node for use in member.consuming}]
+            if not any(merge.member in members for merge in merges):
+                merge = self._merge(group, members, kept)
+                if merge is None:
                     return []
-        except ValueError:
-            return []
+                merges.append(merge)
         self.merges += merges
         copies = _none(group)
         copies[list(kept)] = True
         text = f"channels of {group.name} are copies of others: both are read as one"
         self.remarks.append(_Remark(group, copies, text, gone=True))
         return list(kept)
+
+    def _merge(
+        self,
+        group: Group,
+        members: Iterable[Member],
+        kept: Mapping[int, int],
+        factors: Mapping[int, float] | None = None,
+    ) -> _Merge | None:
+        """How the weight of a layer is moved so that it gives the same; None if there is no such way.
+
+        Args:
+            group: the group.
+            members: axes of the layer's tensors; of a weight and its mask the weight can be moved.
+            kept: see :class:`_Merge`.
+            factors: see :class:`_Merge`; None for copies, which every run can tell apart.
+        """
+        for member in members:
+            merge, name = _Merge(group, member, kept, factors or {}), member.axis.name
+            try:
+                changed = {name: merge.moved(self.program.tensors[name], kept.keys())}
+            except ValueError:
+                continue
+            nodes = {use.node for use in member.consuming}
+            every = factors is None
+            if self._sole(name) and all(self._unchanged(node, changed, _SAME, every) for node in nodes):
+                return merge
+        return None
 
     def dead(self, group: Group) -> list[int]:
         """Positions in ``group`` of the dead units that may go; notes why others stay."""
@@ -344,30 +372,45 @@ class _Search:
         zero = {use.node: self._zero(group, member) for member, use in producers}
         scales = [(m, node) for m in group.members for node in self.scaled.get(m.axis.name, ())]
         zero |= {node: self._zero(group, member) for member, node in scales}
-        if not any(mask.any() for mask in zero.values()):
+        given_to: dict[tuple[fx.Node, fx.Node | None], list[tuple[Member, Use]]] = {}
+        for member, use in _consumers(group):  # a weight and its mask, say, are one reader
+            given_to.setdefault((use.node, self._given(use)), []).append((member, use))
+        unread: dict[tuple[fx.Node, fx.Node | None], Mask] = {
+            reader: np.logical_or.reduce([self._zero(group, member) for member, _ in pairs])
+            for reader, pairs in given_to.items()
+        }
+        """By reader the units that its weight multiplies by zeros: what they are does not matter there."""
+        gone: Mask = np.logical_or.reduce([*zero.values()])
+        if unread:
+            gone = gone | np.logical_and.reduce([*unread.values()])
+        if not gone.any():
             return []
         if not group.exact:
             self._stay(group, np.logical_and.reduce([*zero.values()]), group.inexact_because)
             return []
         constant = self._constant(group, zero)
-        gone: Mask = np.logical_or.reduce([*zero.values()])
         home = self._home(group)
         if home is not None:
-            return self._inside(group, home, gone)
-        given_to = [(member, use, self._given(use)) for member, use in _consumers(group)]
-        same = [constant.get(given, _none(group)) for *_, given in given_to if given is not None]
+            return self._inside(group, home, np.logical_or.reduce([*zero.values()]))
+        same = [
+            constant.get(given, _none(group)) | unread[node, given]
+            for node, given in given_to
+            if given is not None
+        ]
         self._meet(group, gone & ~np.logical_and.reduce([gone, *same]), constant)
         gone = np.logical_and.reduce([gone, *same])
         readings = []
-        for member, use, given in given_to:
+        for (node, given), pairs in given_to.items():
+            use = pairs[0][1]
             if given is None:
                 self._stay(group, gone, f"what {use.at} reads arises inside of it")
                 return []
-            reading = self._reading(group, use.node, given) if not _part(member, use) else None
+            whole = not any(_part(*pair) for pair in pairs)
+            reading = self._reading(group, node, given) if whole else None
             if reading is None:
                 self._stay(group, gone, f"how {use.at} reads them is not seen")
                 return []
-            readings.append((use, reading))
+            readings.append(([member for member, _ in pairs], use, reading, unread[node, given]))
         ends = self._ends(group)
         for node, inputs in ends.items():
             zeros = [constant.get(given, _none(group)) & self._zeros(group, node, given) for given in inputs]
@@ -379,21 +422,80 @@ class _Search:
             self._stay(group, gone, "no node of the graph shows what reads them")
             return []
         folds: list[_Fold] = []
-        for use, reading in readings:
+        merges: list[_Merge] = []
+        stay = _none(group)  # for others
+        for members, use, reading, nothing in readings:
             steady, carried = self._read(group, reading)
+            steady |= nothing
+            carried &= ~nothing
             self._stay(group, gone & ~steady, f"at {use.at} they depend on the place")
             gone &= steady
-            if (gone & carried).any():
-                fold, reason = self._fold(group, use, reading, gone & carried)
-                if fold is None:
-                    self._stay(group, gone & carried, f"they are not zero at {use.at}, {reason}")
-                    gone &= ~carried
-                else:
-                    folds.append(fold)
+            here = gone & carried
+            if not here.any():
+                continue
+            fold, reason = self._fold(group, use, reading, here)
+            if fold is not None:
+                folds.append(fold)
+                continue
+            text = f"they are not zero at {use.at}, {reason}"
+            merge = self._one_for_all(group, members, reading, here, stay & steady & carried)
+            if merge is not None:
+                merges.append(merge)
+                stay[list(merge.kept.values())] = True
+                merged = _none(group)
+                merged[list(merge.kept)] = True
+                here &= ~merged
+                many = f"dead channels of {group.name} are read as multiples of others that stay: {text}"
+                self.remarks.append(_Remark(group, merged, many, gone=True))
+            self._stay(group, here, text)
+            gone &= ~here
         if gone.all():
             gone[0] = False  # one has to stay
         self.folds += folds
+        self.merges += merges
         return self._balanced(group, gone)
+
+    def _one_for_all(
+        self, group: Group, members: Sequence[Member], reading: _Reading, units: Mask, others: Mask
+    ) -> _Merge | None:
+        """Constants of which a layer reads multiples: one of each such kind stays, for the others.
+
+        Args:
+            group: the group.
+            members: axes of the layer's tensors that have these channels.
+            reading: how the layer reads them.
+            units: units that are the same wherever they are read there, and not zero.
+            others: such units that stay anyway.
+        """
+        if self.any_size:
+            return None
+        seen = self.seen[reading.node.name][0][reading.given.name]
+        constants = reading.channels(seen)[:, 0].double().cpu().numpy()
+        weight = members[0].units
+        read, written, width = _places(reading.units), _places(weight), weight.shape[-1]
+        kinds: dict[Any, list[int]] = {}
+        """Units that the layer reads in the same rows of its weight."""
+        for unit in np.flatnonzero(units | others).tolist():
+            rows = tuple(index // width for index in written.get(unit, ()))
+            kinds.setdefault((rows, len(read[unit])), []).append(unit)
+        kept: dict[int, int] = {}
+        factors: dict[int, float] = {}
+        for left in kinds.values():
+            while left:
+                values = constants[np.array([read[unit] for unit in left])]
+                sizes = np.abs(values).max(1)
+                # One that is large, so that no factor is; better one that stays anyway.
+                first = int(np.where(others[left], 10 * sizes, sizes).argmax())
+                place = int(np.abs(values[first]).argmax())
+                times = values[:, place] / values[first, place]
+                multiple = np.abs(values - times[:, None] * values[first]).max(1) <= _SAME * sizes
+                multiple[first] = False
+                for unit, factor in zip(np.array(left)[multiple].tolist(), times[multiple], strict=True):
+                    if units[unit]:
+                        kept[unit], factors[unit] = left[first], float(factor)
+                multiple[first] = True
+                left = [unit for unit, done in zip(left, multiple, strict=True) if not done]
+        return self._merge(group, members, kept, factors) if kept else None
 
     def _home(self, group: Group) -> fx.Node | None:
         """The node with all tensors of a group, which begins and ends there; None if there is none such.
@@ -436,15 +538,21 @@ class _Search:
             return inside and name.removeprefix(f"{node.target}.") in dict(_tensors(layer)) and bool(own)
         return any(n.op == "get_attr" and n.target == name for n in node.all_input_nodes)
 
-    def _unchanged(self, node: fx.Node, tensors: Mapping[str, Tensor], allowed: float) -> bool:
+    def _unchanged(
+        self, node: fx.Node, tensors: Mapping[str, Tensor], allowed: float, every: bool = True
+    ) -> bool:
         """Whether a node gives the same in every run with other tensors in these places.
 
         Args:
             node: the node.
             tensors: the tensors, by name.
             allowed: differences up to this share of the largest entry are rounding.
+            every: look at every run, in place of one for each size.
         """
         runs = self.seen.get(node.name, [])
+        if not every:
+            sizes = {str(pytree.tree_map_only(Tensor, lambda t: t.shape, run)): run for run in runs}
+            runs = list(sizes.values())
         if not runs or not all(self._has(node, name) for name in tensors):
             return False
         return all(
@@ -491,13 +599,11 @@ class _Search:
             tensor = found.setdefault(name, _like(self.program.tensors[name]))
             with torch.no_grad():
                 tensor.copy_(merge.moved(tensor, gone))
-        copies = {merge.group.name: merge.kept.keys() for merge in self.merges}
         for fold in self.folds:
-            name = fold.group.name
-            dead = sorted(set(removed.get(name, ())) - set(copies.get(name, ())))
-            if dead:
-                units: Mask = np.zeros(fold.group.size, dtype=bool)
-                units[dead] = True
+            units = _none(fold.group)
+            units[list(removed.get(fold.group.name, ()))] = True
+            units &= fold.units
+            if units.any():
                 added, _ = self._added(fold.reading, fold.made, units)
                 tensor = found.setdefault(fold.tensor, _like(self.program.tensors[fold.tensor]))
                 with torch.no_grad():
@@ -792,7 +898,7 @@ class _Search:
         fits = means[0].shape == self.program.tensors[target].shape
         if not fits or max(deviations) > _EXACT * most or apart > _SAME * most:
             return None, "and what they add differs between places (beside padding, say) or between sizes"
-        return _Fold(group, reading, made, target, sign), ""
+        return _Fold(group, units, reading, made, target, sign), ""
 
     def _takes_up(self, node: fx.Node, made: int) -> tuple[str, int]:
         """The tensor to which a constant may be added, and with which sign; an empty name for none."""
@@ -892,6 +998,14 @@ def _double(leaf: Any) -> Any:
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
+
+
+def _places(units: NDArray[np.int64]) -> dict[int, list[int]]:
+    """By unit the indices at which it stands."""
+    found: dict[int, list[int]] = {}
+    for index, unit in enumerate(units.reshape(-1).tolist()):
+        found.setdefault(unit, []).append(index)
+    return found
 
 
 def _by_index(tensor: Tensor, member: Member) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from . import files
 from .errors import OutputError
 from .files import few, first_line
+from .graph_module import Interpreter
 from .inputs import normalize
 from .program import named_modules
 from .region_program import RegionModule
@@ -95,25 +97,52 @@ def export(model: nn.Module, example_inputs: Any, path: str | Path) -> Written:
             exported = capture_program(model.eval(), args, kwargs)
             found: list[str] = []
             size = files.write(path, lambda draft: found.append(writer(exported, draft, model, args, kwargs)))
+            lines = _open_decisions(model, (args, kwargs), exported.change) if kind.suffix != ".pt2" else []
     finally:
         for module, training in modes.items():
             module.training = training
-    lines = decided(model.graph) if isinstance(model, fx.GraphModule) else []
     return Written(path, size, exported.sizes + _unchecked(kind, lines), found[0])
 
 
 def _unchecked(kind: files.Format, lines: list[str]) -> str:
-    """That a file takes sizes at which it is wrong: those for which the model's code decides otherwise.
-
-    Only a program of torch.export has guards.
-    """
-    if kind.suffix == ".pt2":
-        return ""
+    """That a file takes sizes at which it is wrong: those for which the model's code decides otherwise."""
     if not lines:
         return ""
     more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
     where = f"({lines[0]}{more})"
     return f"; not those for which the code decides otherwise, which {kind.holds} does not refuse {where}"
+
+
+def _open_decisions(model: nn.Module, given: Any, change: Change) -> list[str]:
+    """The lines of the model that decide by sizes which ``change`` changes.
+
+    A program of torch.export refuses sizes for which they decide otherwise; no other file does.
+    """
+    if not isinstance(model, fx.GraphModule) or not change or not decided(model.graph):
+        return []
+    here, there = (_numbers(model, *inputs) for inputs in (given, resized(given, change)))
+    moves: set[fx.Node] = set()
+    for node, found in here.items():
+        if found != there.get(node) or not moves.isdisjoint(node.all_input_nodes):
+            moves.add(node)
+    return decided(model.graph, moves)
+
+
+def _numbers(model: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[fx.Node, Any]:
+    """What each node gives that is no tensor, as sizes are."""
+    found: dict[fx.Node, Any] = {}
+
+    class Watch(Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+                found[n] = value
+            return value
+
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    Watch(model).run(*bound.args, *bound.kwargs.values())
+    return found
 
 
 def check_whole(path: Path, regions: Any) -> None:

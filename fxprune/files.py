@@ -80,8 +80,9 @@ def check_output(path: Path, suffixes: Collection[str], read: Iterable[Path | No
         raise OutputError(f"cannot write {path}: it is a file that is read, and would be lost; name another")
     found = format_of(path)
     if found is None or found.suffix not in suffixes:
-        kinds = ", ".join(f"{FORMATS[suffix].holds} is a {suffix} file" for suffix in suffixes)
-        raise OutputError(f"cannot write {path}: {kinds}; try {path.with_suffix(next(iter(suffixes)))}")
+        kinds = ", ".join(f"{suffix} ({FORMATS[suffix].holds})" for suffix in suffixes)
+        other = path.with_suffix(next(iter(suffixes)))
+        raise OutputError(f"cannot write {path}: its name has to end in {kinds}; try {other}")
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder; name a file in it")
     folder = path.parent

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -353,10 +353,15 @@ def guarded(graph: fx.Graph) -> list[InputSize]:
     return found
 
 
-def decided(graph: fx.Graph) -> list[str]:
-    """The lines of the model that decide by sizes: ``graph`` checks that they come out as for the example."""
+def decided(graph: fx.Graph, among: Collection[fx.Node] | None = None) -> list[str]:
+    """The lines of the model that decide by sizes: ``graph`` checks that they come out as for the example.
+
+    Args:
+        graph: the graph.
+        among: nodes of checks that are looked at; None for all.
+    """
     nodes = graph.find_nodes(op="call_function", target=check_decision)
-    return list(dict.fromkeys(node.args[2] for node in nodes))
+    return list(dict.fromkeys(node.args[2] for node in nodes if among is None or node in among))
 
 
 __all__ = ["BATCH", "DEPTH", "FAR", "IMAGE", "LAST", "LENGTH", "NEAR", "ONE", "TWICE", "Change", "InputSize",

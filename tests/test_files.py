@@ -133,7 +133,7 @@ def test_files_that_are_no_plans(tmp_path: Path) -> None:
 
 
 def test_a_plan_is_written_as_json_only(plan: fxprune.PruningPlan, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"a plan is a \.json file"):
+    with pytest.raises(OutputError, match=r"end in \.json \(a plan\)"):
         plan.save(tmp_path / "plan.txt")
     with pytest.raises(OutputError, match="there is no folder"):
         plan.save(tmp_path / "nowhere" / "plan.json")

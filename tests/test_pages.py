@@ -265,7 +265,7 @@ def test_drawings(made: tuple[fxprune.CouplingGraph, fxprune.PruningPlan], tmp_p
     assert "blocks.2.0" in texts
     colours = {element.get("fill") for element in root.iter() if element.tag.endswith("rect")}
     assert len(colours) == len(graph.groups)
-    with pytest.raises(OutputError, match=r"a drawing is a \.svg file"):
+    with pytest.raises(OutputError, match=r"end in \.svg \(a drawing\)"):
         graph.draw(tmp_path / "groups.png")
 
 

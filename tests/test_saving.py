@@ -238,7 +238,7 @@ def test_refused(tmp_path: Path) -> None:
     pruned = fxprune.prune(seeded(Plain), IMAGE, 0.5)
     with pytest.raises(OutputError, match="which plan made this Plain"):
         fxprune.save(Plain(), path)
-    with pytest.raises(OutputError, match=r"weights with their plan is a \.safetensors file"):
+    with pytest.raises(OutputError, match=r"end in \.safetensors \(weights with their plan\)"):
         fxprune.save(pruned, tmp_path / "a.pt")
     with pytest.raises(OutputError, match=r"conv\.weight.* on the meta device"):
         fxprune.save(fxprune.prune(Plain().to("meta"), IMAGE, 0.5, importance="random"), path)

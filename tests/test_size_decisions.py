@@ -338,6 +338,25 @@ def test_what_cannot_refuse_is_said(tmp_path, monkeypatch):
     assert "refuse" not in fxprune.export(result, x, tmp_path / "net.pt2").sizes
 
 
+def test_decisions_by_sizes_that_a_file_fixes_are_not_said(tmp_path):
+    class Fixed(nn.Module):
+        def __init__(self, positions):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+            self.table = nn.Parameter(torch.randn(positions, 16))
+
+        def forward(self, x):
+            h = self.a(x) + self.table
+            return self.b(h * 2 if x.shape[1] > 100 else h)
+
+    pytest.importorskip("onnxscript")
+    x = torch.randn(2, 12, 8)
+    for positions, free in ((12, "any batch; "), (1, "any batch, length; ")):
+        written = fxprune.export(fxprune.prune(Fixed(positions).eval(), x, 0.5), x, tmp_path / "net.onnx")
+        assert written.sizes.startswith(free)
+        assert ("does not refuse" in written.sizes) is (positions == 1)
+
+
 class Attending(nn.Module):
     """Attention that is causal where there is more than one query."""
 

@@ -9,10 +9,8 @@ Two ways of zeroing 30 to 60 % of the channels (another share for each network):
   channels leaves it. Every channel so zeroed should go.
 - *trained*: ``torch.nn.utils.prune.ln_structured`` on every convolution (of transformers, on the first layer
   of each feed-forward part), followed by 20 steps of training. Shifts of batch normalisations stay and are
-  trained; what they let through into a convolution that pads cannot be taken up, and in a residual stream a
-  channel is dead only where all layers that add to it were given the same mask. ``zeroed`` counts the
-  channels whose producers are all zero; a depthwise filter alone that is zero makes its channel dead, too,
-  so that more may go.
+  trained: the channels become constants. In a residual stream a channel is dead only where all layers that
+  add to it were given the same mask; a depthwise filter of zeros alone makes its channel dead.
 
 Random weights, with statistics of batch normalisations as after training. The time is that of the result as
 a share of the network's: forward passes of the batch on one thread in turns, the median of 11 ratios.
@@ -21,12 +19,14 @@ a share of the network's: forward passes of the batch on one thread in turns, th
 from __future__ import annotations
 
 import argparse
+import collections
 import copy
 import datetime
 import os
 import platform
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ CNNS = (
 )  # fmt: skip
 TRANSFORMERS = ("vit", "bert")
 SHARES = (0.3, 0.45, 0.6)
+STAY = re.compile(r"(\d+) dead channels of (\S+) stay: (.*)")
 
 
 def network(name: str) -> tuple[nn.Module, torch.Tensor]:
@@ -116,19 +117,42 @@ def trained(model: nn.Module, x: torch.Tensor, share: float) -> tuple[nn.Module,
 
 
 def zeroed_units(model: nn.Module, x: torch.Tensor) -> int:
-    """Units of which every weight that makes them is zero."""
+    """Units of which all that makes them is zero, or a depthwise filter that they pass."""
     count = 0
     for group in fxprune.analyze(model, x):
         alive: set[int] = set()
         seen: set[int] = set()
+        stopped: set[int] = set()
         for member in group.producers:
             axis = member.axis.dim
             filled = member.tensor.detach().movedim(axis, 0).flatten(1).ne(0).any(1).tolist()
             units = member.units.reshape(-1, member.units.shape[-1])[0].tolist()
-            seen |= {unit for unit in units if unit >= 0}
-            alive |= {unit for unit, full in zip(units, filled, strict=True) if full}
-        count += len(seen - alive)
+            full = {unit for unit, any_ in zip(units, filled, strict=True) if any_ and unit >= 0}
+            empty = {unit for unit in units if unit >= 0} - full
+            if member.consuming:
+                stopped |= empty
+            else:
+                seen |= empty | full
+                alive |= full
+        count += len((seen - alive) | stopped)
     return count
+
+
+def held(notes: Iterable[str], left: int) -> str:
+    """How many of the ``left`` dead channels stay, and why, in a few words."""
+    found: collections.Counter[str] = collections.Counter()
+    merged = {group for note in notes for group in re.findall(r"of (\S+) are read as multiples", note)}
+    for number, group, reason in (m.groups() for m in map(STAY.match, notes) if m):
+        if "equally long" in reason:
+            reason = "rows"
+        elif group in merged:
+            reason = "for others"
+        elif "differs between places" in reason:
+            reason = "padding"
+        found[reason] += int(number)
+    if left > found.total():
+        found["meet others"] = left - found.total()
+    return ", ".join(f"{count} {why}" for why, count in found.most_common())
 
 
 def time_left(model: nn.Module, smaller: nn.Module, x: torch.Tensor) -> float:
@@ -157,10 +181,11 @@ def line(name: str, how: Callable[..., tuple[nn.Module, int]], share: float, not
         wanted, got = (torch.as_tensor(getattr(y := m(other), "logits", y)) for m in (zeroed, smaller))
     difference = float((wanted - got).abs().max() / wanted.abs().max())
     before, after = (fxprune.count(m, x) for m in (zeroed, smaller))
+    stay = held(plan.notes, count - removed)
     if notes:
-        print("\n".join(note for note in plan.notes if "dead" in note or "copies" in note))
+        print("\n".join(note for note in plan.notes if " channels of " in note))
     return (
-        f"| {name} | {how.__name__} | {share:.0%} | {count} | {removed} | {difference:.0e} "
+        f"| {name} | {how.__name__} | {share:.0%} | {count} | {removed} | {stay} | {difference:.0e} "
         f"| {before.params / 1e6:.2f} M | {after.params / before.params:.3f} "
         f"| {after.macs / before.macs:.3f} | {time_left(zeroed, smaller, x):.2f} |"
     )
@@ -172,12 +197,26 @@ HEADING = """\
 Written by `lossless.py`, {date}; Python {python}, torch {torch}, torchvision {torchvision}, transformers \
 {transformers}, {machine}, 1 thread; average load {load:.1f} on {cores} cores.
 
-`zeroed`: channels whose producers are all zero; `removed`: what `lossless` took; `difference`: the largest
-one of the outputs on other inputs, as a share of the largest entry; then parameters before, and what is left
-of parameters, multiply-accumulates and time (shares of 1).
+`zeroed`: channels of which all that makes them is zero, or a depthwise filter that they pass; `removed`: what
+`lossless` took; `difference`: the largest one of the outputs on other inputs, as a share of the largest
+entry; then parameters before, and what is left of parameters, multiply-accumulates and time (shares of 1).
 
-| network | zeroed how | share | zeroed | removed | difference | parameters | left | MACs left | time left |
-|---|---|---|---|---|---|---|---|---|---|
+`stay`: dead channels that are left, by the reason in the plan's notes:
+
+- *for others*: a constant that a layer reads beside padding, or without a bias, cannot go into a bias. One
+  such channel stays for all of the layer, or of each row of a grouped convolution: their weights are added
+  to its own.
+- *padding*: a constant in front of a depthwise convolution that pads is another image behind it for each
+  channel, which the sizes of the input decide on: no other channel and no bias can stand for it. Here are
+  also constants in front of other layers that pad, where there is one alone.
+- *meet others*: the constant is multiplied by a gate (squeeze and excitation) that depends on the input.
+- *rows*: the rows of a grouped convolution have to lose equally many channels; one of them has fewer dead
+  ones.
+
+A channel may stay for two reasons, and is counted for both.
+
+| network | how | share | zeroed | removed | stay | difference | parameters | left | MACs left | time left |
+|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
