@@ -78,7 +78,8 @@ def put_into_config(pruned: nn.Module, values: Mapping[str, int]) -> None:
     """Let the configuration of ``pruned`` say which widths it has.
 
     Nothing is written where the class would not have these widths by that (the plan was edited, say), nor
-    into a configuration that is a mapping.
+    into a configuration that is a mapping. The class is built to see it, and never with an integer that is
+    larger than before: a file might ask for a billion layers.
 
     Args:
         pruned: a network whose configuration is its own.
@@ -86,10 +87,12 @@ def put_into_config(pruned: nn.Module, values: Mapping[str, int]) -> None:
     """
     if not values or not has_config(pruned) or isinstance(pruned.config, Mapping):
         return
-    keys = {name_of(key): key for key, _ in _integers(pruned.config)}
-    if values.keys() <= keys.keys():
-        found = {keys[name]: value for name, value in values.items()}
-        if not _Builds(pruned, shapes_of(pruned)).wrong(found):
+    shapes = shapes_of(pruned)
+    widest = max((size for shape in shapes.values() for size in shape), default=0)
+    known = {name_of(key): (key, value or widest) for key, value in _integers(pruned.config)}
+    if all(name in known and value <= known[name][1] for name, value in values.items()):
+        found = {known[name][0]: value for name, value in values.items()}
+        if not _Builds(pruned, shapes).wrong(found):
             _put(pruned.config, found)
 
 

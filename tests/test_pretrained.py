@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ import torch
 from test_own_class import small
 
 import fxprune
+from fxprune import configurations
 from fxprune.configurations import changed, solve_config
 from fxprune.errors import CheckpointError, OutputError
 
@@ -71,6 +73,26 @@ def test_checkpoints_of_the_librarys_own_trainers_open(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(again, inputs), logits(result, inputs))
     uneven = plan.with_removed({name: [0] for name in plan.removed if ".0.mlp" in name}).apply(model)
     assert uneven.config.intermediate_size == 48, "no configuration says it"
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "pad_token_id", "intermediate_size"])
+def test_a_plan_builds_nothing_that_is_larger_than_the_model(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file might ask for a billion layers."""
+    model, inputs = small("Llama")
+    plan = fxprune.plan(model, inputs, into="module", uniform=True, where=lambda group: group.exact)
+    built: list[Any] = []
+    shapes = configurations._Builds.shapes
+    monkeypatch.setattr(
+        configurations._Builds, "shapes", lambda self, values: (built.append(values), shapes(self, values))[1]
+    )
+    assert plan.apply(model).config.intermediate_size == 24  # type: ignore[union-attr]
+    assert built
+    built.clear()
+    hostile = dataclasses.replace(plan, config={**plan.config, name: 1000})
+    assert hostile.apply(model).config.intermediate_size == 48  # type: ignore[union-attr]
+    assert not built
 
 
 def test_narrowed_again_by_a_second_configuration(tmp_path: Path) -> None:

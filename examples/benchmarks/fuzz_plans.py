@@ -2,10 +2,11 @@
 
     python examples/benchmarks/fuzz_plans.py --cases 100000
 
-A case is the text of a plan of a small network, damaged once to four times: characters or lines lost, doubled
-or replaced, values of the JSON tree replaced by other kinds, absurd numbers, long ranges, paths, deep
-nesting. Reading it must give a plan or a ``PlanError``; a plan that is read must be written and read again as
-the same plan; and applying it (each tenth) must give a network or an error of fxprune's. Reports the slowest
+A case is the text of a plan of a small network (as a graph, in its own class with the widths in its
+configuration, or without a branch), damaged once to four times: characters or lines lost, doubled or
+replaced, values of the JSON tree replaced by other kinds, absurd numbers, long ranges, paths, deep nesting.
+Reading it must give a plan or a ``PlanError``; a plan that is read must be written and read again as the same
+plan; and applying it (each tenth) must give a network or an error of fxprune's. Reports the slowest
 case, and how much memory the process took more than before.
 """
 
@@ -25,23 +26,45 @@ from fxprune.errors import FxpruneError, PlanError
 
 ODD: tuple[Any, ...] = (
     None, True, -1, 0, 1, 3.5, 10**9, 10**30, -(10**18), "", "0-3, 7", "0-999999999999", "5-1", "a",
-    "../../etc/passwd",
+    "../../etc/passwd", 2, 4,
     "0-3," * 5000, [], {}, [[]], [10**12, 10**12], {"a": 1}, [-1], [0, 0], "\x00", "é", "NaN",
 )  # fmt: skip
 
 
-class Net(nn.Module):
-    """A residual block, a group convolution and a classifier."""
+class Config:
+    """Integers that the class is built from."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 12, layers: int = 1, heads: int | None = None) -> None:
+        self.width, self.layers, self.heads = width, layers, heads
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        return cls(**values)
+
+
+class Net(nn.Module):
+    """A residual block, a group convolution and a classifier; a configuration says how many and how wide."""
+
+    config_class = Config
+
+    def __init__(self, config: Config | None = None) -> None:
         super().__init__()
+        self.config = config or Config()
+        width = self.config.width
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.inner = nn.Sequential(nn.Conv2d(8, 12, 1), nn.ReLU(), nn.Conv2d(12, 8, 1, groups=4))
+        self.inner = nn.Sequential(nn.Conv2d(8, width, 1), nn.ReLU(), nn.Conv2d(width, 8, 1, groups=4))
+        self.more = nn.ModuleList(nn.Linear(8, 8) for _ in range(self.config.layers))
         self.head = nn.Linear(8, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.stem(x)
-        return self.head((y + self.inner(y)).mean((2, 3)))
+        z = (y + self.inner(y)).mean((2, 3))
+        for layer in self.more:
+            z = z + layer(z)
+        return self.head(z)
 
 
 def spots(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -66,7 +89,9 @@ def damaged(text: str, draw: random.Random) -> str:
             if what < 0.2:
                 del owner[path[-1]]
             elif what < 0.3 and isinstance(owner, dict):
-                owner[draw.choice(("", "x[0]", "../x", "model", "sizes"))] = owner.pop(path[-1])
+                owner[draw.choice(("", "x[0]", "../x", "model", "sizes", "layers", "heads"))] = owner.pop(
+                    path[-1]
+                )
             elif what < 0.33:
                 owner[path[-1]] = "DEEP"
             else:
@@ -80,12 +105,18 @@ def damaged(text: str, draw: random.Random) -> str:
 def run(cases: int, seed: int = 0) -> tuple[collections.Counter[str], float]:
     """How often each outcome came, and the seconds of the slowest case; raises for what must not happen."""
     torch.manual_seed(0)
-    model, draw = Net().eval(), random.Random(seed)
-    plan = fxprune.plan(model, torch.randn(1, 3, 8, 8), ratio=0.5)
-    good, slowest = plan.to_json(), 0.0
+    model, draw, slowest, x = Net().eval(), random.Random(seed), 0.0, torch.randn(1, 3, 8, 8)
+    plans = [
+        fxprune.plan(model, x, ratio=0.5),
+        fxprune.plan(model, x, ratio=0.5, into="module", uniform=True),
+        fxprune.plan(model, x, ratio=0.5, branches=["more"]),
+    ]
+    good = [plan.to_json() for plan in plans]
+    assert '"config"' in good[1]
+    assert '"branches"' in good[2]
     outcomes: collections.Counter[str] = collections.Counter()
     for number in range(cases):
-        text = good
+        text = draw.choice(good)
         for _ in range(draw.randint(1, 4)):
             text = damaged(text, draw)
         start = time.perf_counter()
