@@ -74,7 +74,8 @@ def of_call(function: Any, args: Any, kwargs: Any, run: Callable[[], Any]) -> An
     key = _key((args, kwargs))
     if key is None:
         return run()
-    key = function, key, torch.get_default_dtype()
+    starts = [arg.storage_offset() for arg in args if isinstance(arg, torch.Tensor)]  # views go on from there
+    key = function, key, torch.get_default_dtype(), *starts
     found = _found.get(key)
     if found is not None:
         return _made(found)
@@ -132,7 +133,7 @@ def _key(argument: Any) -> Any:
             return None
         if argument.is_complex() and argument.is_conj():
             return None
-        return argument.shape, argument.stride(), argument.dtype, argument.storage_offset()
+        return argument.shape, argument.stride(), argument.dtype
     if kind is slice:
         ends = _key((argument.start, argument.stop, argument.step))
         return None if ends is None else (kind, ends)

@@ -30,8 +30,8 @@ FUNCTIONS = RECURRENT | {getattr(torch._VF, name) for name in ("lstm", "gru", "r
 
 
 def as_called(target: Any) -> contextlib.AbstractContextManager[Any]:
-    """While it lasts, a recurrent layer or function makes one call, not the many that PyTorch makes of it."""
-    recurrent = isinstance(target, nn.RNNBase) or target in FUNCTIONS
+    """While it lasts, a recurrent layer, cell or function makes one call, not those PyTorch makes of it."""
+    recurrent = isinstance(target, (nn.RNNBase, nn.RNNCellBase)) or target in FUNCTIONS
     return torch._C._AutoDispatchBelowAutograd() if recurrent else contextlib.nullcontext()
 
 

@@ -129,3 +129,22 @@ def test_a_longer_sequence_takes_no_more_calls(monkeypatch: pytest.MonkeyPatch) 
         fxprune.analyze(model, torch.randn(steps, 2, 3))
         counts.append(len(calls))
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_the_same_cell_at_another_step_is_not_run_again(
+    kind: type[nn.RNNCellBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    run = known_shapes._call
+    monkeypatch.setattr(known_shapes, "_call", lambda *given: calls.append(given[0]) or run(*given))
+    cell = kind(CHANNELS, HIDDEN).to("meta")
+    x = torch.empty(LONG, 2, CHANNELS, device="meta")
+    forget()
+    with torch.no_grad(), known_shapes.Remembered(), time_steps.as_called(cell):
+        state = cell(x[0])
+        state = cell(x[1], state)
+        before = [call for call in calls if "cell" in str(call)]
+        cell(x[2], state)
+    assert before
+    assert [call for call in calls if "cell" in str(call)] == before
