@@ -19,13 +19,13 @@ from torch import nn
 from .files import few
 
 __all__ = [
+    "Solved",
     "builder",
     "changed",
     "has_config",
     "name_of",
     "put_into_config",
     "shapes_of",
-    "solve_config",
     "solve_configs",
 ]
 
@@ -152,25 +152,22 @@ class _Builds:
         return sum(found[name] != shape for name, shape in self.target.items())
 
 
-def solve_config(model: nn.Module, target: Shapes) -> tuple[dict[Key, int] | None, str]:
-    """Integers of ``model.config`` from which the class has the shapes in ``target``.
+Solved = tuple[Iterator[dict[Key, int]], Callable[[], str]]
+"""Configurations, and why there are no more, once all have been seen."""
+
+
+def solve_configs(model: nn.Module, target: Shapes) -> Solved:
+    """All integers of ``model.config`` from which the class has the shapes in ``target``.
+
+    They may mean different networks: half as many heads have the shapes of heads half as wide.
 
     Args:
         model: a network of the class.
         target: shapes by name in the state dict.
 
     Returns:
-        The integers that change, by where they are, or None; and for people, what no configuration says.
-    """
-    found, reason = solve_configs(model, target)
-    return next(found, None), reason()
-
-
-def solve_configs(model: nn.Module, target: Shapes) -> tuple[Iterator[dict[Key, int]], Callable[[], str]]:
-    """As :func:`solve_config`, all configurations with these shapes: they may mean different networks.
-
-    (Half as many heads have the shapes of heads half as wide.) The second is why there are no more, once
-    all have been seen.
+        The integers that change, by where they are, for each such configuration; and for people, what no
+        configuration says.
     """
     if not has_config(model):
         return iter(()), lambda: f"{type(model).__name__} has no configuration that it could be built from"

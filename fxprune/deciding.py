@@ -7,6 +7,7 @@ nodes or axes that it failed at are held, or the function is traced into, and it
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +20,7 @@ from .capture import recapture
 from .capture.dynamo import takes_tensors
 from .capture.numbers import Comparison
 from .capture.symbolic import function_name
-from .configurations import has_config, put_into_config, solve_config
+from .configurations import has_config, put_into_config, shapes_of, solve_configs
 from .coupling.branches import Branch
 from .coupling.graph import CouplingGraph
 from .coupling.groups import Group
@@ -38,7 +39,7 @@ from .planning.select import Selected, repeated, select
 from .planning.selection import Selection
 from .planning.validate import unequal_rows
 from .pretrained import computes_the_same, said_by_config
-from .program import named_tensors
+from .program import let_go, named_tensors
 
 _ATTEMPTS = 100
 _NO_MODULE = "no module that serves this branch alone gives what the code{} adds"
@@ -227,11 +228,17 @@ class Decision:
                 self.failed = rewritten.violations[0]
                 if not self._open(rewritten):
                     self._hold(self.failed)
-            elif self.meter is None or self.meter.accepts(selected.left["latency"], rewritten.materialize()):
+            elif self._fast_enough(selected, rewritten):
                 return self._plan(selected, rewritten), self.graph, rewritten
         raise RewriteError(
             f"the graph could not be rewritten at node {self.failed.node}: {self.failed.reason}."
         )
+
+    def _fast_enough(self, selected: Selected, rewritten: Rewritten) -> bool:
+        if self.meter is None:
+            return True
+        with rewritten.materialized() as narrow:
+            return self.meter.accepts(selected.left["latency"], narrow)
 
     def _score(self, earlier: Callable[[Group], Scores] | None) -> Callable[[Group], Scores]:
         return score(self.graph, self.selection.importance, self.selection.seed, self.scored, earlier)
@@ -296,6 +303,7 @@ class Decision:
 
     def _wrong(self, found: Rewritten) -> str:
         """What is wrong with a result in the model's own class, or nothing."""
+        assert isinstance(found, InOwnClass)
         said = self.generating.fails(found) if self.generating is not None else ""
         if not said and self.selection.uniform:
             said, self.config = _by_config(self.own.model, self.asked.args, self.asked.kwargs, found)
@@ -392,7 +400,7 @@ def owner_of(graph: CouplingGraph, model: nn.Module) -> nn.Module:
 
 
 def _by_config(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], found: Rewritten
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], found: InOwnClass
 ) -> tuple[str, dict[str, int]]:
     """Why no configuration of the model's class says what ``found`` is, and the integers of one that does.
 
@@ -401,16 +409,21 @@ def _by_config(
     """
     if not has_config(model):
         return "", {}
+    without_values = found.on_meta()
+    solved, reason = solve_configs(without_values, shapes_of(without_values))
+    first = next(solved, None)
+    if first is None:
+        return reason(), {}
     if any(tensor.is_meta for tensor in model.state_dict().values()):  # shapes alone
-        shapes = {name: tuple(found.program.tensors[name].shape) for name in model.state_dict()}
-        solved, reason = solve_config(model, shapes)
-        return reason if solved is None else "", {}
-    narrow = found.materialize()
-    values, twin, reason = said_by_config(narrow, args, kwargs)
-    if values is None:
-        return reason, {}
-    put_into_config(narrow, values)
-    return "", values if computes_the_same(narrow, twin, args, kwargs) else {}
+        return "", {}
+    with found.materialized() as narrow:
+        values, twin, why = said_by_config(narrow, args, kwargs, (itertools.chain([first], solved), reason))
+        if values is None:
+            return why, {}
+        put_into_config(narrow, values)
+        same = computes_the_same(narrow, twin, args, kwargs)
+        let_go(twin)
+        return "", values if same else {}
 
 
 def _around(graph: CouplingGraph, name: str) -> set[str]:

@@ -11,6 +11,7 @@ there is no such link, the dimension keeps its extent.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections import defaultdict
@@ -39,7 +40,7 @@ from .capture.numbers import (
     unmarked,
     write,
 )
-from .capture.twin import Twin, twin_on_meta
+from .capture.twin import Twin, twin_on_meta, twin_with_parameters_of
 from .coupling.units import Label, Value
 from .errors import CaptureError, ExampleInputsError, FxpruneError
 from .files import few
@@ -119,6 +120,10 @@ class InOwnClass(Rewritten):
     attributes: Mapping[Place, int]
     stand_ins: StandIns
 
+    def on_meta(self) -> nn.Module:
+        """The copy with its tensors on meta."""
+        return build(self.model, self.program, self.attributes, self.stand_ins)
+
     def materialize(self, instead: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
         new = build(self.model, self.narrowed(instead), self.attributes, self.stand_ins)
         config = getattr(self.model, "config", None)
@@ -164,15 +169,14 @@ class Generation:
                 why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         return None, f"the decode step of generate() could not be run ({why}); verify runs it"
 
-    def fails(self, rewritten: Rewritten) -> str:
+    def fails(self, rewritten: InOwnClass) -> str:
         """How the decode step of the narrowed class fails, or empty."""
-        assert isinstance(rewritten, InOwnClass)
         try:
             if self.on_meta:
-                new = build(rewritten.model, rewritten.program, rewritten.attributes, rewritten.stand_ins)
+                shapes = self._run(rewritten.on_meta())
             else:
-                new = rewritten.materialize()
-            shapes = self._run(new)
+                with rewritten.materialized() as new:
+                    shapes = self._run(new)
         except Exception as error:  # noqa: BLE001  as above
             return f"the decode step of generate() fails without them ({type(error).__name__}: {error})"
         return (
@@ -180,7 +184,7 @@ class Generation:
         )
 
     def _run(self, model: nn.Module) -> list[Any]:
-        twin = (twin_on_meta(model) if self.on_meta else copy.deepcopy(model)).eval()
+        twin = (twin_on_meta(model) if self.on_meta else twin_with_parameters_of(model)).eval()
         args, kwargs = copy.deepcopy((self.args, self.kwargs))  # which a forward may write into
         with torch.no_grad():
             outputs = as_one(twin, kwargs)(*args, **kwargs)
@@ -542,9 +546,26 @@ def rewrite_in_class(
     hopeless = _beyond(before, narrowing)
     if hopeless:
         return InOwnClass(rewritten.program, narrowing, tuple(hopeless), model, {}, stand_ins)
+    with _empty(rewritten.program, before) as empty:
+        return _proved(model, questions, rewritten, empty, args, kwargs, dissolve, stand_ins)
+
+
+def _proved(
+    model: nn.Module,
+    questions: list[Comparison],
+    rewritten: Rewritten,
+    empty: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dissolve: frozenset[str],
+    stand_ins: StandIns,
+) -> InOwnClass:
+    """As :func:`rewrite_in_class`, with the program's tensors in ``empty``."""
+    narrowing = rewritten.narrowing
+    captured = narrowing.graph.captured
+    before = captured.program
     known: list[Comparison] = []
     ways: dict[Place, int] | None = None
-    empty = _empty(rewritten.program, before)
     while True:
         literal = captured.rung.startswith("symbolic")
         attributes, unmet = solve(model, before, rewritten.program, narrowing, literal, known)
@@ -591,21 +612,30 @@ def rewrite_in_class(
         )
 
 
-def _empty(program: Program, before: Program) -> Program:
-    """``program`` with tensors of its shapes, on the devices of the originals, whose values do not matter."""
+@contextlib.contextmanager
+def _empty(program: Program, before: Program) -> Iterator[Program]:
+    """``program`` with tensors of its shapes, on the devices of the originals, whose values do not matter.
+
+    At the end their memory goes, whatever still refers to them.
+    """
     made: dict[int, torch.Tensor] = {}
-    tensors = {}
+    tensors, own = {}, []
     for name, tensor in program.tensors.items():
         if id(tensor) not in made:
             old = before.tensors[name]
             new = tensor.detach()
             if tensor.is_meta and not old.is_meta:
                 new = torch.empty(tensor.shape, dtype=old.dtype, device=old.device)
+                own.append(new.untyped_storage())
             if isinstance(old, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=old.requires_grad)
             made[id(tensor)] = new
         tensors[name] = made[id(tensor)]
-    return replace(program, tensors=tensors)
+    try:
+        yield replace(program, tensors=tensors)
+    finally:
+        for storage in own:
+            storage.resize_(0)
 
 
 def _other_answers(

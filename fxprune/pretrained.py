@@ -17,18 +17,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils import _pytree as pytree
 
 from . import files
 from .calls import as_one
-from .configurations import builder, changed, has_config, name_of, shapes_of, solve_configs
+from .configurations import Solved, builder, changed, has_config, name_of, shapes_of, solve_configs
 from .errors import CheckpointError, OutputError
 from .inputs import in_dtype_of, normalize, restore_inputs
 from .origins import config_before, plans_of
+from .program import exchange, let_go
 from .saving import load, save
 from .trees import flatten
 
@@ -155,7 +158,7 @@ def _no_config(model: nn.Module) -> str:
 
 
 def said_by_config(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], solved: Solved | None = None
 ) -> tuple[dict[str, int] | None, Any, str]:
     """The integers of a configuration from which the class makes ``model``, shapes and meaning.
 
@@ -163,21 +166,22 @@ def said_by_config(
         model: a narrowed network of a class that has a ``config``.
         args: positional inputs to compare the two networks on; those on meta are filled with random values.
         kwargs: keyword inputs.
+        solved: what :func:`solve_configs` gives for its shapes, where that is known.
 
     Returns:
-        The integers that change, by name, and a network that was built from them and has the weights; both
-        None where there is no such configuration, and why.
+        The integers that change, by name, and a network that was built from them and has the very parameters
+        and buffers of ``model``; both None where there is no such configuration, and why.
     """
     build = builder(model)
     assert build is not None
-    found, why = solve_configs(model, shapes_of(model))
+    found, why = solved or solve_configs(model, shapes_of(model))
     error = None
     for values in found:
-        twin = build(changed(model.config, values)).to(_dtype(model)).train(model.training)
-        twin.load_state_dict(model.state_dict())
+        twin = _with_tensors_of(model, partial(build, changed(model.config, values)))
         error = _difference(model, twin, *_real(model, (args, kwargs)))
         if error <= _TOLERANCE:
             return {name_of(key): value for key, value in values.items()}, twin, ""
+        let_go(twin)
     if error is None:
         return None, None, why()
     reason = (
@@ -185,6 +189,33 @@ def said_by_config(
         f"what it computes from widths, as the scale of attention or rotary angles, has changed"
     )
     return None, None, reason
+
+
+def _with_tensors_of(model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
+    """A new network that has the parameters and buffers of ``model``, and needs memory only for what else it
+    computes from its configuration.
+    """
+    thread = get_ident()
+
+    def without_values(_: nn.Module, name: str, parameter: Tensor | None) -> Tensor | None:
+        if parameter is None or parameter.is_meta or get_ident() != thread:
+            return None  # as it is
+        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(without_values)
+    try:
+        twin = make()
+    finally:
+        hook.remove()
+    twin.to(_dtype(model)).train(model.training)
+    values = model.state_dict()
+    new = {id(own): _like(own, values[name]) for name, own in twin.state_dict(keep_vars=True).items()}
+    exchange(twin, new)
+    return twin
+
+
+def _like(own: Tensor, values: Tensor) -> Tensor:
+    return nn.Parameter(values, own.requires_grad) if isinstance(own, nn.Parameter) else values
 
 
 def computes_the_same(

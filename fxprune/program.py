@@ -85,6 +85,14 @@ def exchange(model: nn.Module, new: Mapping[int, torch.Tensor]) -> None:
             module.__dict__["_flat_weights"] = [getattr(module, name, None) for name in names]
 
 
+def let_go(model: nn.Module) -> None:
+    """Let go of the memory of a model that is not needed any more, though something may still refer to it.
+
+    (Modules refer to each other in cycles, which Python looks for later, or not while it is told to rest.)
+    """
+    exchange(model, {id(tensor): tensor.detach().to("meta") for _, tensor in named_tensors(model)})
+
+
 def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """``model.named_modules(remove_duplicate=False)`` as a list, which is made several times faster."""
     found: list[tuple[str, nn.Module]] = []

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
 from ..coupling.graph import CouplingGraph
-from ..program import Program
+from ..program import Program, let_go
 from .base import Narrowing, Pass
 from .check import Violation, check
 from .constants import KeepConstants
@@ -52,6 +53,15 @@ class Rewritten:
             instead: tensors of the original that others take the place of, by name and of the same shape.
         """
         return self.narrowed(instead).result(self.narrowing.graph.captured.class_name)
+
+    @contextlib.contextmanager
+    def materialized(self) -> Iterator[nn.Module]:
+        """The same for a while: at the end its memory goes, whatever still refers to the module."""
+        module = self.materialize()
+        try:
+            yield module
+        finally:
+            let_go(module)
 
     def narrowed(self, instead: Mapping[str, Tensor] | None = None) -> Program:
         """The program with the real, narrowed weights; ``instead`` as for :meth:`materialize`."""

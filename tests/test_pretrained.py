@@ -5,20 +5,24 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_own_class import small
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import fxprune
 from fxprune import configurations
-from fxprune.configurations import changed, solve_config
+from fxprune.configurations import changed, shapes_of, solve_configs
 from fxprune.errors import CheckpointError, OutputError
 
 transformers = pytest.importorskip("transformers")
@@ -131,14 +135,45 @@ def test_uniform_leaves_whole_what_no_configuration_says(tmp_path: Path) -> None
     assert saved.config == {"n_inner": 64}, "which the configuration left open"
 
 
+def size_of(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def most_memory(run: Callable[[], Any]) -> int:
+    """Most bytes of tensors that were there at once while ``run`` ran, besides those that were before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    kineto: Any = seen.profiler
+    events = [event for event in kineto.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes))
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_memory_is_what_is_kept_once(uniform: bool) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=128, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4
+    )
+    model: Any = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.arange(8)[None]
+    plans: list[fxprune.PruningPlan] = []
+
+    def plan() -> None:
+        plans.append(fxprune.plan(model, ids, importance="random", into="module", uniform=uniform))
+
+    assert most_memory(plan) < size_of(model), "no copy stays until the end"
+    kept = size_of(plans[0].apply(model))
+    assert most_memory(lambda: plans[0].apply(model)) < 1.5 * kept
+
+
 def test_shapes_that_mean_another_network_are_told_from_it() -> None:
     model, _ = small("Llama")
-    target = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    assert solve_config(model, target) == ({}, "")
-    uneven = {**target, "model.layers.0.mlp.up_proj.weight": (40, 32)}
-    values, reason = solve_config(model, uneven)
-    assert values is None
-    assert "layers.0.mlp.up_proj.weight (40, 32) (the nearest configuration gives (48, 32))" in reason
+    target = shapes_of(model)
+    found, reason = solve_configs(model, target)
+    assert (next(found), reason()) == ({}, "")
+    found, reason = solve_configs(model, {**target, "model.layers.0.mlp.up_proj.weight": (40, 32)})
+    assert next(found, None) is None
+    assert "layers.0.mlp.up_proj.weight (40, 32) (the nearest configuration gives (48, 32))" in reason()
     config = changed(model.config, {("hidden_size",): 16})
     assert (config.hidden_size, model.config.hidden_size) == (16, 32)  # type: ignore[union-attr]
 

@@ -164,6 +164,11 @@ def twin_on_meta(model: nn.Module) -> nn.Module:
     return Twin(model, shape_of).model
 
 
+def twin_with_parameters_of(model: nn.Module) -> nn.Module:
+    """A twin of ``model`` that computes the same, shares its parameters, and has buffers of its own."""
+    return Twin(model, lambda t: t if isinstance(t, nn.Parameter) else t.detach().clone()).model
+
+
 def _is_foreign(kind: Any) -> bool:
     """Whether a class or function is of a package whose objects are taken as they are."""
     return (kind.__module__ or "").partition(".")[0] in _FOREIGN
@@ -246,4 +251,4 @@ class StandIn(torch.Tensor):
         return self.read()
 
 
-__all__ = ["StandIn", "Twin", "holds", "twin_on_meta"]
+__all__ = ["StandIn", "Twin", "holds", "twin_on_meta", "twin_with_parameters_of"]
