@@ -202,7 +202,8 @@ def _with_tensors_of(model: nn.Module, make: Callable[[], nn.Module]) -> nn.Modu
             return None  # as it is
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(without_values)
+    replace: Callable[..., None] = without_values  # type: ignore[assignment]  # torch takes the result, too
+    hook = register_module_parameter_registration_hook(replace)
     try:
         twin = make()
     finally:
