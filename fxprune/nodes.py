@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -128,13 +128,64 @@ _COMPARISONS = frozenset(
 )
 
 
-def drop_questions(graph: fx.Graph) -> None:
-    """Remove comparisons that nothing reads: control flow asked for them, and the graph has what it did then.
+_FINITE = {"isfinite": True, "isinf": False, "isneginf": False, "isposinf": False, "isnan": False}
+_THE_SAME = frozenset(["any", "all", "item", "bool", "to", "cpu", "detach", "amax", "max"])
+_OF_ANSWERS: dict[str, Callable[..., Any]] = {
+    "not": operator.not_, "invert": operator.not_, "logical_not": operator.not_, "bitwise_not": operator.not_,
+    "or": operator.or_, "logical_or": operator.or_, "bitwise_or": operator.or_,
+    "and": operator.and_, "logical_and": operator.and_, "bitwise_and": operator.and_,
+    "eq": operator.eq, "ne": operator.ne, "gt": operator.gt, "lt": operator.lt, "ge": operator.ge,
+    "le": operator.le,
+}  # fmt: skip
 
-    Left there they would be made again, and ``torch.export`` would build in what they compare.
+
+def if_finite(value: Any) -> bool | int | None:
+    """What a test for infinite values and NaN answers where there are none.
+
+    Args:
+        value: a node, as that of ``torch.isnan(x).any()``, or a constant.
+
+    Returns:
+        The answer, which is that of all entries; None for what is no such test.
+    """
+    if not isinstance(value, fx.Node):
+        return value if isinstance(value, (bool, int)) else None
+    name = operator_name(value).strip("_")
+    if name in _FINITE:
+        return _FINITE[name]
+    given = [if_finite(argument) for argument in value.args]
+    if not given or given[0] is None or not any(isinstance(argument, fx.Node) for argument in value.args):
+        return None
+    if name in _THE_SAME:
+        return given[0]
+    if name in ("sum", "count_nonzero"):
+        return None if given[0] else 0  # nobody knows how many there are
+    answer = _OF_ANSWERS.get(name)
+    if answer is None or None in given:
+        return None
+    found: bool | int = answer(*given)
+    return found
+
+
+def finite_tests(node: fx.Node) -> Iterator[fx.Node]:
+    """The tests of single values behind a node that :func:`if_finite` has an answer for."""
+    if operator_name(node).strip("_") in _FINITE:
+        yield node
+        return
+    for argument in node.args:
+        if isinstance(argument, fx.Node):
+            yield from finite_tests(argument)
+
+
+def drop_questions(graph: fx.Graph) -> None:
+    """Remove what nothing reads but control flow did: the graph has what it did then.
+
+    Those are comparisons, which would be made again, and ``torch.export`` would build in what they compare;
+    and tests for infinite values and NaN.
     """
     for node in reversed(graph.nodes):
-        if node.op == "call_function" and node.target in _COMPARISONS and not node.users:
+        asks = node.op == "call_function" and node.target in _COMPARISONS
+        if not node.users and (asks or if_finite(node) is not None):
             graph.erase_node(node)
 
 

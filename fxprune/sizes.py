@@ -304,7 +304,7 @@ def guard(graph: fx.Graph, axes: Iterable[tuple[InputSize, tuple[Any, ...]]]) ->
         graph: changed in place.
         axes: sizes, each with the keys that lead to the tensor inside of the input.
     """
-    with graph.inserting_before(_first_call(graph)):
+    with graph.inserting_before(_behind_inputs(graph)):
         for axis, keys in axes:
             if axis.step == 1 and not axis.at_most:
                 continue
@@ -325,13 +325,15 @@ def reads(graph: fx.Graph, inputs: Mapping[str, Any], found: Iterable[Place]) ->
         found: which sizes of them.
     """
     names = named(inputs)
-    with graph.inserting_before(_first_call(graph)):
+    with graph.inserting_before(_behind_inputs(graph)):
         leaves = [(_leaf(graph, *names[place.leaf]), place.dim) for place in found]
         return [graph.call_method("size", (node, dim)) for node, dim in leaves if node is not None]
 
 
-def _first_call(graph: fx.Graph) -> fx.Node:
-    return next(node for node in graph.nodes if node.op != "placeholder")
+def _behind_inputs(graph: fx.Graph) -> fx.Node:
+    """The first node behind all inputs; checks of some may stand between them."""
+    node: fx.Node = [*graph.find_nodes(op="placeholder")][-1].next
+    return node
 
 
 def _leaf(graph: fx.Graph, name: str, keys: tuple[Any, ...]) -> fx.Node | None:

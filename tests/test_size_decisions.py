@@ -408,6 +408,21 @@ def test_one_query_is_taken_with_one_key_alone(keys, wrapped):
         pruned(*inputs(1, 12))
 
 
+class Between(Attending):
+    """Has an input that is not given between those that are."""
+
+    def forward(self, x, mask=None, memory=None):
+        return super().forward(x if mask is None else x * mask, memory)
+
+
+def test_sizes_are_read_behind_all_inputs():
+    model, x, memory = Between(), torch.randn(2, 12, 8), torch.randn(2, 9, 8)
+    pruned = fxprune.prune(model, (x, None, memory), ratio=0.0)
+    for queries, keys in ((5, 9), (1, 1)):
+        given = x[:, :queries], None, memory[:, :keys]
+        torch.testing.assert_close(pruned(*given), model(*given))
+
+
 class AtOne(Deciding):
     """Asks at length one for something more, or gives a call a flag that makes a difference there."""
 

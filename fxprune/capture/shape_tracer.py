@@ -24,7 +24,7 @@ from ..guards import CHECKS, check_decision, check_number
 from ..inputs import meta_like
 from ..known_shapes import Remembered
 from ..known_values import DEVICES, KINDS, UnknownValueError, Values, made_of_sizes
-from ..nodes import describe_source, mutable
+from ..nodes import describe_source, finite_tests, if_finite, mutable
 from ..program import Program
 from ..value_dependent import AS_LIST, OnShapes, call_on_shapes
 from . import patches, size_decisions, traced_sizes
@@ -262,6 +262,8 @@ class ShapeTracer(Tracer):
         One that depends on the values of inputs is checked when the graph runs.
         """
         node, seen = proxy.node, self.values[proxy.node]
+        if kind is bool and self._tests_finite(node):
+            return bool(if_finite(node))
         number = kind(self._value(node)) if isinstance(seen, torch.Tensor) else seen
         if self.evaluating:
             return number
@@ -278,6 +280,18 @@ class ShapeTracer(Tracer):
         elif not isinstance(seen, torch.Tensor):
             self._decides(self._as(kind, proxy), kind(number))
         return number
+
+    def _tests_finite(self, node: fx.Node) -> bool:
+        """Whether a node asks for infinite values or NaN, among values that nobody knows."""
+        if if_finite(node) is None or self.evaluating:
+            return False
+        try:
+            for part in finite_tests(node):
+                self._value(part)
+        except TypeError:
+            self._note(node, "code for values that are infinite or not a number is left out")
+            return True
+        return False
 
     def _as(self, kind: type, proxy: ShapeProxy) -> Any:
         """What control flow sees of a number: of ``if n:`` whether there is any."""
@@ -421,7 +435,9 @@ class ShapeTracer(Tracer):
         except TypeError:
             if node.target in AS_LIST:
                 return None
-            raise
+            if if_finite(node) is None:
+                raise
+            return bool(if_finite(node))
         kind: Any = node.target
         number = getattr(tensor, kind)() if node.op == "call_method" else kind(tensor)
         if self.following is None:

@@ -1,0 +1,102 @@
+"""Control flow that asks for infinite values and NaN goes on as if there were none, and the notes say so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from oracle import check
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.errors import PinnedError
+
+NOTE = "code for values that are infinite or not a number is left out"
+
+
+def raising(y: Tensor) -> Tensor:
+    assert not torch.isnan(y).any(), "nan"
+    return y
+
+
+def reading(y: Tensor) -> Tensor:
+    if y.isnan().any().item():
+        raise ValueError("nan")
+    return y
+
+
+def clamping(y: Tensor) -> Tensor:
+    return y if torch.isfinite(y).all() else y.clamp(-1, 1)
+
+
+def either(y: Tensor) -> Tensor:
+    if torch.isinf(y).any() or torch.isnan(y).any():
+        return torch.nan_to_num(y)
+    return y
+
+
+def both(y: Tensor) -> Tensor:
+    return torch.nan_to_num(y) if torch.any(torch.isinf(y) | ~torch.isfinite(y)) else y
+
+
+def counting(y: Tensor) -> Tensor:
+    return y.clamp(-1, 1) if torch.isnan(y).sum().item() > 0 else y
+
+
+def of_sum(y: Tensor) -> Tensor:
+    return torch.zeros_like(y) if torch.isnan(y.sum()) else y
+
+
+class Careful(nn.Module):
+    def __init__(self, step: Callable[[Tensor], Tensor], training: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.last = nn.Linear(8, 4)
+        self.step = step
+        self.in_training_alone = training
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x)).relu()
+        if not self.in_training_alone or self.training:
+            y = self.step(y)
+        last: Tensor = self.last(y.mean((2, 3)))
+        return last
+
+
+IMAGES = torch.randn(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("step", [raising, reading, clamping, either, both, counting, of_sum])
+def test_it_is_captured_and_said(step: Callable[[Tensor], Tensor], training: bool) -> None:
+    plan, pruned = check(
+        Careful(step, training).eval(), IMAGES, narrows=["conv.weight", "last.weight"], exact=True
+    )
+    assert sum(NOTE in str(note) and "test_finite.py" in str(note) for note in plan.notes) == 1
+    assert not [node for node in pruned.graph.nodes if node.name.startswith("is")]
+    assert "training" not in str(plan.notes), "both modes are captured"
+
+
+def by_value(y: Tensor) -> Tensor:
+    return y.clamp(-1, 1) if (y > 100).any() else y
+
+
+def test_other_questions_about_values_are_not_answered() -> None:
+    graph = fxprune.analyze(Careful(by_value).eval(), IMAGES)
+    assert graph.captured.rung == "regions"
+    assert not any(NOTE in str(note) for note in graph.captured.notes)
+
+
+class OfInput(Careful):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(torch.nan_to_num(x) if torch.isnan(x).any() else x)
+
+
+def test_what_is_known_of_an_input_is_pinned_as_before() -> None:
+    plan, pruned = check(OfInput(lambda y: y).eval(), IMAGES, narrows=["conv.weight"])
+    assert any("stays False" in str(note) for note in plan.notes)
+    with pytest.raises(PinnedError):
+        pruned(torch.full_like(IMAGES, torch.nan))
