@@ -34,8 +34,10 @@ ODD: tuple[Any, ...] = (
 class Config:
     """Integers that the class is built from."""
 
-    def __init__(self, base: int = 8, width: int = 12, layers: int = 1, heads: int | None = None) -> None:
-        self.base, self.width, self.layers, self.heads = base, width, layers, heads
+    def __init__(
+        self, base: int = 8, width: int = 12, groups: int = 4, layers: int = 1, heads: int | None = None
+    ) -> None:
+        self.base, self.width, self.groups, self.layers, self.heads = base, width, groups, layers, heads
 
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -53,9 +55,11 @@ class Net(nn.Module):
     def __init__(self, config: Config | None = None) -> None:
         super().__init__()
         self.config = config or Config()
-        base, width = self.config.base, self.config.width
+        base, width, groups = self.config.base, self.config.width, self.config.groups
         self.stem = nn.Conv2d(3, base, 3, padding=1)
-        self.inner = nn.Sequential(nn.Conv2d(base, width, 1), nn.ReLU(), nn.Conv2d(width, base, 1, groups=4))
+        self.inner = nn.Sequential(
+            nn.Conv2d(base, width, 1), nn.ReLU(), nn.Conv2d(width, base, 1, groups=groups)
+        )
         self.more = nn.ModuleList(nn.Linear(base, base) for _ in range(self.config.layers))
         self.head = nn.Linear(base, 5)
 
