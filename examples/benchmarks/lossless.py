@@ -147,7 +147,7 @@ def held(notes: Iterable[str], left: int) -> str:
             reason = "rows"
         elif group in merged:
             reason = "for others"
-        elif "differs between places" in reason:
+        elif "differs between places" in reason or "no bias" in reason:
             reason = "padding"
         found[reason] += int(number)
     if left > found.total():
@@ -207,8 +207,8 @@ entry; then parameters before, and what is left of parameters, multiply-accumula
   such channel stays for all of the layer, or of each row of a grouped convolution: their weights are added
   to its own.
 - *padding*: a constant in front of a depthwise convolution that pads is another image behind it for each
-  channel, which the sizes of the input decide on: no other channel and no bias can stand for it. Here are
-  also constants in front of other layers that pad, where there is one alone.
+  channel, which the sizes of the input decide on: no other channel and no bias can stand for it. A constant
+  that is alone in front of another layer that can take up nothing is counted here, too.
 - *meet others*: the constant is multiplied by a gate (squeeze and excitation) that depends on the input.
 - *rows*: the rows of a grouped convolution have to lose equally many channels; one of them has fewer dead
   ones.
