@@ -97,11 +97,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--cases", type=int, default=10000, help="random ones, beside those that are listed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--module", action="store_true", help="of a network of its own class, with a configuration"
+    )
     options = parser.parse_args()
     draw, outcomes, slowest = random.Random(options.seed), collections.Counter[tuple[str, str]](), 0.0
     with TemporaryDirectory() as folder:
         path, damaged = Path(folder) / "whole.safetensors", Path(folder) / "damaged.safetensors"
-        fxprune.save(fxprune.prune(Net(), torch.randn(1, 3, 8, 8), 0.5), path)
+        form: Any = {"into": "module", "uniform": True} if options.module else {}
+        fxprune.save(fxprune.prune(Net(), torch.randn(1, 3, 8, 8), 0.5, **form), path)
         file = File(path.read_bytes())
         before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
         cases = [*listed(file)]
