@@ -129,52 +129,65 @@ _COMPARISONS = frozenset(
 
 
 _FINITE = {"isfinite": True, "isinf": False, "isneginf": False, "isposinf": False, "isnan": False}
-_THE_SAME = frozenset(["any", "all", "item", "bool", "to", "cpu", "detach", "amax", "max"])
-_OF_ANSWERS: dict[str, Callable[..., Any]] = {
-    "not": operator.not_, "invert": operator.not_, "logical_not": operator.not_, "bitwise_not": operator.not_,
-    "or": operator.or_, "logical_or": operator.or_, "bitwise_or": operator.or_,
-    "and": operator.and_, "logical_and": operator.and_, "bitwise_and": operator.and_,
+_COUNTS = frozenset(["sum", "count_nonzero"])
+_OF_ANSWERS: dict[str, Callable[..., Any] | None] = {
+    **dict.fromkeys([*_COUNTS, "any", "all", "item", "bool", "to", "cpu", "detach", "amax", "max"]),
+    **dict.fromkeys(["not", "invert", "logical_not", "bitwise_not"], operator.not_),
+    **dict.fromkeys(["or", "logical_or", "bitwise_or"], operator.or_),
+    **dict.fromkeys(["and", "logical_and", "bitwise_and"], operator.and_),
     "eq": operator.eq, "ne": operator.ne, "gt": operator.gt, "lt": operator.lt, "ge": operator.ge,
     "le": operator.le,
 }  # fmt: skip
+"""What operators make of such answers; None for those that leave them as they are, or count them."""
 
 
-def if_finite(value: Any) -> bool | int | None:
+def if_finite(value: Any, known: dict[fx.Node, Any] | None = None) -> bool | int | None:
     """What a test for infinite values and NaN answers where there are none.
 
     Args:
         value: a node, as that of ``torch.isnan(x).any()``, or a constant.
+        known: answers that were found, to fill.
 
     Returns:
         The answer, which is that of all entries; None for what is no such test.
     """
     if not isinstance(value, fx.Node):
         return value if isinstance(value, (bool, int)) else None
-    name = operator_name(value).strip("_")
+    known = {} if known is None else known
+    if value not in known:
+        known[value] = _answer(value, known)
+    found: bool | int | None = known[value]
+    return found
+
+
+def _answer(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+    name = operator_name(node).strip("_")
     if name in _FINITE:
         return _FINITE[name]
-    given = [if_finite(argument) for argument in value.args]
-    if not given or given[0] is None or not any(isinstance(argument, fx.Node) for argument in value.args):
+    if name not in _OF_ANSWERS or not any(isinstance(argument, fx.Node) for argument in node.args):
         return None
-    if name in _THE_SAME:
+    answer = _OF_ANSWERS[name]
+    given = [if_finite(argument, known) for argument in node.args]
+    if any(a is None and isinstance(b, fx.Node) for a, b in zip(given, node.args, strict=True)):
+        return None
+    if name in _COUNTS:
+        return 0 if given[0] is False else None  # nobody knows how many entries there are
+    if answer is None:
         return given[0]
-    if name in ("sum", "count_nonzero"):
-        return None if given[0] else 0  # nobody knows how many there are
-    answer = _OF_ANSWERS.get(name)
-    if answer is None or None in given:
-        return None
-    found: bool | int = answer(*given)
-    return found
+    return None if None in given else answer(*given)
 
 
 def finite_tests(node: fx.Node) -> Iterator[fx.Node]:
     """The tests of single values behind a node that :func:`if_finite` has an answer for."""
-    if operator_name(node).strip("_") in _FINITE:
-        yield node
-        return
-    for argument in node.args:
-        if isinstance(argument, fx.Node):
-            yield from finite_tests(argument)
+    todo, seen = [node], {node}
+    while todo:
+        part = todo.pop()
+        if operator_name(part).strip("_") in _FINITE:
+            yield part
+            continue
+        new = [argument for argument in part.args if isinstance(argument, fx.Node) and argument not in seen]
+        seen.update(new)
+        todo += new
 
 
 def drop_questions(graph: fx.Graph) -> None:

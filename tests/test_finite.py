@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from oracle import check
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fxprune
 from fxprune.errors import PinnedError
+from fxprune.nodes import finite_tests, if_finite
 
 NOTE = "code for values that are infinite or not a number is left out"
 
@@ -88,6 +90,26 @@ def test_other_questions_about_values_are_not_answered() -> None:
     graph = fxprune.analyze(Careful(by_value).eval(), IMAGES)
     assert graph.captured.rung == "regions"
     assert not any(NOTE in str(note) for note in graph.captured.notes)
+
+
+def test_no_answer_where_something_else_has_a_part() -> None:
+    graph = fx.Graph()
+    x, mask = graph.placeholder("x"), graph.placeholder("mask")
+    test = graph.call_function(torch.isnan, (x,))
+    assert if_finite(graph.call_method("any", (test,))) is False
+    assert if_finite(graph.call_function(torch.max, (test, mask))) is None
+    assert if_finite(graph.call_function(operator.or_, (test, mask))) is None
+    assert if_finite(graph.call_method("sum", (graph.call_function(torch.isfinite, (x,)),))) is None
+    assert if_finite(graph.call_method("any", (mask,))) is None
+
+
+def test_answers_are_found_once() -> None:
+    graph = fx.Graph()
+    mask = graph.call_function(torch.isnan, (graph.placeholder("x"),))
+    for _ in range(200):
+        mask = graph.call_function(operator.or_, (mask, mask))
+    assert if_finite(mask) is False
+    assert len([*finite_tests(mask)]) == 1
 
 
 class OfInput(Careful):
