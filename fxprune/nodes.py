@@ -185,8 +185,8 @@ def finite_tests(node: fx.Node) -> Iterator[fx.Node]:
         if operator_name(part).strip("_") in _FINITE:
             yield part
             continue
-        new = [argument for argument in part.args if isinstance(argument, fx.Node) and argument not in seen]
-        seen.update(new)
+        new = {argument for argument in part.args if isinstance(argument, fx.Node)} - seen
+        seen |= new
         todo += new
 
 
