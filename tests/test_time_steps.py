@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 import fxprune
 from fxprune import known_shapes, time_steps
 from fxprune.coupling import interpreter
+from fxprune.planning.cost_model import CostModel
 
 LONG, CHANNELS, HIDDEN = 9, 4, 6
 KINDS: dict[str, dict[str, Any]] = {
@@ -129,6 +130,11 @@ def test_a_longer_sequence_takes_no_more_calls(monkeypatch: pytest.MonkeyPatch) 
         fxprune.analyze(model, torch.randn(steps, 2, 3))
         counts.append(len(calls))
     assert counts[0] == counts[1]
+
+
+def test_the_work_of_all_steps_is_counted() -> None:
+    model, x = Sequence(nn.LSTM).eval(), torch.randn(LONG, 2, 3)
+    assert CostModel(fxprune.analyze(model, x))({}) == fxprune.count(model, x)
 
 
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])

@@ -187,7 +187,9 @@ class _Interpreter(TorchDispatchMode):
         return self._aten(func, args, kwargs)
 
     def _is_for_few(self, func: Any, args: Any, kwargs: Any) -> bool:
-        """Whether a few time steps tell all: no one of them can be removed."""
+        """Whether a few time steps tell all: none can be removed, and nobody counts what all of them take."""
+        if self.observe is not None:
+            return False
         dim, value = time_steps.time(func, args), self.coupler.value(args[0]) if self.labels else None
         return not kwargs and (value is None or (value.label(dim) is None and not value.is_open(dim)))
 
