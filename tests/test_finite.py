@@ -12,7 +12,7 @@ from oracle import check
 from torch import Tensor, fx, nn
 
 import fxprune
-from fxprune.errors import PinnedError
+from fxprune.errors import CaptureError, PinnedError
 from fxprune.nodes import finite_tests, if_finite
 
 NOTE = "code for values that are infinite or not a number is left out"
@@ -110,6 +110,42 @@ def test_answers_are_found_once() -> None:
         mask = graph.call_function(operator.or_, (mask, mask))
     assert if_finite(mask) is False
     assert len([*finite_tests(mask)]) == 1
+
+
+class Masked(nn.Module):
+    """Gives zeros where all of a sample is masked: infinity is meant."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first, self.last, self.kind = nn.Linear(8, 16), nn.Linear(16, 4), kind
+        self.register_buffer("none", torch.tensor([torch.inf]))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.first(x).relu()
+        scores = y.mean(-1)
+        if self.kind == "literal":
+            scores = scores.masked_fill(mask, -torch.inf)
+        elif self.kind == "buffer":
+            scores = torch.where(mask, -self.none, scores)
+        else:
+            scores = scores.masked_fill(mask, -torch.inf).softmax(-1)
+        if torch.isinf(scores).all():
+            return torch.zeros_like(self.last(y))
+        last: Tensor = self.last(y)
+        return last
+
+
+@pytest.mark.parametrize("kind", ["literal", "buffer"])
+def test_no_answer_where_infinity_is_meant(kind: str) -> None:
+    with pytest.raises(CaptureError, match="control flow depends on the values of a tensor"):
+        fxprune.analyze(Masked(kind).eval(), (torch.randn(2, 5, 8), torch.zeros(2, 5, dtype=torch.bool)))
+
+
+def test_behind_softmax_nothing_is_infinite() -> None:
+    model, x, mask = Masked("softmax").eval(), torch.randn(2, 5, 8), torch.zeros(2, 5, dtype=torch.bool)
+    pruned = fxprune.prune(model, (x, mask), ratio=0.0)
+    for given in (mask, ~mask):
+        torch.testing.assert_close(pruned(x, given), model(x, given))
 
 
 class OfInput(Careful):

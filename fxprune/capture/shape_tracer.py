@@ -7,6 +7,7 @@ it also *dissolves* these: what torch.fx keeps as one node is traced into.
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
@@ -24,12 +25,12 @@ from ..guards import CHECKS, check_decision, check_number
 from ..inputs import meta_like
 from ..known_shapes import Remembered
 from ..known_values import DEVICES, KINDS, UnknownValueError, Values, made_of_sizes
-from ..nodes import describe_source, finite_tests, if_finite, mutable
+from ..nodes import describe_source, finite_tests, if_finite, mutable, operator_name
 from ..program import Program
 from ..value_dependent import AS_LIST, OnShapes, call_on_shapes
 from . import patches, size_decisions, traced_sizes
 from .arguments import Arguments
-from .numbers import note_question
+from .numbers import note_question, numbers
 from .source_lines import here
 from .symbolic import TracedProxy, Tracer, function_name, is_numbers
 
@@ -282,15 +283,37 @@ class ShapeTracer(Tracer):
         return number
 
     def _tests_finite(self, node: fx.Node) -> bool:
-        """Whether a node asks for infinite values or NaN, among values that nobody knows."""
+        """Whether a node asks for infinite values or NaN where there are none, as far as anybody knows."""
         if if_finite(node) is None or self.evaluating:
             return False
+        asked = [*finite_tests(node)]
         try:
-            for part in finite_tests(node):
+            for part in asked:
                 self._value(part)
         except TypeError:
+            if any(map(self._is_meant_infinite, asked)):
+                raise
             self._note(node, "code for values that are infinite or not a number is left out")
             return True
+        return False
+
+    def _is_meant_infinite(self, test: fx.Node) -> bool:
+        """Whether the code puts infinity or NaN into what ``test`` is about, as masks of attention do."""
+        todo, seen = [test], {test}
+        while todo:
+            part = todo.pop()
+            value = self.originals.get(str(part.target)) if part.op == "placeholder" else None
+            if part.op == "get_attr":
+                value = self._source(part)  # no parameter's
+            if isinstance(value, torch.Tensor) and not value.is_meta and not torch.isfinite(value).all():
+                return True
+            given = numbers(part.args, part.kwargs)
+            if not all(math.isfinite(number) for number in given if isinstance(number, float)):
+                return True
+            if operator_name(part) not in _FROM_INFINITE:
+                new = set(part.all_input_nodes) - seen
+                seen |= new
+                todo += new
         return False
 
     def _as(self, kind: type, proxy: ShapeProxy) -> Any:
@@ -457,6 +480,8 @@ class ShapeTracer(Tracer):
         return self.metas.setdefault(id(tensor), meta_like(tensor))
 
 
+_FROM_INFINITE = frozenset(["softmax", "_softmax", "scaled_dot_product_attention"])
+"""Operators that give finite values where masks of infinity are meant for them."""
 _NUMBERS = frozenset([bool, int, float, torch.Size])
 """Types of which no operator makes a tensor, as long as there is none beside them."""
 
