@@ -20,10 +20,11 @@ from torch.utils import _pytree as pytree
 
 from .guards import check_decision, check_size
 
-BATCH, LENGTH, LAST, DEPTH, IMAGE = "batch", "length", "last length", "depth", "image"
-"""Kinds of sizes, each of which changes as a whole: the batch; the second dimension of sequences; the last
-one of sequences with channels first, and of waveforms; what comes before height and width in volumes, and may
-be channels in videos; height and width."""
+BATCH, LENGTH, FRAMES, LAST, DEPTH, IMAGE = "batch", "length", "frames", "last length", "depth", "image"
+"""Kinds of sizes, each of which changes as a whole: the batch; the second dimension of sequences; that of
+features beside whole numbers of other lengths (speech and what is said in it), which may be channels; the
+last one of sequences with channels first, and of waveforms; what comes before height and width in volumes,
+and may be channels in videos; height and width."""
 NEAR, FAR, TWICE = 1, 32, 64
 """By how much sizes change: by a small odd number, another one for each extent; or by 32, as networks ask for
 that halve an image five times; or to twice the size, which windows and chunks of any size allow, and is what
@@ -162,7 +163,8 @@ def places(tree: Any) -> list[Place]:
     else may change is height and width of images and volumes, and the length of sequences: the second
     dimension of whole numbers, and of floating-point numbers in three dimensions; or the last dimension of
     floating-point numbers. What is as long as a sequence changes with it: a mask, or what is given for each
-    edge of a graph. One is no length.
+    edge of a graph. Floating-point numbers that are as long as no whole numbers have a length of their own.
+    One is no length.
     """
     tensors = [
         (number, leaf)
@@ -172,20 +174,21 @@ def places(tree: Any) -> list[Place]:
     if not tensors:
         return []
     batch = tensors[0][1].shape[0]
-    lengths = {tensor.shape[1] for _, tensor in tensors if _is_sequence(tensor)}
+    sequences = [tensor for _, tensor in tensors if _is_sequence(tensor) and tensor.shape[1] != 1]
+    words = {tensor.shape[1] for tensor in sequences if not tensor.is_floating_point()}
+    lengths = {tensor.shape[1]: FRAMES if words else LENGTH for tensor in sequences}
+    lengths |= dict.fromkeys(words, LENGTH)
     found = []
     for number, tensor in tensors:
         for dim, size in enumerate(tensor.shape):
             kind = None
             if dim == 0:
-                kind = BATCH if size == batch else LENGTH if size != 1 and size in lengths else None
+                kind = BATCH if size == batch else lengths.get(size)
             elif size != 1 and tensor.dim() > 3 and dim > 1:
                 kind = {tensor.dim() - 3: DEPTH, tensor.dim() - 2: IMAGE, tensor.dim() - 1: IMAGE}.get(dim)
-                kind = LENGTH if kind and size in lengths else kind
-            elif size != 1 and dim == 1 and _is_sequence(tensor):
-                kind = LENGTH
-            elif size != 1 and tensor.is_floating_point():
-                kind = LENGTH if size in lengths else LAST
+                kind = kind and lengths.get(size, kind)
+            elif size != 1 and ((dim == 1 and _is_sequence(tensor)) or tensor.is_floating_point()):
+                kind = lengths.get(size, LAST)
             if kind is not None:
                 found.append(Place(number, dim, kind, size, tensor.dim()))
     return found
@@ -193,6 +196,19 @@ def places(tree: Any) -> list[Place]:
 
 def _is_sequence(tensor: torch.Tensor) -> bool:
     return tensor.dim() == 3 or (tensor.dim() == 2 and not tensor.is_floating_point())
+
+
+def no_lengths(found: Iterable[Place], known: Collection[str]) -> set[str]:
+    """The kinds that are no lengths where ``known`` change.
+
+    Features have one length, in their second dimension or in the last. The last dimension of two is that of
+    waveforms, which has nothing to do with the length of other inputs.
+    """
+    found = [*found]
+    if all(place.rank == 2 for place in found if place.kind == LAST):
+        return set()
+    second = FRAMES if any(place.kind == FRAMES for place in found) else LENGTH
+    return ({LAST} if second in known else set()) | ({second} if LAST in known else set())
 
 
 def changed_size(place: Place, how: int) -> int:
@@ -233,27 +249,29 @@ def changes(tree: Any) -> Iterator[Change]:
     found = places(tree)
     kinds = {place.kind for place in found}
     tight = {place.kind for place in found if place.size < 3}  # one is no length
-    rest = [kind for kind in (LENGTH, DEPTH, IMAGE) if kind in kinds]
+    rest = [kind for kind in (LENGTH, FRAMES, DEPTH, IMAGE) if kind in kinds]
+    lengths = [kind for kind in (LENGTH, FRAMES) if kind in kinds]
     first = [BATCH] if BATCH in kinds else []
     twice = {place.kind: (TWICE,) for place in found if not place.size % FAR}  # else FAR is twice
     sets = [dict.fromkeys(rest, NEAR)]
     if IMAGE in kinds:
         hows = FAR, *twice.get(IMAGE, ())
-        sets += [{kind: NEAR if kind == LENGTH else how for kind in rest} for how in hows]
+        sets += [{kind: NEAR if kind in lengths else how for kind in rest} for how in hows]
     if LAST in kinds:
-        sets.append({LAST: NEAR, **dict.fromkeys((kind for kind in rest if kind != LENGTH), NEAR)})
-    if LENGTH in kinds - tight:
-        sets += [{**change, LENGTH: -NEAR} for change in sets if LENGTH in change]
+        no = no_lengths(found, {LAST})
+        with_last = {LAST: NEAR, **dict.fromkeys((kind for kind in rest if kind not in no), NEAR)}
+        sets.insert(len(sets) if no else 0, with_last)
+    for shorter in lengths:
+        if shorter not in tight:
+            sets += [{**change, shorter: -NEAR} for change in sets if shorter in change]
     if len(rest) > 1:
         for kind in rest:
-            further = (FAR, *twice.get(kind, ())) if kind != LENGTH else ()
+            further = (FAR, *twice.get(kind, ())) if kind not in lengths else ()
             sets += [{kind: how} for how in (NEAR, *further)]
-    if LENGTH in kinds:
-        sets += [{LENGTH: how} for how in (FAR, *twice.get(LENGTH, ()))]
-    if LAST in kinds:
-        sets += [{LAST: how} for how in (FAR, *twice.get(LAST, ()))]
+    for kind in (*lengths, *kinds & {LAST}):
+        sets += [{kind: how} for how in (FAR, *twice.get(kind, ()))]
     if IMAGE in kinds and not {IMAGE, DEPTH} & tight:
-        sets.append({kind: -FAR for kind in rest if kind != LENGTH})
+        sets.append({kind: -FAR for kind in rest if kind not in lengths})
     sets.append({})
     if LAST in kinds and not rest:
         sets.insert(0, sets.pop(1))  # a waveform may be longer; where it may not, the first layer says so
@@ -282,9 +300,9 @@ def larger(known: Change) -> Change:
     return {kind: 3 * -how for kind, how in known.items() if kind in (DEPTH, IMAGE) and -FAR < how < 0}
 
 
-def asks_more(change: Change, known: Change) -> bool:
-    """Whether a change is of more than what is known to be free; a sequence has one length."""
-    return bool(change.keys() - known.keys()) and not (LAST in change and LENGTH in known)
+def asks_more(change: Change, known: Change, found: Iterable[Place]) -> bool:
+    """Whether a change is of more than what is ``known`` to be free, and of one length of each tensor."""
+    return bool(change.keys() - known.keys()) and not change.keys() & no_lengths(found, known)
 
 
 def named(inputs: Mapping[str, Any]) -> list[tuple[str, tuple[Any, ...]]]:
@@ -366,6 +384,7 @@ def decided(graph: fx.Graph, among: Collection[fx.Node] | None = None) -> list[s
     return list(dict.fromkeys(node.args[2] for node in nodes if among is None or node in among))
 
 
-__all__ = ["BATCH", "DEPTH", "FAR", "IMAGE", "LAST", "LENGTH", "NEAR", "ONE", "TWICE", "Change", "InputSize",
-           "InputSizes", "Place", "Trial", "asks_more", "changed_size", "changes", "decided", "finer",
-           "guard", "guarded", "larger", "named", "places", "reads", "resized", "step"]  # fmt: skip
+__all__ = ["BATCH", "DEPTH", "FAR", "FRAMES", "IMAGE", "LAST", "LENGTH", "NEAR", "ONE", "TWICE", "Change",
+           "InputSize", "InputSizes", "Place", "Trial", "asks_more", "changed_size", "changes", "decided",
+           "finer", "guard", "guarded", "larger", "named", "no_lengths", "places", "reads", "resized",
+           "step"]  # fmt: skip

@@ -939,3 +939,62 @@ def test_a_table_for_the_sizes_of_each_input_is_made_anew(ran):
 def test_a_table_that_its_sizes_do_not_make_is_not_taken_for_one_that_they_make(make):
     with pytest.raises(fxprune.errors.CaptureError, match="must not change its shape"):
         fxprune.analyze(Table(make).eval(), torch.randn(2, 6, 8))
+
+
+class Listening(nn.Module):
+    """Words that attend to speech: ``how(self, speech)`` gives the speech as ``(N, frames, C)``."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.words, self.mix = how, nn.Embedding(11, 16), nn.Linear(16, 16)
+        self.up, self.conv, self.wave = nn.Linear(6, 16), nn.Conv1d(6, 16, 3, 2, 1), nn.Conv1d(1, 16, 4, 4)
+        self.places = nn.Parameter(torch.randn(20, 16))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, speech, words):
+        speech = self.how(self, speech).relu()
+        words = self.mix(self.words(words))
+        seen = (words @ speech.transpose(1, 2)).softmax(-1) @ speech
+        return self.head((words + seen).relu())
+
+
+def by_frame(self, speech):
+    return self.up(speech)
+
+
+def with_channels_first(self, speech):
+    return self.conv(speech).transpose(1, 2)
+
+
+def of_fixed_length(self, speech):
+    return with_channels_first(self, speech) + self.places
+
+
+def of_a_wave(self, speech):
+    return self.wave(speech.unsqueeze(1)).transpose(1, 2)
+
+
+LISTENING = {
+    by_frame: ((9, 6), (4, 6), "batch, frames, length: any"),
+    with_channels_first: ((6, 40), (6, 33), "batch, length: any"),
+    of_fixed_length: ((6, 40), (6, 40), "frames: pinned at 6"),
+    of_a_wave: ((40,), (57,), "batch, length: any"),
+}
+
+
+@pytest.mark.parametrize("how", LISTENING)
+def test_words_and_the_speech_beside_them_have_lengths_of_their_own(how):
+    torch.manual_seed(0)
+    net = Listening(how).eval()
+    shape, other, said = LISTENING[how]
+    x = torch.randn(2, *shape), torch.randint(0, 11, (2, 5))
+    plan = fxprune.plan(net, x, ratio=0.5)
+    assert "removes 16 of 32 units" in repr(plan)
+    sizes = fxprune.analyze(net, x).sizes
+    assert said in str(sizes)
+    masked, pruned = copy.deepcopy(net).double(), plan.apply(net).double()
+    for name, mask in plan.masks(net).items():
+        masked.get_parameter(name).data.mul_(mask)
+    for words in (5, 1, 8):
+        z = torch.randn(3, *other).double(), torch.randint(0, 11, (3, words))
+        torch.testing.assert_close(pruned(*z), masked(*z))

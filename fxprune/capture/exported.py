@@ -293,9 +293,9 @@ class _Exporter:
         places = sizes.places(given)
         known: dict[str, int] = {}
         for change in sizes.changes(given):
-            if sizes.asks_more(change, known) and _allows(shapes, places, change):
+            if sizes.asks_more(change, known, places) and _allows(shapes, places, change):
                 known = {**change, **known}
-        found = steps({place.kind for place in places}, known)
+        found = steps(places, known)
         because = "torch.export, which captured the model, keeps it"
         pin(self.graph, given, found, dict.fromkeys(found, because))
         asked = [path for path, module in self.model.named_modules() if module.training]

@@ -34,7 +34,8 @@ def look(
         that does. And what may change together.
     """
     tree = args, kwargs
-    kinds = {place.kind for place in sizes.places(tree)}
+    found = sizes.places(tree)
+    kinds = {place.kind for place in found}
     known: dict[str, int] = {}
     free: list[Change] = []
     because: dict[str, str] = {}
@@ -44,7 +45,7 @@ def look(
     alone = [{kind: how} for kind in sorted(kinds - {BATCH}) for how in (NEAR, FAR)]
     alone += [{kind: how} for change in together for kind, how in change.items() if kind != BATCH]
     for change in [*together, *alone]:
-        if not sizes.asks_more(change, known):
+        if not sizes.asks_more(change, known, found):
             continue
         said = [reason for tried, reason in fixed if _is_to_blame(change, tried, known)]
         if said:
@@ -56,7 +57,7 @@ def look(
         else:
             free.append(change)
             known = {**change, **known}
-            if _settled(kinds, known):
+            if not _asked(found, known):
                 break
         for kind in change.keys() - known.keys():
             because[kind] = reason
@@ -83,7 +84,7 @@ def look(
     program = seen.program
     look_elsewhere(program, tree, _multiples(tree, known))
     settle(program.graph, program.seen, _by_dimension(given, known))
-    bounds = steps(kinds, known)
+    bounds = steps(found, known)
     if bounds:
         pin(program.graph, given, bounds, because)
     return _alone(program), tuple(free)
@@ -200,18 +201,23 @@ class _Seen:
         return bool(asks_more) or not compare(self.program, other, sampled=True).same
 
 
-def steps(kinds: Collection[str], known: Change) -> dict[str, int]:
+def steps(found: Collection[Place], known: Change) -> dict[str, int]:
     """By how much sizes may differ from those of the example, by kind, where that is not by any number.
 
     Args:
-        kinds: what there is.
+        found: the sizes that there are.
         known: changes that were seen to make no difference.
 
     Returns:
         By kind 0 where none may, below 0 where sizes may be smaller alone.
     """
-    fixed = set(kinds) - known.keys() - {LAST} - ({LENGTH} if LAST in known else set())
-    return {kind: how for kind, how in known.items() if how != NEAR} | dict.fromkeys(fixed, 0)
+    fixed = dict.fromkeys(_asked(found, known), 0)
+    return {kind: how for kind, how in known.items() if how != NEAR} | fixed
+
+
+def _asked(found: Collection[Place], known: Change) -> set[str]:
+    """The kinds of sizes of which nothing is ``known``; a last dimension may always be features."""
+    return {place.kind for place in found} - known.keys() - {LAST} - sizes.no_lengths(found, known)
 
 
 def _multiples(tree: Any, known: Change) -> dict[str, int]:
@@ -254,12 +260,6 @@ def pin(graph: fx.Graph, given: dict[str, Any], bounds: dict[str, int], because:
         why = because.get(place.kind, "")
         axes.append((InputSize(name, place.dim, place.name, place.size, step, why, how < 0), keys))
     sizes.guard(graph, axes)
-
-
-def _settled(kinds: Collection[str], known: dict[str, int]) -> bool:
-    """Whether nothing is left to ask."""
-    left = set(kinds) - known.keys() - {LAST}
-    return not left or (left == {LENGTH} and LAST in known)
 
 
 def _short(error: Exception) -> str:

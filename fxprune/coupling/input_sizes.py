@@ -14,7 +14,6 @@ from ..sizes import (
     BATCH,
     FAR,
     LAST,
-    LENGTH,
     NEAR,
     TWICE,
     Change,
@@ -25,6 +24,7 @@ from ..sizes import (
     finer,
     guarded,
     named,
+    no_lengths,
     places,
     resized,
 )
@@ -51,7 +51,9 @@ def input_sizes(captured: Captured, change: Change, refusals: Mapping[str, str])
     names = named(inputs)
     steps = {kind: _finest(captured, kind, how) for kind, how in change.items() if abs(how) == FAR}
     found = []
-    for place in places(list(inputs.values())):
+    given = places(list(inputs.values()))
+    left_out = {LAST, *no_lengths(given, change)}
+    for place in given:
         name = names[place.leaf][0]
         if (name, place.dim) in known:
             found.append(known[name, place.dim])
@@ -63,7 +65,7 @@ def input_sizes(captured: Captured, change: Change, refusals: Mapping[str, str])
             step = 1 if abs(how) == NEAR else step
             why = refusals.get(place.kind, "") if how < 0 else ""
             found.append(InputSize(name, place.dim, place.name, place.size, step, why, how < 0))
-        elif place.kind != LAST and not (place.kind == LENGTH and LAST in change):
+        elif place.kind not in left_out:
             why = refusals.get(place.kind, "")
             found.append(InputSize(name, place.dim, place.name, place.size, 0, why))
     return InputSizes(tuple(found), _said(decided(program.graph)))
