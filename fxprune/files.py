@@ -24,6 +24,7 @@ __all__ = [
     "format_of",
     "load_checkpoint",
     "read_tensors",
+    "told",
     "write",
 ]
 
@@ -216,7 +217,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """As :func:`read_tensors`, with the names under which the tensors are nested in the file."""
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
     from torch import Tensor
 
@@ -232,7 +232,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
             f"{path} is not a file of plain tensors, or is damaged; fxprune runs no code from checkpoints. "
             "Save one with torch.save(model.state_dict(), ...) or safetensors"
         ) from error
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+    except Exception as error:
         raise CheckpointError(
             f"{path} cannot be read ({type(error).__name__}: {first_line(error)}); it may be cut short, "
             "damaged, "
@@ -269,6 +269,12 @@ def few(names: Iterable[str], most: int = 3) -> str:
     listed = list(names)
     rest = len(listed) - most
     return ", ".join(listed[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def told(error: BaseException) -> str:
+    """The kind of an error and, where it has one, its message."""
+    message = str(error).strip()
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def first_line(error: BaseException) -> str:

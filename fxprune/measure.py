@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .capture.dynamo import named_inputs
 from .capture.patches import PlainAttention
 from .errors import ExampleInputsError
+from .files import told
 from .inputs import normalize, to_meta
 from .random_numbers import drawn
 
@@ -220,7 +221,7 @@ def _work(model: nn.Module, args: Any, kwargs: Any) -> tuple[int, int]:
                 return _counted(twin, *pytree.tree_map_only(Tensor, torch.clone, (args, kwargs)))
         raise ExampleInputsError(
             f"{type(model).__name__} does not run on the example inputs with shapes only (meta tensors), "
-            f"which counting its MACs needs: {type(error).__name__}: {error}"
+            f"which counting its MACs needs: {told(error)}"
         ) from error
 
 

@@ -43,7 +43,7 @@ from .capture.numbers import (
 from .capture.twin import Twin, twin_on_meta, twin_with_parameters_of
 from .coupling.units import Label, Value
 from .errors import CaptureError, ExampleInputsError, FxpruneError
-from .files import few
+from .files import few, told
 from .graph_module import clone_module
 from .inputs import to_meta
 from .nodes import describe_source, operator_name
@@ -82,7 +82,7 @@ def copy_of(
         return new
     except Exception as error:  # whatever a user's class raises
         raise CaptureError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), as a result in its "
+            f"{type(model).__name__} cannot be copied ({told(error)}), as a result in its "
             f'own class needs. Next: make copy.deepcopy(model) work, or use into="graph".'
         ) from error
 
@@ -166,7 +166,7 @@ class Generation:
                 found.shapes[:] = found._run(model)
                 return found, ""
             except Exception as error:  # noqa: BLE001  whatever a user's class raises
-                why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                why = told(error).splitlines()[0][:200]
         return None, f"the decode step of generate() could not be run ({why}); verify runs it"
 
     def fails(self, rewritten: InOwnClass) -> str:
@@ -178,7 +178,7 @@ class Generation:
                 with rewritten.materialized() as new:
                     shapes = self._run(new)
         except Exception as error:  # noqa: BLE001  as above
-            return f"the decode step of generate() fails without them ({type(error).__name__}: {error})"
+            return f"the decode step of generate() fails without them ({told(error)})"
         return (
             "" if shapes == self.shapes else "the decode step of generate() gives other shapes without them"
         )

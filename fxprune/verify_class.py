@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from .api import graph_for
 from .calls import as_one, generation
 from .errors import VerificationError
+from .files import told
 from .inputs import normalize
 from .passes import rewrite
 from .passes.parameters import NarrowParameters
@@ -150,9 +151,7 @@ def _outputs(module: nn.Module, inputs: Any, seed: int, cache: bool = True) -> l
         try:
             outputs = module(*args, **kwargs)
         except Exception as error:
-            raise VerificationError(
-                f"{type(module).__name__} fails: {type(error).__name__}: {error}"
-            ) from error
+            raise VerificationError(f"{type(module).__name__} fails: {told(error)}") from error
     tensors, structure = flatten(outputs)
     kept = zip(tensors, structure.leaves, strict=True)
     return [

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .coupling.units import Ids, Label, Value
 from .errors import VerificationError
+from .files import told
 from .graph_module import Interpreter
 from .known_values import made_of_sizes
 from .nodes import describe_source, operator_name
@@ -73,7 +74,7 @@ def compare_outputs(
                 if module is original:
                     raise PrecisionError(
                         f"the original model does not run on the example inputs in this precision: "
-                        f"{type(error).__name__}: {error}. Where only another will do, give verify its dtype."
+                        f"{told(error)}. Where only another will do, give verify its dtype."
                     ) from error
                 return math.inf  # the walk will say where
     (wanted, structure), (got, other) = (flatten(tree) for tree in outputs)
@@ -348,7 +349,7 @@ class _Stepper:
             try:
                 self.values[node] = self._seeded(node, 0)  # both networks draw the same random numbers
             except Exception as error:
-                raise VerificationError(f"node {node.name} fails: {type(error).__name__}: {error}") from error
+                raise VerificationError(f"node {node.name} fails: {told(error)}") from error
         return node
 
     def _seeded(self, node: fx.Node, seed: int) -> Any:

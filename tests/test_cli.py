@@ -95,7 +95,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """Run a command that must fail, and return its one line of error."""
-    assert main(argv) == 2
+    code: Any
+    try:
+        code = main(argv)
+    except SystemExit as usage:  # of argparse, before anything is imported
+        code = usage.code
+    assert code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("error: ")
     assert not any("Traceback" in line for line in lines)
@@ -420,16 +425,20 @@ class TestErrors:
         [
             (["nets:build"], "add --input-shape"),
             (["nets:build", "--input-shape", "1,3,x"], "cannot read --input-shape"),
-            (["nets:build", "--ratio", "1"], "--ratio 1 is out of range"),
-            (["nets:build", "--ratio", "-0.1"], "out of range"),
-            (["nets:build", "--heads", "1"], "--heads 1 is out of range"),
-            (["nets:build", "--ratio", "nan"], "out of range"),
+            (["nets:build", "--ratio", "1"], "--ratio: 1 is not a share"),
+            (["nets:build", "--ratio", "-0.1"], "--ratio: -0.1 is not a share"),
+            (["nets:build", "--heads", "1"], "--heads: 1 is not a share"),
+            (["nets:build", "--ratio", "nan"], "nan is not a share"),
+            (["nets:build", "--ratio", "50%"], "50% is not a share"),
             (["nets:build", "--input-shape", "1,3,8,8", "--ratio", "0.5", "--macs", "0.5"], "contradict"),
             (["nets:build", "--params", "0"], "larger than 0"),
             (["nets:build", "--input-shape", "1,3,8,8", "--params", "0.01"], "the least that can be reached"),
             (["nets:build", "--input-shape", "1,3,8,8", "--keep", "nothing"], "the nearest are"),
             (["torchvision:resnet"], "did you mean"),
-            (["nets:build", "--checkpoint", "nowhere.pt"], "no checkpoint file nowhere.pt"),
+            (["nets:build", "--checkpoint", "nowhere.pt"], "there is no file nowhere.pt"),
+            (["nets:build", "--calibrate", "."], ". is a folder"),
+            (["nets:build", "--input-shape", "1,99999999,99999999,3"], "cannot make an input"),
+            (["nets:build", "--input-shape", "1,99999999999999999999999"], "cannot make an input"),
         ],
     )
     def test_one_line(
@@ -437,6 +446,52 @@ class TestErrors:
     ) -> None:
         assert words in refused(capsys, "prune", *argv, "--out", "a.pt2")
         assert [p.name for p in folder.iterdir()] == ["nets.py"]
+
+    @pytest.mark.parametrize(
+        ("argv", "words"),
+        [
+            (["prune", "own.py:leaves"], "own.py:leaves failed to make a model: SystemExit: 0"),
+            (["prune", "script:build"], "importing script failed: SystemExit: 3"),
+            (["prune", "script.py:build"], "running script.py failed: SystemExit: 3"),
+            (["plan", "own.py:build", "--importance", "own.py:bare"], "AssertionError, raised at"),
+            (["plan", "own.py:build", "--importance", "own.py:fails"], "own.py:7 in fails (--debug shows"),
+            (["plan", "own.py:build", "--importance", "own.py:gives_up"], "SystemExit: 4, raised at"),
+            (["plan", "own.py:build", "--calibrate", "own.py:loader"], "OSError: disk gone, raised at"),
+            (["plan", "own.py:build", "--calibrate", "one.safetensors"], "single numbers alone"),
+            (["plan", "own.py:build", "--checkpoint", "junk.pt"], "junk.pt cannot be read"),
+            (["plan", "empty:build"], "empty)"),
+            (["bench", "own.py:build", "--input-shape", "1,5"], "does not run on its inputs (1x5: random"),
+            (["export", "own.py:build", "--input-shape", "1,5", "--out", "a.pt2"], "does not run on its"),
+            (["bench", "own.py:Bare"], "in forward: AssertionError"),
+        ],
+    )
+    def test_what_their_own_files_do(
+        self, folder: Path, capsys: pytest.CaptureFixture[str], argv: list[str], words: str
+    ) -> None:
+        """Codes with which a user's code leaves the process are none of ours, and its errors are its own."""
+        own = """\
+            import torch, sys
+            def build(): return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+            example_inputs = torch.zeros(1, 3)
+            def leaves(): sys.exit(0)
+            def bare(group): assert group is None
+            def fails(group):
+                raise ValueError("no scores")
+            def gives_up(group): sys.exit(4)
+            def loader():
+                yield torch.zeros(2, 3)
+                raise OSError("disk gone")
+            class Bare(torch.nn.Module):
+                def forward(self, x): assert x is None
+            """
+        (folder / "own.py").write_text(textwrap.dedent(own))
+        (folder / "script.py").write_text("import sys\nsys.exit(3)\n")
+        (folder / "junk.pt").write_bytes(b"junk")
+        (folder / "empty").mkdir()
+        save_file({"x": torch.tensor(1.0)}, "one.safetensors")
+        before = {path.name for path in folder.iterdir()}
+        assert words in refused(capsys, *argv)
+        assert {path.name for path in folder.iterdir()} == before
 
     def test_debug_shows_where(self, folder: Path) -> None:
         with pytest.raises(ModelSpecError):
@@ -821,6 +876,16 @@ class TestCommands:
             ["prune", "torchvision:resnet18", "--out", "half.foo"],
             ["plan", "torchvision:resnet18", "--ratio", "1.5"],
             ["plan", "torchvision:resnet18", "--ratio", "0.5", "--macs", "0.5"],
+            ["plan", "torchvision:resnet18", "--macs", "nan"],
+            ["plan", "torchvision:resnet18", "--round-to", "0"],
+            ["plan", "torchvision:resnet18", "--max-ratio", "3"],
+            ["plan", "torchvision:resnet18", "--seed", "99999999999999999999"],
+            ["plan", "torchvision:resnet18", "--checkpoint", "nowhere.pt"],
+            ["plan", "torchvision:resnet18", "--calibrate", "nowhere.pt"],
+            ["apply", "torchvision:resnet18", "nowhere.json"],
+            ["count", "torchvision:resnet18", "--pruned", "nowhere.json"],
+            ["plan", "nowhere.py:build"],
+            ["plan", "hf:nowhere"],
             ["apply", "torchvision:resnet18", "plan.json", "--out", "half.foo"],
             ["inspect", "torchvision:resnet18", "--input-shape", "a,b"],
             ["count", "nets.py:build", "--weights", "DEFAULT"],

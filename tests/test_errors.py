@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -185,6 +186,24 @@ def test_wrong_example_inputs(inputs: Any, parts: list[str]) -> None:
     with pytest.raises(ExampleInputsError) as error:
         fxprune.prune(net(), inputs)
     says(error, *parts)
+
+
+def test_the_line_that_is_named_is_the_models() -> None:
+    """Not that of the caller, where a model is made of PyTorch's own modules."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    here = os.path.basename(__file__)
+    for model, named in ((nn.Sequential(nn.Linear(3, 4)), False), (Own(), True)):
+        with pytest.raises(ExampleInputsError) as error:
+            fxprune.analyze(model, torch.zeros(1, 5))
+        assert (here in str(error.value)) is named
 
 
 def test_missing_second_input() -> None:

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import CaptureError, ExampleInputsError, FxpruneError, PlanError
+from ..files import told
 from ..inputs import describe_inputs, restore_inputs
 from ..program import Program, Skeleton, named_tensors
 from ..random_numbers import drawn
@@ -241,7 +242,7 @@ def _run(
     try:
         twin = copy.deepcopy(model)
     except Exception as error:  # whatever a user's attributes raise
-        raise CaptureError(f"it cannot be copied: {type(error).__name__}: {error}") from error
+        raise CaptureError(f"it cannot be copied: {told(error)}") from error
     if evaluate:
         twin.eval()
     args, kwargs = _copied(args), _copied(kwargs)
@@ -259,14 +260,12 @@ def _run(
         except Exception as own:
             failure = ExampleInputsError(
                 f"{type(model).__name__} does not run on the example inputs, whether it is captured or not: "
-                f"{blame(own)}{type(own).__name__}: {str(own).strip()}. Next: call model(...) with the same "
+                f"{blame(own)}{told(own)}. Next: call model(...) with the same "
                 f"inputs, and give inputs with which it runs."
             )
             failure.node = None  # type: ignore[attr-defined]  # an earlier rung may know at which it fails
             raise failure from own
-        raise CaptureError(
-            f"it does not run while it is watched: {type(error).__name__}: {str(error).strip()}"
-        ) from error
+        raise CaptureError(f"it does not run while it is watched: {told(error)}") from error
     finally:
         for handle in handles:
             handle.remove()

@@ -9,11 +9,8 @@ from types import FrameType
 
 import torch
 
-_SKIPPED = (
-    os.path.dirname(torch.__file__) + os.sep,
-    os.path.dirname(os.path.dirname(__file__)) + os.sep,
-    "<",
-)
+_OWN = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_SKIPPED = (os.path.dirname(torch.__file__) + os.sep, _OWN, "<")
 
 
 @functools.cache
@@ -22,11 +19,14 @@ def _is_skipped(file: str) -> bool:
 
 
 def user_frame() -> FrameType | None:
-    """The innermost frame of the user's code that runs now."""
+    """The innermost frame of the user's code that runs now; not what called this library."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and _is_skipped(frame.f_code.co_filename):
         frame = frame.f_back
-    return frame
+    outer = frame
+    while outer is not None and not outer.f_code.co_filename.startswith(_OWN):
+        outer = outer.f_back
+    return frame if outer is not None else None
 
 
 def here() -> str:

@@ -28,6 +28,7 @@ from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, ExampleInputsError, PinnedError
+from ..files import told
 from ..inputs import to_meta
 from ..nn import Apply, TrainingFlag, assign, keep, stop_gradient
 from ..nodes import by_position
@@ -345,7 +346,7 @@ class Tracer(fx.Tracer):
         except (CaptureError, ExampleInputsError):
             raise
         except Exception as error:  # whatever a user's forward raises on symbolic values
-            raise CaptureError(f"{blame(error)}{type(error).__name__}: {error}") from error
+            raise CaptureError(f"{blame(error)}{told(error)}") from error
         self.edited |= bool(write_in_place(graph, self.recording.augmented, self.leaf))
         note_origins(graph)
         graph._tracer_cls = None  # a copy must not try to make a tracer of ours from nothing

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..files import told
 from ..graph_module import Switch
 from ..program import named_modules, own_train
 from .twin import twin_on_meta
@@ -33,7 +34,7 @@ def _after(module: nn.Module, mode: bool) -> Switch:
     try:
         twin.train(mode)
     except Exception as error:  # noqa: BLE001  whatever a user's method raises
-        return Switch({}, f"{type(error).__name__}: {error}")
+        return Switch({}, told(error))
     after = _attributes(twin)
     changed = sorted({name for name in {**before, **after} if before.get(name) is not after.get(name)})
     more = f"changes {', '.join(changed[:3])}" if changed else ""

@@ -65,13 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"error: {error}\n")
         return 1 if isinstance(error, VerificationError) else 2
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a factory, a criterion or a loader may also leave the process
         if options.debug:
             raise
-        sys.stderr.write(
-            f"error: unexpected {type(error).__name__}: {_first_line(error)} "
-            "(--debug shows where; please report it, this is not your mistake)\n"
-        )
+        sys.stderr.write(f"error: unexpected {_unexpected(error)}\n")
     return 2
 
 
@@ -119,6 +116,15 @@ def _version(package: str) -> str:
         return "(not installed)"
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no message"
+def _unexpected(error: BaseException) -> str:
+    """What no error of ours says, and the innermost line that is neither this library's nor PyTorch's."""
+    from ..capture.source_lines import blame
+    from ..files import told
+
+    what, where = told(error).splitlines()[0], blame(error).rstrip(": ")
+    if where:
+        return (
+            f"{what}, raised at {where} (--debug shows how it came there; where that is no code of yours, "
+            "please report it)"
+        )
+    return f"{what} (--debug shows where; please report it, this is not your mistake)"

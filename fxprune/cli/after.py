@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from contextlib import nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import add_output, add_results, add_source, check_source
+from .options import add_output, add_results, add_source, check_source, existing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,7 +34,7 @@ def add_parsers(commands: _SubParsers) -> None:
         parser.set_defaults(run=run)
         add_source(parser)
         parser.add_argument(
-            "--pruned", metavar="FILE", type=Path, required=needed, help=f"what was made of it: {_PRUNED}"
+            "--pruned", metavar="FILE", type=existing, required=needed, help=f"what was made of it: {_PRUNED}"
         )
         if name == "export":
             add_results(
@@ -58,13 +57,15 @@ def _start(options: argparse.Namespace) -> tuple[Progress, Loaded, nn.Module | N
     if path is not None and path.suffix not in (".json", ".safetensors"):
         raise CheckpointError(f"cannot read {path}: --pruned takes {_PRUNED}")
 
-    from .loading import load_source  # from here on torch is needed
+    from .loading import check_runs, load_source  # from here on torch is needed
     from .progress import Progress
 
     progress = Progress(options.quiet)
     with progress.step("load") as say:
         plan = fxprune.PruningPlan.load(path) if path is not None and path.suffix == ".json" else None
         loaded, pruned = load_source(options), None
+        if options.command in ("export", "bench"):  # the others look at shapes first
+            check_runs(loaded)
         if path is not None:
             pruned = plan.apply(loaded.model) if plan is not None else fxprune.load(loaded.model, path)
         say(options.model if path is None else f"{options.model}, {path}")

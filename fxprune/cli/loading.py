@@ -21,13 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import importance
-from ..errors import ExampleInputsError, FxpruneError, ModelSpecError
-from ..files import few, first_line, load_checkpoint, read_tensors
+from ..capture.source_lines import blame
+from ..errors import CheckpointError, ExampleInputsError, FxpruneError, ModelSpecError
+from ..files import few, first_line, load_checkpoint, read_tensors, told
 from ..importance.calibration import kind as kind_of
 from ..importance.calibration import run
+from ..inputs import normalize
 from .options import Shape, parse_model, parse_shape
+from .progress import shapes as shapes_of
 
-__all__ = ["Loaded", "load", "load_data", "load_source"]
+__all__ = ["Loaded", "check_runs", "load", "load_data", "load_source"]
 
 
 @dataclass(frozen=True)
@@ -142,9 +145,15 @@ def _random_inputs(model: nn.Module, shapes: Sequence[Shape]) -> tuple[Any, ...]
     def random(shape: Shape, whole: bool) -> Any:
         if isinstance(shape, list):
             return [random(one, whole) for one in shape]
-        if whole:
-            return torch.randint(min(tables), shape, device=like.device)
-        return torch.randn(shape, dtype=like.dtype, device=like.device)
+        try:
+            if whole:
+                return torch.randint(min(tables), shape, device=like.device)
+            return torch.randn(shape, dtype=like.dtype, device=like.device)
+        except (RuntimeError, TypeError, ValueError) as error:  # larger than memory, or than an integer
+            sizes = ",".join(map(str, shape))
+            raise ExampleInputsError(
+                f"cannot make an input of --input-shape {sizes}: {first_line(error)}; give smaller sizes"
+            ) from error
 
     kinds = [tuple(False for _ in shapes)]
     if tables and len(shapes) <= _MOST_KINDS:
@@ -160,6 +169,23 @@ def _random_inputs(model: nn.Module, shapes: Sequence[Shape]) -> tuple[Any, ...]
 
 _MOST_KINDS = 4
 """Inputs of which each may be of either kind."""
+
+
+def check_runs(loaded: Loaded) -> None:
+    """Run the model once, for commands that do so without having analysed it.
+
+    Raises:
+        ExampleInputsError: it fails.
+    """
+    args, kwargs = normalize(loaded.inputs)
+    try:
+        with torch.no_grad():
+            loaded.model(*args, **kwargs)
+    except Exception as error:  # whatever the user's forward raises
+        raise ExampleInputsError(
+            f"{type(loaded.model).__name__} does not run on its inputs ({shapes_of(args, kwargs)}: "
+            f"{loaded.inputs_from}): {blame(error)}{told(error)}"
+        ) from error
 
 
 def _runs(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
@@ -255,11 +281,6 @@ def _hugging_face_model(folder: Path) -> tuple[nn.Module, Any]:
         import transformers
     except ImportError as error:
         raise ModelSpecError("hf: models need the package transformers: pip install transformers") from error
-    if not (folder / "config.json").is_file():
-        raise ModelSpecError(
-            f"there is no {folder / 'config.json'}; hf: takes a folder on the disk, as save_pretrained "
-            "writes it"
-        )
     try:
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -348,6 +369,8 @@ def _data(spec: str) -> Any:
     path = Path(spec)
     if path.suffix in (".pt", ".pth", ".safetensors"):
         found = [tensor for tensor in read_tensors(path).values() if tensor.dim()]
+        if not found:
+            raise CheckpointError(f"--calibrate {path} holds single numbers alone; give tensors of inputs")
         return [tuple(found)] if len(found) > 1 else [found[0]]
     kind, colon, name = spec.rpartition(":")
     if not (colon and kind and name):
@@ -411,7 +434,7 @@ def _import_file(path: Path) -> ModuleType:
     sys.modules.setdefault(path.stem, module)  # classes in it are found by name
     try:
         found.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # as a script without `if __name__ == "__main__":` does
         raise ModelSpecError(f"running {path} failed: {type(error).__name__}: {first_line(error)}") from error
     return module
 
@@ -433,7 +456,7 @@ def _import(name: str) -> ModuleType:
                 "fxprune where `import` finds it, or write torchvision:NAME"
             ) from error
         raise ModelSpecError(f"importing {name} failed: {first_line(error)}; install it first") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelSpecError(
             f"importing {name} failed: {type(error).__name__}: {first_line(error)}"
         ) from error
@@ -460,11 +483,12 @@ def _call(target: Any, spec: str, purpose: str) -> Any:
         )
     try:
         return target()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelSpecError(
             f"{spec} failed to {purpose}: {type(error).__name__}: {first_line(error)}"
         ) from error
 
 
 def _file(module: ModuleType) -> str:
-    return getattr(module, "__file__", None) or "built in"
+    """Where a module comes from; a folder without code is a module, too."""
+    return getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), "built in")

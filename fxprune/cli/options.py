@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import ExampleInputsError, ModelSpecError
@@ -47,7 +49,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     weights.add_argument(
         "--checkpoint",
         metavar="FILE",
-        type=Path,
+        type=existing,
         help="state dict to load: .safetensors, or .pt (read without running any code in it)",
     )
     source.add_argument(
@@ -77,7 +79,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         "such as encoder_last_hidden_state)",
     )
     source.add_argument(
-        "--seed", type=int, default=0, help="of random weights, inputs and scores (default: 0)"
+        "--seed", type=_seed, default=0, help="of random weights, inputs and scores (default: 0)"
     )
 
 
@@ -87,6 +89,44 @@ _SHAPE_HINT = (
 )
 Shape = tuple[int, ...] | list[tuple[int, ...]]
 """Sizes of a tensor, or of each tensor in a list."""
+
+
+def _number(kind: Callable[[str], float], fits: Callable[[float], bool], what: str) -> Callable[[str], float]:
+    """Reads a number and asks whether it fits, as the ``type`` of an option."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {what}")
+        return value
+
+    return read
+
+
+_share = _number(float, lambda value: 0 <= value < 1, "a share: 0 <= share < 1, such as 0.5")
+_largest = _number(float, lambda value: 0 < value <= 1, "a largest share: 0 < share <= 1, such as 0.9")
+_amount = _number(float, lambda value: 0 < value < math.inf, "an amount to keep, larger than 0")
+_positive = _number(int, lambda value: value >= 1, "a whole number from 1 on")
+_some = _number(int, lambda value: value >= 0, "a whole number from 0 on")
+_seed = _number(int, lambda value: 0 <= value < 2**63, "a whole number, 0 <= seed < 2**63")
+
+
+def existing(text: str) -> Path:
+    """The path of a file that is read, as the ``type`` of an option."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file in it")
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return path
+
+
+def _data(text: str) -> str:
+    """Where inputs for calibration come from; a file has to be there."""
+    return text if ":" in text else str(existing(text))
 
 
 def check_source(options: argparse.Namespace) -> None:
@@ -104,7 +144,8 @@ def parse_model(spec: str, weights: str | None = None) -> tuple[str, str]:
     """The two halves of ``MODEL``: ``torchvision`` and a name, a module or a file and a factory.
 
     Raises:
-        ModelSpecError: it does not have two, or there are no such ``weights`` for its kind.
+        ModelSpecError: it does not have two, there are no such ``weights`` for its kind, or there is no such
+            file or folder.
     """
     kind, colon, name = spec.partition(":")
     if ".py:" in spec:  # a path may hold colons
@@ -120,6 +161,13 @@ def parse_model(spec: str, weights: str | None = None) -> tuple[str, str]:
             f"--weights {weights} is for torchvision: and timm: models only; {spec} gets its weights from "
             "its own factory or from --checkpoint FILE"
         )
+    if kind == "hf" and not (Path(name) / "config.json").is_file():
+        raise ModelSpecError(
+            f"there is no {Path(name) / 'config.json'}; hf: takes a folder on the disk, as save_pretrained "
+            "writes it"
+        )
+    if kind.endswith(".py") and not Path(kind).is_file():
+        raise ModelSpecError(f"there is no file {kind}")
     return kind, name
 
 
@@ -157,7 +205,7 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     pruning = parser.add_argument_group("what to remove")
     pruning.add_argument(
         "--ratio",
-        type=float,
+        type=_share,
         help="share of the units of every group to remove, 0 <= RATIO < 1 (default: 0.5, which leaves about "
         "a quarter of the parameters; no default where a budget is given)",
     )
@@ -168,7 +216,7 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         "zero; the result stays the same",
     )
     for flag, metavar, what in BUDGETS:
-        pruning.add_argument(flag, metavar=metavar, type=float, help=what)
+        pruning.add_argument(flag, metavar=metavar, type=_amount, help=what)
     pruning.add_argument(
         "--compiled", action="store_true", help="hold the latency under torch.compile (default: eager)"
     )
@@ -192,12 +240,12 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     pruning.add_argument(
         "--round-to",
         metavar="N",
-        type=int,
+        type=_positive,
         help="leave a multiple of N units in every row; most hardware is fastest at multiples of 8",
     )
     pruning.add_argument(
         "--max-ratio",
-        type=float,
+        type=_largest,
         default=1.0,
         help="largest share that any group may lose, whatever its scores (default: 1, all but one unit)",
     )
@@ -210,7 +258,7 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     )
     pruning.add_argument(
         "--heads",
-        type=float,
+        type=_share,
         default=0.0,
         help="share of whole attention heads (and of groups of grouped convolutions and group norms) to "
         "remove, 0 <= HEADS < 1; what remains is narrowed as all else (default: 0)",
@@ -226,7 +274,7 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         "--depth",
         metavar="N",
         nargs="?",
-        type=int,
+        type=_some,
         const=True,
         help="with --calibrate and a budget, let whole residual branches go where that costs the outputs "
         "less than narrower layers, N of them at most; 0 for none (default: for a latency only)",
@@ -254,6 +302,7 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     pruning.add_argument(
         "--calibrate",
         metavar="DATA",
+        type=_data,
         help="inputs without labels, by which units are chosen and the layers that are left make up for what "
         "went: FILE.pt or FILE.safetensors with a tensor of inputs, or package.module:loader",
     )

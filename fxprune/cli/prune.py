@@ -7,7 +7,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import BUDGETS, WITH_DATA, add_results, add_selection, add_source, check_source, fill_outputs
+from .options import (
+    BUDGETS,
+    WITH_DATA,
+    add_results,
+    add_selection,
+    add_source,
+    check_source,
+    existing,
+    fill_outputs,
+)  # fmt: skip
 from .options import given as given_options
 
 if TYPE_CHECKING:
@@ -106,7 +115,7 @@ def add_parsers(commands: _SubParsers) -> None:
         run_apply,
     )
     add_source(parser)
-    parser.add_argument("plan", metavar="PLAN", type=Path, help="a plan file, FILE.json")
+    parser.add_argument("plan", metavar="PLAN", type=existing, help="a plan file, FILE.json")
     result = add_results(parser, _OUT)
     result.add_argument("--no-latency", action="store_true", help="do not measure the latency")
     result.add_argument("--no-verify", action="store_true", help="do not hold the result against the model")
@@ -134,16 +143,10 @@ def run_prune(options: argparse.Namespace) -> int:
     """
     import fxprune
 
-    from ..errors import BudgetError, RatioError, SelectionError
+    from ..errors import BudgetError, SelectionError
     from ..files import check_output
 
     check_source(options)
-    for name, what in (("ratio", "0.5"), ("heads", "0.25")):
-        share = getattr(options, name)
-        if share is not None and not 0 <= share < 1:
-            raise RatioError(
-                f"--{name} {share:g} is out of range: it is a share, 0 <= {name} < 1, such as {what}"
-            )
     others = [flag for flag in given_options(options) if flag != "--lossless"]
     if options.lossless and others:
         raise SelectionError(f"--lossless decides alone what goes; leave out {' and '.join(others)}")

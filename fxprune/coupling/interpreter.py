@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from .. import convolution, known_shapes, time_steps
 from ..capture.numbers import numbers
 from ..errors import CaptureError, ExampleInputsError, FxpruneError
+from ..files import told
 from ..graph_module import clone_module
 from ..guards import check_decision
 from ..inputs import meta_like
@@ -874,7 +875,7 @@ def _failed(node: fx.Node, error: Exception, needs_values: bool, args: Any, para
     given = f" Its inputs have the shapes {', '.join(shapes)}." if shapes else ""
     given += f" Its parameters: {parameters}." if parameters else ""
     at = f", {where}" if where else ""
-    message = f"node {node.name} ({what}{at}) failed: {type(error).__name__}: {error}.{given}"
+    message = f"node {node.name} ({what}{at}) failed: {told(error)}.{given}"
     if needs_values:
         failure: CaptureError | ExampleInputsError = CaptureError(
             f"{message}\nThe analysis runs on shapes alone; this node needs the values of a tensor. Next: "

@@ -13,6 +13,7 @@ from torch import distributed, nn
 from ..capture.patches import PlainAttention
 from ..coupling.groups import Member
 from ..errors import ExampleInputsError, ImportanceError
+from ..files import told
 from ..inputs import normalize
 from ..random_numbers import drawn
 
@@ -156,7 +157,7 @@ def collect(
                 step(batch, sums)
                 count += 1
     except Exception as error:
-        across_ranks({}, 0, f"{type(error).__name__}: {error}")
+        across_ranks({}, 0, told(error))
         raise
     sums, count = across_ranks(sums, count, "")
     if not count:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import PlanError
-from ..files import few
+from ..files import few, told
 from ..repeats import joined, starred
 from . import plan_file
 from .patterns import nearest
@@ -426,7 +426,10 @@ class PruningPlan:
                 )
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise PlanError(f"the plan {path} cannot be read: {type(error).__name__}: {error}") from error
+            raise PlanError(
+                f"the plan {path} cannot be read: {told(error)}; plans are files of text, as plan.save and "
+                "fxprune plan --out write them"
+            ) from error
         try:
             return PruningPlan.from_json(text)
         except PlanError as error:
