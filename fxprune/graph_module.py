@@ -200,6 +200,8 @@ class OwnedModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Write the code again, after the ``graph`` was edited."""
+        if not len(self._graph.nodes):  # it has none yet
+            return None
         written = super().recompile()
         kind: Any = type(self)
         if any(n.op in _NAMING and str(n.target).partition(".")[0] in _OWN for n in self._graph.nodes):
