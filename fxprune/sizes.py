@@ -260,7 +260,8 @@ def changes(tree: Any) -> Iterator[Change]:
     if LAST in kinds:
         no = no_lengths(found, {LAST})
         with_last = {LAST: NEAR, **dict.fromkeys((kind for kind in rest if kind not in no), NEAR)}
-        sets.insert(len(sets) if no else 0, with_last)
+        # A waveform may be longer; where it may not, the first layer says so.
+        sets.insert(len(sets) if no and rest else 0, with_last)
     for shorter in lengths:
         if shorter not in tight:
             sets += [{**change, shorter: -NEAR} for change in sets if shorter in change]
@@ -273,8 +274,6 @@ def changes(tree: Any) -> Iterator[Change]:
     if IMAGE in kinds and not {IMAGE, DEPTH} & tight:
         sets.append({kind: -FAR for kind in rest if kind not in lengths})
     sets.append({})
-    if LAST in kinds and not rest:
-        sets.insert(0, sets.pop(1))  # a waveform may be longer; where it may not, the first layer says so
     for change in sets:
         if first or change:
             yield {**dict.fromkeys(first, NEAR), **change}

@@ -559,8 +559,9 @@ class TestErrors:
             ("fxprune.PruningPlan.apply", []),
             ("fxprune.verify", []),
             ("fxprune.measure.measure_latency", []),
-            ("fxprune.saving.save_file", []),
-            ("torch.export.save", ["half.safetensors"]),
+            ("fxprune.pages.report_html", ["plan.json"]),
+            ("fxprune.saving.save_file", ["plan.json", "report.html"]),
+            ("torch.export.save", ["plan.json", "report.html", "half.safetensors"]),
         ],
     )
     def test_an_interrupt_leaves_no_broken_file(
@@ -574,9 +575,10 @@ class TestErrors:
 
         monkeypatch.setattr(stage, interrupt)
         out = ["--out", "half.safetensors", "--out", "half.pt2", "--report", "report.html"]
+        out += ["--plan-out", "plan.json"]
         (folder / "half.pt2").write_text("from before")
         assert command(["prune", "nets:build", "--input-shape", "1,3,8,8", *out]) == 130
-        named = {path.name for path in folder.iterdir()} - {"report.html"}
+        named = {path.name for path in folder.iterdir()}
         assert named == {"nets.py", "half.pt2", *whole}
         assert (folder / "half.pt2").read_text() == "from before"
 
@@ -588,6 +590,7 @@ class TestErrors:
 
         monkeypatch.setattr(fxprune, "verify", differ)
         argv = ["prune", "nets:build", "--input-shape", "1,3,8,8", "--out", "a.pt2", "--no-latency"]
+        argv += ["--plan-out", "plan.json", "--report", "report.html"]
         assert main(argv) == 1
         assert capsys.readouterr().err.splitlines()[-1] == "error: node conv differs"
         assert [p.name for p in folder.iterdir()] == ["nets.py"]

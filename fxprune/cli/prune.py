@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,9 +170,8 @@ def run_prune(options: argparse.Namespace) -> int:
 
     from ..exporting import check_whole  # from here on torch is needed
     from ..origins import plans_of
-    from ..pages import write_report
     from .loading import load_source
-    from .progress import Progress, show, size
+    from .progress import Progress, show
 
     budget = fxprune.Budget(**given, compiled=options.compiled) if given else None
     progress = Progress(options.quiet)
@@ -196,20 +197,41 @@ def run_prune(options: argparse.Namespace) -> int:
         pruned = None
         plan, selection = _planned(options, progress, loaded, graph, given, budget)
     wanted = bool(options.ratio != 0 or options.heads or options.branch)
-    if options.report is not None:
-        with progress.step("report") as say:
-            say(f"{options.report}, {size(write_report(graph, plan, options.report))}")
+    write = partial(_write_decision, options, progress, graph, plan, plan_files)
     if options.dry_run:
-        for path in plan_files:
-            plan.save(path)
-            progress.note("write", f"{path}, the plan")
+        files = write()
         if options.json:
-            show(_plan_data(options, plan, plan_files))
+            show({**_plan_data(options, plan), "files": files})
         else:
             progress.out(str(plan))
         return NOTHING_REMOVED if wanted and not (plan.removed or plan.branches) else 0
     fit = selection if options.calibrate and not options.lossless else None
-    return _carry_out(options, progress, loaded, plan, fit, plan_files, wanted, pruned)
+    return _carry_out(options, progress, loaded, plan, wanted, fit, write, pruned)
+
+
+def _write_decision(
+    options: argparse.Namespace,
+    progress: Progress,
+    graph: Any,
+    plan: PruningPlan,
+    plan_files: list[Path],
+    compensation: Any = None,
+) -> list[dict[str, Any]]:
+    """Write the plan and the report, where they are asked for."""
+    from ..pages import write_report
+    from .progress import size
+
+    files: list[dict[str, Any]] = []
+    for path in plan_files:
+        plan.save(path)
+        files.append({"path": str(path), "bytes": path.stat().st_size, "holds": "the plan"})
+        progress.note("write", f"{path}, the plan")
+    if options.report is not None:
+        with progress.step("write") as say:
+            written = write_report(graph, plan, options.report, compensation)
+            files.append({"path": str(options.report), "bytes": written, "holds": "the report"})
+            say(f"{options.report}, {size(written)}, the report")
+    return files
 
 
 def _planned(
@@ -279,7 +301,7 @@ def run_apply(options: argparse.Namespace) -> int:
         loaded = load_source(options)
         say(options.model)
     _say_source(progress, loaded)
-    return _carry_out(options, progress, loaded, plan, None, [], bool(plan.removed or plan.branches))
+    return _carry_out(options, progress, loaded, plan, bool(plan.removed or plan.branches))
 
 
 def _say_source(progress: Progress, loaded: Loaded) -> None:
@@ -295,18 +317,20 @@ def _carry_out(
     progress: Progress,
     loaded: Loaded,
     plan: PruningPlan,
-    selection: Any,
-    plan_files: list[Path],
     wanted: bool,
+    selection: Any = None,
+    write: Callable[..., list[dict[str, Any]]] | None = None,
     pruned: Any = None,
 ) -> int:
-    """Rewrite, verify, compare and write. What is given as ``pruned`` was compared already."""
+    """Rewrite, verify, compare and write, also the decision, with ``write``.
+
+    What is given as ``pruned`` was compared already.
+    """
     import fxprune
 
     from ..exporting import export, quiet
     from ..inputs import normalize
     from ..measure import count, measure_latency
-    from ..pages import write_report
     from .progress import costs, number, show, size, table
 
     model, inputs = loaded.model, loaded.inputs
@@ -337,18 +361,12 @@ def _carry_out(
                 pruned, model, selection.calibrate, pick=selection.pick, seed=selection.seed
             )
             say(str(pruned.meta["compensation"]).splitlines()[0])
-        analysis = plan.came_from()
-        if options.report is not None and analysis is not None:
-            write_report(analysis, plan, options.report, pruned.meta["compensation"])
     seconds: dict[str, float] = {}
     if not options.no_latency:
         with progress.step("latency") as say, nullcontext() if options.debug else quiet():
             seconds = measure_latency({"before": model, "after": pruned}, args, kwargs)
             say("measured, in turns")
-    files: list[dict[str, Any]] = []
-    for path in plan_files:
-        plan.save(path)
-        files.append({"path": str(path), "bytes": path.stat().st_size, "holds": "the plan"})
+    files = write(pruned.meta.get("compensation")) if write is not None else []
     for path in options.out:
         with progress.step("write") as say:
             if path.suffix == ".safetensors":
@@ -369,7 +387,7 @@ def _carry_out(
     if options.json:
         show(
             {
-                **_plan_data(options, plan, []),
+                **_plan_data(options, plan),
                 "before": costs(before),
                 "after": costs(after),
                 "verdict": verdict,
@@ -383,7 +401,7 @@ def _carry_out(
     return NOTHING_REMOVED if wanted and not removed else 0
 
 
-def _plan_data(options: argparse.Namespace, plan: PruningPlan, files: list[Path]) -> dict[str, Any]:
+def _plan_data(options: argparse.Namespace, plan: PruningPlan) -> dict[str, Any]:
     groups = {
         narrowed.group: {"units": narrowed.size, "kept": narrowed.kept}
         for narrowed in plan
@@ -397,7 +415,6 @@ def _plan_data(options: argparse.Namespace, plan: PruningPlan, files: list[Path]
         "removed": sum(map(len, plan.removed.values())),
         "notes": list(plan.notes),
         "settings": dict(plan.settings),
-        "files": [{"path": str(path), "bytes": path.stat().st_size, "holds": "the plan"} for path in files],
     }
 
 
