@@ -287,6 +287,8 @@ class SwitchedModule(OwnedModule):
     def recompile(self) -> Any:
         """Write the code of the present mode again, after its ``graph`` was edited."""
         written = super().recompile()
+        if written is None:
+            return None
         kind: Any = type(self)
         self.__dict__["_written"] = self._graph
         switch = switching(self, self.whole)
