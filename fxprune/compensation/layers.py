@@ -138,7 +138,8 @@ class Layers:
             self.narrow.forget(values, number)
             self.products[node.name] = len(seen.products)
             for product in seen.products:
-                found[node.name, product.site.name] = None
+                if self.least_squares or self._own_bias(product.bias) is not None:
+                    found[node.name, product.site.name] = None
             if len(seen.norms) == 1 and not seen.products:
                 mean = self.names.get(_memory(seen.norms[0].mean))
                 if mean is not None:
