@@ -221,6 +221,23 @@ def test_called_several_times() -> None:
     assert list(plan.regions) == ["block"]
 
 
+class Asking(Whole):
+    """Asks each part first with an argument that it may not take."""
+
+    def forward(self, x: Tensor) -> Any:
+        try:
+            y = self.body(x, lengths=None)
+        except TypeError:
+            y = self.body(x)
+        while y.sum() > 0:
+            y = y - 1
+        return self.head(y)
+
+
+def test_calls_that_a_part_does_not_take_say_nothing_of_it() -> None:
+    judge(Asking().eval(), narrows="body.0.weight head.hidden.weight")
+
+
 def test_weight_used_outside() -> None:
     """A parameter that the code around reads keeps its shape."""
     model = Stepwise(tied=True).eval()

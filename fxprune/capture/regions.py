@@ -28,7 +28,7 @@ from ..program import Program, Skeleton, named_tensors
 from ..random_numbers import drawn
 from ..region_program import CapturedRegion, RegionLink, RegionProgram, unite
 from .arguments import Arguments
-from .leaf_modules import is_leaf
+from .leaf_modules import check_call, is_leaf
 from .source_lines import blame
 
 Calls = tuple[tuple[Any, ...], dict[str, Any]]
@@ -282,6 +282,15 @@ def _refuse_transformed(inputs: Any) -> None:
         raise CaptureError("it is called within torch.vmap or another transform of torch.func")
 
 
+def _takes(module: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether the call is one that ``module`` takes; what it does not take, the code around it may catch."""
+    try:
+        check_call(module, args, kwargs)
+    except TypeError:
+        return False
+    return True
+
+
 class _Watch(TorchFunctionMode):
     def __init__(self, keep: set[str] | None) -> None:
         super().__init__()
@@ -302,6 +311,8 @@ class _Watch(TorchFunctionMode):
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             path = paths[module]
             self.stack.append(path)
+            if not _takes(module, args, kwargs):
+                return
             if self.keep is None:
                 try:
                     _refuse_transformed((args, kwargs))
@@ -410,6 +421,8 @@ class _Trail(TorchFunctionMode):
             if self.inside:  # called by another region, which ought to have it in its graph
                 self.use(given)
             self.inside.append({id(leaf) for leaf in given})
+            if not _takes(module, args, kwargs):
+                return
             for name, value in zip(names, program.bind(args, kwargs), strict=True):
                 for number, leaf in enumerate(pytree.tree_leaves(value)):
                     if isinstance(leaf, torch.Tensor):

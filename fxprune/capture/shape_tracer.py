@@ -158,7 +158,11 @@ class ShapeTracer(Tracer):
         if kind.startswith("call"):
             args, kwargs = self._with_numbers(kind, target, args, kwargs)
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
-        self.values[proxy.node] = self._evaluate(proxy.node)
+        try:
+            self.values[proxy.node] = self._evaluate(proxy.node)
+        except Exception:  # which forward may catch, and go on without it
+            self.graph.erase_node(proxy.node)
+            raise
         if kept:
             proxy.node.meta["kept shape"] = True
         return proxy
