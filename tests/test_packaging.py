@@ -141,7 +141,7 @@ def test_importing_fxprune_does_not_import_torch() -> None:
 
 def test_public_names_import_no_more_than_they_need() -> None:
     """What is needed for some models, formats or surfaces alone is imported when it is."""
-    heavy = {"networkx", "torch._inductor", "torchvision", "transformers", "triton"}
+    heavy = {"networkx", "sympy", "torch._inductor", "torchvision", "transformers", "triton"}
     heavy |= {"IPython", "matplotlib", "onnx", "onnxruntime", "onnxscript", "pandas", "rich", "scipy"}
     code = (
         "import sys, torch; before = {*sys.modules}\n"

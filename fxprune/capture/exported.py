@@ -22,7 +22,6 @@ from torch import fx, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.export.graph_signature import InputKind
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -239,6 +238,8 @@ class _Exporter:
         Raises:
             CaptureError: if sizes depend on values, for which torch.export would be stopped.
         """
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv  # imports sympy, which takes a second
+
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         fake = functools.partial(mode.from_tensor, static_shapes=True)
 
