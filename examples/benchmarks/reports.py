@@ -10,6 +10,7 @@ three is written down.
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import shutil
 import subprocess
@@ -101,7 +102,8 @@ def main() -> None:
     text = (
         "# HTML reports\n\n"
         f"Written by `reports.py`, {datetime.date.today()}; Python {platform.python_version()}, torch "
-        f"{torch.__version__}, {version}.\n\n"
+        f"{torch.__version__}, {version}; average load "
+        f"{os.getloadavg()[2]:.1f} on {os.cpu_count()} cores.\n\n"
         "| network | groups | time to write | size | opened in |\n|---|---|---|---|---|\n"
     )
     for name in NETWORKS:
