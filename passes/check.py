@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
@@ -16,6 +17,7 @@ from ..coupling.interpreter import Run, interpret
 from ..coupling.units import NOWHERE, Ids, Label, Product, Units, Value, aligned
 from ..errors import CaptureError, ExampleInputsError, RuleError
 from ..program import Program
+from ..sizes import resized
 from .base import Narrowing
 
 
@@ -82,6 +84,8 @@ def check(program: Program, narrowing: Narrowing) -> list[Violation]:
         found = _misshapen(interpret(program, graph.inputs, labels=False), narrowing)
         if found:
             return found
+        if graph.other_sizes and _has_picks_by_row(program, narrowing):
+            interpret(program, resized(graph.inputs, graph.other_sizes), labels=False)
         units = Units(anchors=int(compact.max()))
         units.mark_tables(compact[whole])
         if graph.cells.cells.size:
@@ -95,6 +99,13 @@ def check(program: Program, narrowing: Narrowing) -> list[Violation]:
         node = getattr(error, "node", None)
         return [Violation(node.name if node is not None else "", str(error))]
     return list(_compare(run, narrowing, compact))
+
+
+def _has_picks_by_row(program: Program, narrowing: Narrowing) -> bool:
+    """Whether a constant with several dimensions was put in: some may be as long as the example is."""
+    before = narrowing.graph.captured.program.extras
+    new = (extra for name, extra in program.extras.items() if name not in before)
+    return any(isinstance(extra, torch.Tensor) and extra.dim() > 1 for extra in new)
 
 
 def _misshapen(run: Run, narrowing: Narrowing) -> list[Violation]:

@@ -248,6 +248,34 @@ def _of_keys(group: fxprune.Group) -> Tensor:
     return torch.zeros(group.size).index_add_(0, torch.from_numpy(member.units), size)
 
 
+class Folded(Layer):
+    """The heads of all samples stand in one dimension, as in ESM-2."""
+
+    def forward(self, x: Tensor, tables: Any) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (
+            layer(x).transpose(0, 1).contiguous().view(n, b * HEADS, COLUMNS).transpose(0, 1)
+            for layer in (self.q, self.k, self.v)
+        )
+        q, k = self.turn(q, tables), self.turn(k, tables)
+        seen = torch.bmm(q, k.transpose(1, 2)).softmax(-1) @ v
+        return self.o(seen.transpose(0, 1).contiguous().view(n, b, HEADS * COLUMNS).transpose(0, 1))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_what_is_picked_by_head_is_not_that_of_the_batch_of_the_example(batch: int) -> None:
+    model = Net(Folded, HEADS)
+    plan = fxprune.plan(model, X[:batch], ratio=0.5)
+    pruned = plan.apply(model)
+    assert pruned.get_parameter("layers.1.v.weight").shape[0] < HEADS * COLUMNS
+    masked = copy.deepcopy(model).double()
+    for name, mask in plan.masks(model).items():
+        masked.get_parameter(name).data.mul_(mask)
+    for size in (1, 2, 3):
+        x = X[:1].repeat(size, 1, 1).double()
+        torch.testing.assert_close(pruned.double()(x), masked(x))
+
+
 def test_table_of_one_user_is_narrowed_at_its_source() -> None:
     """Where nobody else is coupled by it, nothing is left to do at run time."""
     model = nn.Sequential(nn.Linear(6, 8), Shift(), nn.Linear(8, 3))
