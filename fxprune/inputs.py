@@ -93,6 +93,11 @@ def meta_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """A sparse tensor with its zeros, which can be compared; any other as it is."""
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
 def describe_inputs(args: tuple[Any, ...], kwargs: dict[str, Any], values: bool = False) -> dict[str, Any]:
     """A JSON-serialisable description of a model's arguments; the inverse of :func:`restore_inputs`.
 

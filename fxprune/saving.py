@@ -22,7 +22,7 @@ from . import files
 from .errors import CheckpointError, OutputError
 from .files import few, first_line
 from .graph_module import clone_module
-from .inputs import meta_like
+from .inputs import dense, meta_like
 from .origins import made_in_training, plans_of, reshaped
 from .planning.plan import PruningPlan
 from .program import exchange, named_modules, named_tensors
@@ -71,7 +71,7 @@ def save(pruned: nn.Module, path: str | Path, plan: PruningPlan | Sequence[Pruni
             f"or save them by their own library; replace a layer before pruning, or keep state_dict() and "
             f"load it into plan.apply(model) once the layer is replaced there, too."
         )
-    tensors, last = _stored(pruned, path)
+    tensors, formats = _stored(pruned, path)
     header = {
         "version": _VERSION,
         "fxprune": _version(),
@@ -79,7 +79,7 @@ def save(pruned: nn.Module, path: str | Path, plan: PruningPlan | Sequence[Pruni
         "model": plans[0].model,
         "training": pruned.training,
         "captured_in_training": made_in_training(pruned),
-        "channels_last": last,
+        **formats,
         "plans": len(plans),
     }
     metadata = {_HEADER: json.dumps(header)}
@@ -146,8 +146,8 @@ class _Saved:
     tensors: dict[str, Tensor]
 
 
-def _stored(pruned: nn.Module, path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """What goes into the file: tensors by name, and the names of those in memory format channels last."""
+def _stored(pruned: nn.Module, path: Path) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """What goes into the file: tensors by name, and the names of those that are no plain contiguous ones."""
     state = pruned.state_dict(keep_vars=True)
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if others:
@@ -159,21 +159,25 @@ def _stored(pruned: nn.Module, path: Path) -> tuple[dict[str, Tensor], list[str]
     first: dict[int, str] = {}
     for name, tensor in state.items():
         first.setdefault(id(tensor), name)
-    last = [name for name in first.values() if _is_channels_last(state[name])]
+    formats = {
+        "channels_last": [name for name in first.values() if _is_channels_last(state[name])],
+        "sparse": [name for name in first.values() if state[name].layout is torch.sparse_coo],
+    }
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name in first.values():
-        tensor = state[name].detach().contiguous()
+        tensor = dense(state[name].detach()).contiguous()
         pointer = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if pointer in storages else tensor
         storages.add(pointer)
-    return tensors, last
+    return tensors, formats
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
     memory_format = _LAST.get(tensor.dim())
     return (
         memory_format is not None
+        and tensor.layout is torch.strided
         and not tensor.is_contiguous()
         and tensor.is_contiguous(memory_format=memory_format)
     )
@@ -318,19 +322,25 @@ def _fill(model: nn.Module, saved: _Saved, path: Path) -> None:
             f"{'; '.join(problems)}. What to do: "
             f"make the network with the same arguments as the one that was pruned"
         )
-    last = saved.header.get("channels_last")
-    last = {name for name in last if isinstance(name, str)} if isinstance(last, list) else set()
+    last, sparse = _names(saved.header, "channels_last"), _names(saved.header, "sparse")
     new: dict[int, Tensor] = {}
     for number, name in given.items():
         old, value = named[name], saved.tensors[name]
         if name in last and value.dim() in _LAST:
             value = value.contiguous(memory_format=_LAST[value.dim()])
+        if name in sparse:
+            value = value.to_sparse()
         if isinstance(old, nn.Parameter):
             value = nn.Parameter(
                 value, old.requires_grad and (value.is_floating_point() or value.is_complex())
             )
         new[number] = value
     exchange(model, new)
+
+
+def _names(header: Mapping[str, Any], key: str) -> set[str]:
+    found = header.get(key)
+    return {name for name in found if isinstance(name, str)} if isinstance(found, list) else set()
 
 
 def _empty(model: nn.Module) -> Iterator[str]:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from .capture.twin import Twin
 from .errors import CaptureError, FxpruneError, ModeError, VerificationError
 from .graph_module import Interpreter
+from .inputs import dense
 from .nn import assign
 from .nodes import describe_source, writes
 from .program import Program, own_train
@@ -330,6 +331,7 @@ def buffer_scale(buffers: Mapping[str, torch.Tensor], name: str) -> float:
 
 
 def _largest(tensor: torch.Tensor) -> float:
+    tensor = dense(tensor)
     finite = tensor[torch.isfinite(tensor)]
     return float(finite.abs().max()) if finite.numel() else 0.0
 
@@ -344,6 +346,7 @@ def relative_error(got: Any, wanted: Any, scale: float = 0.0) -> float:
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
             if a.shape != b.shape or a.dtype != b.dtype:
                 return math.inf
+            a, b = dense(a), dense(b)
             same = (a == b) | ((a != a) & (b != b))
             if bool(same.all()):
                 continue

@@ -120,7 +120,9 @@ def masked(tensor: torch.Tensor, narrowing: Narrowing) -> torch.Tensor | None:
 
 
 def restride(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """``new`` in the memory format of ``old``: channels last, or contiguous."""
+    """``new`` in the memory format of ``old``: channels last, or contiguous; sparse tensors have none."""
+    if old.layout is not torch.strided:
+        return new
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     memory_format = formats.get(old.dim())
     if (

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import fxprune
-from fxprune.errors import CheckpointError, FxpruneError, OutputError, PlanError
+from fxprune.errors import CheckpointError, FxpruneError, OutputError, PlanError, VerificationError
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -293,3 +293,36 @@ def test_damaged_files(tmp_path: Path, choose: st.DataObject) -> None:
     except FxpruneError:
         return
     assert loaded(IMAGE).shape == (2, 5)
+
+
+class Sparse(nn.Module):
+    """Keeps sparse tensors: one that the network reads, and one for others alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 4)
+        self.register_buffer("neighbours", torch.eye(4).roll(1, 0).to_sparse())
+        self.register_buffer("heads", torch.eye(2).to_sparse(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sparse.mm(self.neighbours, self.b(self.a(x).relu()))
+
+
+@pytest.mark.parametrize("into", ["graph", "module"])
+def test_sparse_buffers_stay_sparse(tmp_path: Path, into: str) -> None:
+    torch.manual_seed(0)
+    net, x = Sparse().eval(), torch.randn(4, 6)
+    plan = fxprune.plan(net, x, ratio=0.5, into=into)
+    pruned = plan.apply(net)
+    assert pruned.get_parameter("a.weight").shape == (8, 6)
+    assert pruned.get_buffer("heads").is_sparse
+    assert fxprune.verify(net, pruned, plan, x).exact
+    fxprune.save(pruned, tmp_path / "net.safetensors")
+    again = fxprune.load(Sparse, tmp_path / "net.safetensors")
+    assert again.get_buffer("neighbours").is_sparse
+    assert torch.equal(again.eval()(x), pruned(x))
+    other = Sparse()
+    other.load_state_dict(net.state_dict())
+    other.neighbours = torch.eye(4).to_sparse()
+    with pytest.raises(VerificationError, match="node"):
+        fxprune.verify(other.eval(), pruned, plan, x)
