@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
@@ -105,7 +104,7 @@ def _has_picks_by_row(program: Program, narrowing: Narrowing) -> bool:
     """Whether a constant with several dimensions was put in: some may be as long as the example is."""
     before = narrowing.graph.captured.program.extras
     new = (extra for name, extra in program.extras.items() if name not in before)
-    return any(isinstance(extra, torch.Tensor) and extra.dim() > 1 for extra in new)
+    return any(extra.dim() > 1 for extra in new)
 
 
 def _misshapen(run: Run, narrowing: Narrowing) -> list[Violation]:
