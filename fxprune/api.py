@@ -467,7 +467,13 @@ def _finish(model: nn.Module, made: PruningPlan, rewritten: Rewritten) -> nn.Mod
     module = rewritten.materialize()
     if made.config:
         keep_config(module, config_before(model))
-        put_into_config(module, made.config)
+        if not put_into_config(module, made.config):  # the plan was edited, or is for another configuration
+            said = ", ".join(f"{name}={value}" for name, value in made.config.items())
+            note = (
+                f"the plan's configuration ({said}) does not give these widths, so that of {made.model} "
+                "stays as it was; what fxprune.save_pretrained writes opens all the same"
+            )
+            made = replace(made, config={}, notes=(*made.notes, note))
     remember(module, model, [made])
     return module
 

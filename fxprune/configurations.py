@@ -74,8 +74,8 @@ def changed(config: Any, values: Mapping[Key, int]) -> Any:
     return new
 
 
-def put_into_config(pruned: nn.Module, values: Mapping[str, int]) -> None:
-    """Let the configuration of ``pruned`` say which widths it has.
+def put_into_config(pruned: nn.Module, values: Mapping[str, int]) -> bool:
+    """Let the configuration of ``pruned`` say which widths it has; whether it does.
 
     Nothing is written where the class would not have these widths by that (the plan was edited, say), nor
     into a configuration that is a mapping. The class is built to see it, and never with an integer that is
@@ -85,8 +85,8 @@ def put_into_config(pruned: nn.Module, values: Mapping[str, int]) -> None:
         pruned: a network whose configuration is its own.
         values: integers of its configuration, by name.
     """
-    if not values or not has_config(pruned) or isinstance(pruned.config, Mapping):
-        return
+    if not has_config(pruned) or isinstance(pruned.config, Mapping):
+        return False
     shapes = shapes_of(pruned)
     widest = max((size for shape in shapes.values() for size in shape), default=0)
     known = {name_of(key): (key, value or widest) for key, value in _integers(pruned.config)}
@@ -94,6 +94,8 @@ def put_into_config(pruned: nn.Module, values: Mapping[str, int]) -> None:
         found = {known[name][0]: value for name, value in values.items()}
         if not _Builds(pruned, shapes).wrong(found):
             _put(pruned.config, found)
+            return True
+    return False
 
 
 def name_of(key: Key) -> str:

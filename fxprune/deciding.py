@@ -420,8 +420,7 @@ def _by_config(
         values, twin, why = said_by_config(narrow, args, kwargs, (itertools.chain([first], solved), reason))
         if values is None:
             return why, {}
-        put_into_config(narrow, values)
-        same = computes_the_same(narrow, twin, args, kwargs)
+        same = put_into_config(narrow, values) and computes_the_same(narrow, twin, args, kwargs)
         let_go(twin)
         return "", values if same else {}
 

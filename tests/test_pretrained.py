@@ -24,6 +24,7 @@ import fxprune
 from fxprune import configurations
 from fxprune.configurations import changed, shapes_of, solve_configs
 from fxprune.errors import CheckpointError, OutputError
+from fxprune.origins import plans_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -75,8 +76,15 @@ def test_checkpoints_of_the_librarys_own_trainers_open(tmp_path: Path) -> None:
     result.save_pretrained(tmp_path / "checkpoint")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
     torch.testing.assert_close(logits(again, inputs), logits(result, inputs))
-    uneven = plan.with_removed({name: [0] for name in plan.removed if ".0.mlp" in name}).apply(model)
+    edited = plan.with_removed({name: [0] for name in plan.removed if ".0.mlp" in name})
+    uneven: Any = edited.apply(model)
     assert uneven.config.intermediate_size == 48, "no configuration says it"
+    (made,) = plans_of(uneven)
+    assert made.config == {}, "nor is it tried again when the file is opened"
+    (note,) = {*made.notes} - {*edited.notes}
+    assert note.startswith("the plan's configuration (intermediate_size=24")
+    assert not {*plans_of(result)[0].notes} - {*plan.notes}
+    fxprune.verify(model, uneven, edited, inputs)
 
 
 @pytest.mark.parametrize("name", ["num_hidden_layers", "pad_token_id", "intermediate_size"])

@@ -331,6 +331,7 @@ def _carry_out(
     from ..exporting import export, quiet
     from ..inputs import normalize
     from ..measure import count, measure_latency
+    from ..origins import plans_of
     from .progress import costs, number, show, size, table
 
     model, inputs = loaded.model, loaded.inputs
@@ -339,7 +340,8 @@ def _carry_out(
         verdict = "" if pruned is None else "the same as the original, up to rounding"
         pruned = plan.apply(model) if pruned is None else pruned
         before, after = count(model, inputs), count(pruned, inputs)
-        say(f"{number(before.params)} -> {number(after.params)} parameters")
+        added = [note for made in plans_of(pruned)[-1:] for note in made.notes if note not in plan.notes]
+        say("\n".join([f"{number(before.params)} -> {number(after.params)} parameters", *added]))
     removed = before.params != after.params
     if wanted and not removed:
         progress.note(
