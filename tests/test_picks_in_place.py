@@ -106,3 +106,35 @@ def test_node_by_node(body: Callable[[Net, Tensor], Tensor]) -> None:
     assert plan.removed
     del [torch.rand(3, 32, dtype=torch.float64) for _ in range(64)][:]  # leaves numbers behind
     assert fxprune.verify(model, plan.apply(model), plan, x).skipped
+
+
+class One(nn.Module):
+    """Goes on with one channel, picked by its number."""
+
+    def __init__(self, pick):
+        super().__init__()
+        self.a, self.b, self.pick = nn.Conv2d(3, 4, 1), nn.Conv2d(1, 3, 1), pick
+
+    def forward(self, x):
+        return self.b(self.pick(self.a(x).relu()))
+
+
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda x: x[:, 2::2],
+        lambda x: x[:, [2]],
+        lambda x: x.index_select(1, torch.tensor([2])),
+        lambda x: x[:, 2:3],
+        lambda x: x[:, 2].unsqueeze(1),
+    ],
+)
+def test_one_channel_that_is_picked_is_the_same_one_where_others_go(pick):
+    torch.manual_seed(0)
+    net, x = One(pick).eval(), torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        net.a.weight[0] = 1e-3  # goes, and with it the number of the one that is picked
+    plan = fxprune.plan(net, x, ratio=0.4)
+    pruned = plan.apply(net)
+    assert pruned.get_parameter("a.weight").shape[0] == 3
+    assert fxprune.verify(net, pruned, plan, x).exact

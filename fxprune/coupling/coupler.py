@@ -638,7 +638,8 @@ class Coupler:
     def pick(self, value: Value, dim: int, index: Ids) -> list[Label | None]:
         """:meth:`take`, remembered because a rewritten node may have to pick by number."""
         labels = self.take(value, dim, index)
-        if self.node is not None and labels[dim] is not None:
+        one = index.size == 1 and value.label(dim) is not None  # which has no label, and another number
+        if self.node is not None and (one or labels[dim] is not None):
             self.takes[self.node] = None if self.node in self.takes else Take(value, dim, index)
         return labels
 
