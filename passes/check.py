@@ -221,6 +221,10 @@ def _compare(run: Run, narrowing: Narrowing, compact: Any) -> list[Violation]:
     for node in run.coupler.collisions:
         if node is not None:
             found.append(Violation(node.name, "indices of different units meet"))
+    rerun = {node.name: node for node in run.values}
+    for node in narrowing.graph.run.coupler.picked:
+        if node.name in rerun and _picks_others(node, rerun[node.name], run, narrowing, compact):
+            found.append(Violation(node.name, "picks another unit by its number"))
     old_scalars = {node.name: numbers for node, numbers in narrowing.graph.run.scalars.items()}
     for node, tree in run.values.items():
         before = narrowing.tree(node.name)
@@ -239,6 +243,27 @@ def _compare(run: Run, narrowing: Narrowing, compact: Any) -> list[Violation]:
             found.append(Violation(node.name, "a number in a pointwise operator changed with the width"))
     order = {node.name: i for i, node in enumerate(narrowing.graph.captured.program.graph.nodes)}
     return sorted(found, key=lambda violation: order.get(violation.node, len(order)))
+
+
+def _picks_others(old: fx.Node, new: fx.Node, run: Run, narrowing: Narrowing, compact: Any) -> bool:
+    """Whether a node that picks single units does not pick the same ones, as far as that is known."""
+    before = narrowing.graph.run.coupler.picked[old]
+    if not any(narrowing.narrows(label) and narrowing.row(label).sum() > 1 for label, _ in before):
+        return False
+    after = run.coupler.picked.get(new)
+    if after is None:  # a pass may pick in front of the node
+        return narrowing.take(old) is None
+    wanted, got = ([label.ids[index : index + 1] for label, index in picks] for picks in (before, after))
+    return len(wanted) != len(got) or any(
+        _are_others(run.coupler.units.find(ids), compact[units], run)
+        for ids, units in zip(got, wanted, strict=True)
+    )
+
+
+def _are_others(got: Ids, wanted: Ids, run: Run) -> bool:
+    """Whether one of the units, where both are known, is another than is wanted."""
+    both = (wanted != 0) & (got != 0) & (got <= run.coupler.units.anchors)
+    return got.shape != wanted.shape or bool((got[both] != wanted[both]).any())
 
 
 def _alike(value: Value, dim: int, narrowing: Narrowing, compact: Any) -> bool:
@@ -286,8 +311,6 @@ def _differs(
             return f"lost track of dimension {dim}", (dim,)
         if other.over:
             continue
-        got = run.coupler.units.find(other.ids)
-        both = (wanted != 0) & (got != 0) & (got <= run.coupler.units.anchors)
-        if got.shape != wanted.shape or (got[both] != wanted[both]).any():
+        if _are_others(run.coupler.units.find(other.ids), wanted, run):
             return f"has other units, or in another order, along dimension {dim}", (dim,)
     return "", ()

@@ -109,32 +109,43 @@ def test_node_by_node(body: Callable[[Net, Tensor], Tensor]) -> None:
 
 
 class One(nn.Module):
-    """Goes on with one channel, picked by its number."""
+    """Goes on with one channel of six, picked by its number, or with all but for what is done to one."""
 
-    def __init__(self, pick):
+    def __init__(self, pick: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.a, self.b, self.pick = nn.Conv2d(3, 4, 1), nn.Conv2d(1, 3, 1), pick
+        self.a, self.pick = nn.Conv2d(3, 6, 1), pick
+        self.b = nn.Conv2d(pick(torch.zeros(1, 6, 1, 1)).shape[1], 3, 1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.b(self.pick(self.a(x).relu()))
 
 
-@pytest.mark.parametrize(
-    "pick",
-    [
-        lambda x: x[:, 2::2],
-        lambda x: x[:, [2]],
-        lambda x: x.index_select(1, torch.tensor([2])),
-        lambda x: x[:, 2:3],
-        lambda x: x[:, 2].unsqueeze(1),
-    ],
-)
-def test_one_channel_that_is_picked_is_the_same_one_where_others_go(pick):
+def doubled(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, 2::4] *= 2
+    return x
+
+
+ONE: dict[str, Callable[[Tensor], Tensor]] = {
+    "strided": lambda x: x[:, 2::4],
+    "from the end": lambda x: x[:, -2::5],
+    "list": lambda x: x[:, [2]],
+    "tensor": lambda x: x.index_select(1, torch.tensor([2])),
+    "slice": lambda x: x[:, 2:3],
+    "number": lambda x: x[:, 2].unsqueeze(1),
+    "several": lambda x: torch.cat([x[:, [4]], x[:, 2::4], x[:, 1:3]], 1),
+    "in place": doubled,
+}
+
+
+@pytest.mark.parametrize("into", ["graph", "module"])
+@pytest.mark.parametrize("name", ONE)
+def test_one_channel_that_is_picked_is_the_same_one_where_others_go(name: str, into: str) -> None:
     torch.manual_seed(0)
-    net, x = One(pick).eval(), torch.randn(2, 3, 4, 4)
+    net, x = One(ONE[name]).eval(), torch.randn(2, 3, 4, 4)
     with torch.no_grad():
-        net.a.weight[0] = 1e-3  # goes, and with it the number of the one that is picked
-    plan = fxprune.plan(net, x, ratio=0.4)
+        net.a.weight[:2] *= 1e-3  # these go, and all that follow get other numbers
+    plan = fxprune.plan(net, x, ratio=0.4, into=into)
     pruned = plan.apply(net)
-    assert pruned.get_parameter("a.weight").shape[0] == 3
+    assert into == "module" or name == "in place" or pruned.get_parameter("a.weight").shape[0] < 6
     assert fxprune.verify(net, pruned, plan, x).exact

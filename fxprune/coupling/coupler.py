@@ -68,6 +68,8 @@ class Coupler:
         """Nodes whose effect on labelled dimensions depends on sizes or positions."""
         self.takes: dict[fx.Node, Take | None] = {}
         """Nodes that pick indices other than by a plain slice; None where one node picks twice."""
+        self.picked: dict[fx.Node, list[tuple[Label, int]]] = {}
+        """What nodes pick one index of, and which: what they put out has no label that would tell it."""
         self.table_uses: dict[fx.Node, list[TableUse]] = {}
         """Tables that were met, by node; decided on when the whole graph is known."""
         self.tables: dict[fx.Node, list[fx.Node]] = {}
@@ -638,8 +640,8 @@ class Coupler:
     def pick(self, value: Value, dim: int, index: Ids) -> list[Label | None]:
         """:meth:`take`, remembered because a rewritten node may have to pick by number."""
         labels = self.take(value, dim, index)
-        one = index.size == 1 and value.label(dim) is not None  # which has no label, and another number
-        if self.node is not None and (one or labels[dim] is not None):
+        alone = index.size == 1 and value.label(dim) is not None  # one index has no label
+        if self.node is not None and (alone or labels[dim] is not None):
             self.takes[self.node] = None if self.node in self.takes else Take(value, dim, index)
         return labels
 
@@ -681,6 +683,8 @@ class Coupler:
             self.freeze(label, "one column of a rectangle is selected")
         else:
             ids = label.ids[index : index + 1]
+            if self.node is not None:
+                self.picked.setdefault(self.node, []).append((label, index))
             self.keep_units(ids, label.axis, "this index is selected by its number")
 
     def cat(self, values: Sequence[Value], dim: int) -> list[Label | None]:
