@@ -27,7 +27,7 @@ from .coupling.groups import Group
 from .dead_channels import trains, without_dead_channels
 from .errors import PlanError, SelectionError
 from .exporting import take_along_dim
-from .inputs import dense
+from .inputs import equal
 from .planning.patterns import nearest
 from .planning.plan import PruningPlan
 from .planning.selection import Selection
@@ -262,7 +262,7 @@ class _Run:
         for name, tensor in named_tensors(pruned):
             known = self.tensors.get(named[name]) if name in named else None
             if known is not None:
-                if known.shape != tensor.shape or (exactly and not torch.equal(dense(known), dense(tensor))):
+                if known.shape != tensor.shape or (exactly and not equal(known, tensor)):
                     return False
                 new[id(tensor)] = known
         exchange(pruned, new)

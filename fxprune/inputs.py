@@ -98,6 +98,11 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
+def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """As ``torch.equal``, also of sparse tensors."""
+    return torch.equal(dense(a), dense(b))
+
+
 def describe_inputs(args: tuple[Any, ...], kwargs: dict[str, Any], values: bool = False) -> dict[str, Any]:
     """A JSON-serialisable description of a model's arguments; the inverse of :func:`restore_inputs`.
 

@@ -199,10 +199,10 @@ def _is_sequence(tensor: torch.Tensor) -> bool:
 
 
 def no_lengths(found: Iterable[Place], known: Collection[str]) -> set[str]:
-    """The kinds that are no lengths where ``known`` change.
+    """The kinds that cannot be a length as well, where ``known`` kinds are free.
 
-    Features have one length, in their second dimension or in the last. The last dimension of two is that of
-    waveforms, which has nothing to do with the length of other inputs.
+    Of features either the second dimension is a length or the last one, and the other holds channels. The
+    last dimension of two is that of a waveform, whose length rules out nothing.
     """
     found = [*found]
     if all(place.rank == 2 for place in found if place.kind == LAST):

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import VerificationError
 from .graph_module import OwnedModule
-from .inputs import dense
+from .inputs import equal
 from .nn import MultiheadAttention, multi_head_attention
 from .nodes import copy_graph, operator_name
 from .passes import Narrowing
@@ -52,7 +52,7 @@ def restored(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for tensor, value in before:
-                if tensor.shape == value.shape and not torch.equal(dense(tensor), dense(value)):
+                if tensor.shape == value.shape and not equal(tensor, value):
                     tensor.copy_(value)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -80,17 +79,6 @@ def without_hooks(module: nn.Module) -> nn.Module:
     return new
 
 
-def check_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raise the TypeError of a call that ``module`` does not take, which the code around it may catch."""
-    if not kwargs and len(args) == 1:
-        return
-    try:
-        signature = inspect.signature(module.forward)
-    except ValueError:  # of a function in C
-        return
-    signature.bind(*args, **kwargs)
-
-
 def refuse_torchscript(module: nn.Module) -> None:
     """Raises CaptureError for a module that TorchScript has compiled."""
     if isinstance(module, torch.jit.ScriptModule):
@@ -100,4 +88,4 @@ def refuse_torchscript(module: nn.Module) -> None:
         )
 
 
-__all__ = ["check_call", "hooked", "is_leaf", "refuse_torchscript", "with_hooks", "without_hooks"]
+__all__ = ["hooked", "is_leaf", "refuse_torchscript", "with_hooks", "without_hooks"]

@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from ..errors import CaptureError
-from ..inputs import dense
+from ..inputs import equal
 from ..modes import Condition, either
 from ..nn import Pack, TrainingFlag
 
@@ -287,7 +287,7 @@ def same_module(a: nn.Module, b: nn.Module) -> bool:
 def same_constant(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are one, or hold the same values, as far as these are known."""
     return a is b or (a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
-                      and a.device.type != "meta" and torch.equal(dense(a), dense(b)))  # fmt: skip
+                      and a.device.type != "meta" and equal(a, b))  # fmt: skip
 
 
 __all__ = ["Trace", "merge", "same_constant", "same_in_both", "same_module"]

@@ -9,6 +9,7 @@ go from region to region and nowhere else; these are linked.
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -28,7 +29,7 @@ from ..program import Program, Skeleton, named_tensors
 from ..random_numbers import drawn
 from ..region_program import CapturedRegion, RegionLink, RegionProgram, unite
 from .arguments import Arguments
-from .leaf_modules import check_call, is_leaf
+from .leaf_modules import is_leaf
 from .source_lines import blame
 
 Calls = tuple[tuple[Any, ...], dict[str, Any]]
@@ -285,9 +286,11 @@ def _refuse_transformed(inputs: Any) -> None:
 def _takes(module: nn.Module, args: Any, kwargs: Any) -> bool:
     """Whether the call is one that ``module`` takes; what it does not take, the code around it may catch."""
     try:
-        check_call(module, args, kwargs)
+        inspect.signature(module.forward).bind(*args, **kwargs)
     except TypeError:
         return False
+    except ValueError:  # a function in C has no signature
+        return True
     return True
 
 

@@ -39,7 +39,7 @@ from . import patches, traced_sizes
 from .alike import compare
 from .arguments import LITERALS, Arguments, packing
 from .effects import AUGMENTED, AttributesBefore, not_kept, write_in_place
-from .leaf_modules import check_call, hooked, is_leaf, refuse_torchscript, with_hooks, without_hooks
+from .leaf_modules import hooked, is_leaf, refuse_torchscript, with_hooks, without_hooks
 from .merge import Call, Trace, merge, same_in_both
 from .numbers import Number, note_origins
 from .recording import Following, PartedError, Recording
@@ -616,7 +616,6 @@ class Tracer(fx.Tracer):
             self.calls.pop()
 
     def _leaf_node(self, path: str, *args: Any, **kwargs: Any) -> Any:
-        check_call(self.modules[path], args, kwargs)
         return self.create_proxy("call_module", path, args, kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

@@ -14,7 +14,7 @@ from ..capture.patches import PlainAttention
 from ..coupling.groups import Member
 from ..errors import ExampleInputsError, ImportanceError
 from ..files import told
-from ..inputs import dense, normalize
+from ..inputs import equal, normalize
 from ..random_numbers import drawn
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
@@ -246,7 +246,7 @@ def _undisturbed(model: nn.Module, seed: int, gradients: bool) -> Iterator[None]
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer
-                if not torch.equal(dense(buffer), dense(value)):
+                if not equal(buffer, value):
                     buffer.copy_(value)
 
 
