@@ -161,7 +161,7 @@ def _stored(pruned: nn.Module, path: Path) -> tuple[dict[str, Tensor], dict[str,
         first.setdefault(id(tensor), name)
     formats = {
         "channels_last": [name for name in first.values() if _is_channels_last(state[name])],
-        "sparse": [name for name in first.values() if state[name].layout is torch.sparse_coo],
+        "sparse": [name for name in first.values() if state[name].is_sparse],
     }
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
@@ -328,7 +328,7 @@ def _fill(model: nn.Module, saved: _Saved, path: Path) -> None:
         old, value = named[name], saved.tensors[name]
         if name in last and value.dim() in _LAST:
             value = value.contiguous(memory_format=_LAST[value.dim()])
-        if name in sparse:
+        if name in sparse and not isinstance(old, nn.Parameter):
             value = value.to_sparse()
         if isinstance(old, nn.Parameter):
             value = nn.Parameter(
